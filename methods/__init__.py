@@ -1,0 +1,43 @@
+"""Transfer methods in plain PyTorch: usable in a notebook, without Ray and without `orchestrator`.
+
+Every concrete `Method` in a module of this package is found by itself. Other packages add theirs through the
+entry point group `transfer_orchestrator.methods`, each entry naming a `Method` class.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from methods.contract import Method
+
+ENTRY_POINT_GROUP = "transfer_orchestrator.methods"
+
+
+@functools.cache
+def discover() -> dict[str, type[Method]]:
+    """Every method that can be found, by name, in alphabetical order.
+
+    Raises:
+        ValueError: if two classes claim one name.
+    """
+    from methods.contract import Method
+
+    found: dict[str, type[Method]] = {}
+    candidates: list[type] = []
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        candidates += [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+    candidates += [entry.load() for entry in entry_points(group=ENTRY_POINT_GROUP)]
+    for candidate in candidates:
+        if not issubclass(candidate, Method) or inspect.isabstract(candidate):
+            continue
+        known = found.setdefault(candidate.name, candidate)
+        if known is not candidate:
+            raise ValueError(f"Two methods are called {candidate.name!r}: {known.__module__} and {candidate.__module__}.")
+    return dict(sorted(found.items()))

@@ -1,0 +1,94 @@
+"""Named outputs of a network, read the same way from a teacher and from a student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Output:
+    """One kind of network output.
+
+    Attributes:
+        kind: `pooled` [B, D], the feature before the head; `logits` [B, C], of the network's own head;
+            `tokens` [B, N, D], all tokens after transformer block `layer`; `map` [B, C, g, g], intermediate
+            map `layer` averaged onto a `grid` x `grid` raster (patch tokens of a transformer on their raster).
+        layer: which block or intermediate map; from the end where negative.
+        norm: for `tokens` of the last block: after the final norm (True) or before it.
+        grid: side of the raster of a `map`; 0 keeps the network's own.
+    """
+
+    kind: Literal["pooled", "logits", "tokens", "map"]
+    layer: int = -1
+    norm: bool = False
+    grid: int = 0
+
+    @property
+    def key(self) -> str:
+        """A short name that is also a valid file name."""
+        if self.kind in ("pooled", "logits"):
+            return self.kind
+        if self.kind == "tokens":
+            return f"tokens_{self.layer}_{'post' if self.norm else 'pre'}norm"
+        return f"map_{self.layer}_grid{self.grid}"
+
+
+def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) -> dict[str, Tensor]:
+    """Runs `network` once on `images` [B, 3, S, S] and returns every output by its key.
+
+    The network is a timm model (`forward_features`, `forward_head`, `forward_intermediates`).
+
+    Raises:
+        ValueError: if the network cannot give one of them.
+    """
+    blocks = getattr(network, "blocks", None)
+    tapped: dict[int, Tensor] = {}
+    handles = []
+    for layer in {o.layer for o in outputs if o.kind == "tokens"}:
+        if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not -len(blocks) <= layer < len(blocks):
+            raise ValueError(f"The network has no transformer block {layer} to read tokens from.")
+
+        def keep(_module: nn.Module, _args: object, result: Tensor, layer: int = layer) -> None:
+            tapped[layer] = result
+
+        handles.append(blocks[layer].register_forward_hook(keep))
+    try:
+        maps = sorted({o.layer for o in outputs if o.kind == "map"})
+        raw: dict[int, Tensor] = {}
+        if maps:
+            count = count_intermediates(network)
+            indices = [layer % count for layer in maps]
+            final, taps = network.forward_intermediates(images, indices=sorted(set(indices)), output_fmt="NCHW")  # type: ignore[operator]
+            by_index = dict(zip(sorted(set(indices)), taps, strict=True))
+            raw = {layer: by_index[index] for layer, index in zip(maps, indices, strict=True)}
+        else:
+            final = network.forward_features(images)  # type: ignore[operator]
+    finally:
+        for handle in handles:
+            handle.remove()
+    result: dict[str, Tensor] = {}
+    for output in outputs:
+        if output.kind == "pooled":
+            result[output.key] = network.forward_head(final, pre_logits=True)  # type: ignore[operator]
+        elif output.kind == "logits":
+            result[output.key] = network.forward_head(final)  # type: ignore[operator]
+        elif output.kind == "tokens":
+            tokens = tapped[output.layer]
+            result[output.key] = network.norm(tokens) if output.norm else tokens  # type: ignore[operator]
+        else:
+            feature = raw[output.layer]
+            result[output.key] = F.adaptive_avg_pool2d(feature, output.grid) if output.grid else feature
+    return result
+
+
+def count_intermediates(network: nn.Module) -> int:
+    """How many intermediate maps `network.forward_intermediates` can give; 0 where it has none."""
+    if not hasattr(network, "forward_intermediates"):
+        return 0
+    info = getattr(network, "feature_info", None)
+    return len(info) if info is not None else 0

@@ -1,0 +1,4 @@
+from orchestrator.cli import main
+
+if __name__ == "__main__":
+    main()

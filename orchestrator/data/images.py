@@ -1,0 +1,54 @@
+"""Decoding: encoded bytes to uint8 RGB."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MAX_PIXELS = 64_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+class Corrupt(ValueError):
+    """An image that cannot be used; the message is the reason it is counted under."""
+
+
+def decode(data: bytes) -> Tensor:
+    """uint8 [3, H, W]. Transparency is laid on white, EXIF rotation applied, of an animation the first frame taken.
+
+    Raises:
+        Corrupt: `empty file`, `cannot be decoded`, `more than 64 megapixels`, or `smaller than 8 pixels`.
+    """
+    if not data:
+        raise Corrupt("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise Corrupt("more than 64 megapixels")
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+                image = Image.alpha_composite(white, image)
+            elif image.mode.startswith("I"):
+                # 16-bit greyscale: PIL's own conversion clips instead of scaling.
+                wide = np.asarray(image, dtype=np.float64)
+                image = Image.fromarray((wide / max(wide.max(), 1) * 255).astype(np.uint8))
+            pixels = np.array(image.convert("RGB"))
+    except Corrupt:
+        raise
+    except Image.DecompressionBombError:
+        raise Corrupt("more than 64 megapixels") from None
+    except Exception:  # decoders raise whatever they like on broken files
+        raise Corrupt("cannot be decoded") from None
+    if min(pixels.shape[:2]) < 8:
+        raise Corrupt("smaller than 8 pixels")
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -1,0 +1,229 @@
+"""Teacher outputs in the store: one pass of the teacher over one view of the images gives every output asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from methods.outputs import Output, read_outputs
+from orchestrator.data.pixels import rendered_view
+from orchestrator.data.task import Split, TaskData
+from orchestrator.data.views import Policy, stored_view, view_parameters
+from orchestrator.models import Network
+from orchestrator.models.load import describe
+from orchestrator.store import Entry, Records, Store, key_of, write_records
+from orchestrator.store.store import Busy
+
+VERSION = 1
+DTYPE = "float16"
+
+
+@dataclass
+class Bill:
+    """What a trial paid for in the store, and what others had paid for it.
+
+    Attributes:
+        forwards_paid, forwards_shared: teacher images.
+        seconds_paid, seconds_saved: of computing.
+        entries: `stage/key` of everything read.
+    """
+
+    forwards_paid: int = 0
+    forwards_shared: int = 0
+    seconds_paid: float = 0.0
+    seconds_saved: float = 0.0
+    hits: int = 0
+    misses: int = 0
+
+    def add(self, entry: Entry) -> Entry:
+        """Counts one entry; returns it."""
+        forwards, seconds = int(entry.meta["forwards"]), float(entry.meta["seconds"])
+        if entry.computed:
+            self.misses += 1
+            self.forwards_paid += forwards
+            self.seconds_paid += seconds
+        else:
+            self.hits += 1
+            self.forwards_shared += forwards
+            self.seconds_saved += seconds
+        return entry
+
+
+def output_reads(teacher: Network, parameters_key: str, output: Output) -> dict[str, Any]:
+    """What the address of one output of one view hashes."""
+    return {
+        "weights": teacher.weights_hash,
+        "preprocessing": describe(teacher.preprocessing),
+        "parameters": parameters_key,
+        "output": asdict(output),
+        "dtype": DTYPE,
+        "version": VERSION,
+    }
+
+
+def ensure_outputs(
+    store: Store,
+    task: TaskData,
+    split: Split,
+    teacher: Network,
+    policy: Policy,
+    views: Sequence[int],
+    wanted: Iterable[Output],
+    *,
+    also: Iterable[Output] = (),
+    device: str = "cpu",
+    bill: Bill | None = None,
+) -> dict[str, list[Entry]]:
+    """Entries of `wanted` outputs for each of `views`, computed where missing.
+
+    A pass over a view computes everything that is missing of `wanted` and of `also` (what other trials will want):
+    the teacher sees each view once. Views that another trial is computing are left to it while others remain.
+
+    Args:
+        store, task, split: what is read, and where results go.
+        teacher: loaded; its module is run in inference mode.
+        policy, views: which views.
+        wanted, also: see above. `also` is in no key.
+        device: where the teacher runs.
+        bill: counts what was paid and what was shared.
+
+    Returns:
+        By `Output.key`, one entry for each view, in the order of `views`.
+    """
+    wanted = list(dict.fromkeys(wanted))
+    bill = bill if bill is not None else Bill()
+    entries: dict[int, dict[str, Entry]] = {}
+    waiting = list(views)
+    while waiting:
+        before = len(waiting)
+        for view in list(waiting):
+            last_resort = before == len(waiting) and view == waiting[-1]
+            found = _ensure_view(store, task, split, teacher, policy, view, wanted, also, device, wait=last_resort)
+            if found is not None:
+                entries[view] = found
+                waiting.remove(view)
+    for view in views:
+        # One pass gave all outputs of a view, so its forwards are counted once, with the first of them.
+        paid = [e for e in entries[view].values() if e.computed]
+        for number, entry in enumerate(paid or entries[view].values()):
+            if number == 0:
+                bill.add(entry)
+    return {o.key: [entries[v][o.key] for v in views] for o in wanted}
+
+
+def _ensure_view(
+    store: Store,
+    task: TaskData,
+    split: Split,
+    teacher: Network,
+    policy: Policy,
+    view: int,
+    wanted: list[Output],
+    also: Iterable[Output],
+    device: str,
+    *,
+    wait: bool,
+) -> dict[str, Entry] | None:
+    parameters = stored_view(store, split, policy, view)
+
+    def lookup() -> dict[str, Entry]:
+        found = {}
+        for output in wanted:
+            entry = store.get("outputs", key_of(output_reads(teacher, parameters.key, output)))
+            if entry is not None:
+                found[output.key] = entry
+        return found
+
+    found = lookup()
+    if len(found) == len(wanted):
+        return found
+    flight = key_of({"weights": teacher.weights_hash, "parameters": parameters.key, "size": teacher.preprocessing.size})
+    try:
+        with store.lock("pass", flight, wait=wait):
+            found = lookup()
+            if len(found) == len(wanted):
+                return found
+            missing = [
+                o
+                for o in dict.fromkeys([*wanted, *also])
+                if store.get("outputs", key_of(output_reads(teacher, parameters.key, o))) is None
+            ]
+            found.update(_pass(store, task, split, teacher, parameters, view, missing, device))
+            return {o.key: found[o.key] for o in wanted}
+    except Busy:
+        return None
+
+
+def _pass(
+    store: Store,
+    task: TaskData,
+    split: Split,
+    teacher: Network,
+    parameters: Entry,
+    view: int,
+    outputs: list[Output],
+    device: str,
+) -> dict[str, Entry]:
+    started = time.perf_counter()
+    folder = store.scratch("pass", key_of([parameters.key, teacher.weights_hash]))
+    folder.mkdir(parents=True, exist_ok=True)
+    module = teacher.module.to(device)
+    raw = {o.key: (folder / f"{o.key}.raw").open("wb") for o in outputs}
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        for pixels in rendered_view(task, split, view_parameters(parameters), teacher.preprocessing):
+            results = live_outputs(teacher, module, pixels.to(device), outputs)
+            for key, value in results.items():
+                half = value.half().cpu().contiguous()
+                shapes[key] = tuple(half.shape[1:])
+                raw[key].write(half.numpy().tobytes())
+    finally:
+        for file in raw.values():
+            file.close()
+    seconds = time.perf_counter() - started
+    entries = {}
+    for number, output in enumerate(outputs):
+        reads = output_reads(teacher, parameters.key, output)
+
+        def write(target: Path, output: Output = output, number: int = number) -> dict[str, Any]:
+            values = np.memmap(folder / f"{output.key}.raw", dtype=np.float16, mode="r")
+            table = torch.from_numpy(np.asarray(values).reshape(len(split), *shapes[output.key]).view())
+            step = 256
+            batches = (table[i : i + step] for i in range(0, len(split), step))
+            write_records(target / "records.arrow", len(split), batches, DTYPE)
+            return {
+                # The pass is paid once, whatever the number of outputs that it gave.
+                "forwards": len(split) if number == 0 else 0,
+                "seconds": seconds if number == 0 else 0.0,
+                "pass_forwards": len(split),
+                "teacher": teacher.entry.model_dump(mode="json"),
+                "task": task.spec.model_dump(mode="json"),
+                "view": view,
+                "output": asdict(output),
+            }
+
+        entries[output.key] = store.compute("outputs", key_of(reads), write, reads=reads)
+        (folder / f"{output.key}.raw").unlink()
+    folder.rmdir()
+    return entries
+
+
+def live_outputs(
+    teacher: Network, module: torch.nn.Module, pixels: Tensor, outputs: Sequence[Output]
+) -> dict[str, Tensor]:
+    """Teacher outputs of uint8 pixels [B, 3, S, S] at the teacher's size, computed now."""
+    with torch.inference_mode():
+        results = read_outputs(module, teacher.preprocessing.normalise(pixels), outputs)
+    return {key: value.detach().clone() for key, value in results.items()}
+
+
+def open_outputs(entries: Sequence[Entry]) -> list[Records]:
+    """The memory maps of the entries of one output, one for each view."""
+    return [Records(entry.path / "records.arrow") for entry in entries]

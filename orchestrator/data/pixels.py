@@ -1,0 +1,111 @@
+"""Pixels of views at a network's size: rendered once into the store where they fit, else rendered as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.data.task import Split, TaskData
+from orchestrator.data.views import Policy, draw, render, stored_view, view_parameters
+from orchestrator.models.load import Preprocessing
+from orchestrator.store import Records, Store, key_of, write_records
+
+VERSION = 1
+READ_THREADS = 2
+
+
+class Pixels(Protocol):
+    """Pixels of views of a split."""
+
+    def batch(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
+        """uint8 [B, 3, S, S] of the images `rows` [B] under the views `views` [B]."""
+        ...
+
+
+class RenderedPixels:
+    """Rendered from the encoded images at each call."""
+
+    def __init__(self, task: TaskData, split: Split, policy: Policy, preprocessing: Preprocessing) -> None:
+        self.task = task
+        self.split = split
+        self.policy = policy
+        self.preprocessing = preprocessing
+
+    def _one(self, row: int, view: int) -> Tensor:
+        parameters = draw(self.policy, self.split.ids[row], self.split.sizes[row], view)
+        image = self.task.image(self.split, row)
+        return render(image, parameters, self.preprocessing.size, self.preprocessing.interpolation)
+
+    def batch(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return torch.stack(list(pool.map(self._one, rows.tolist(), views.tolist())))
+
+
+class StoredPixels:
+    """Read from the store by memory map."""
+
+    def __init__(self, tables: Sequence[Records]) -> None:
+        self.tables = tables
+
+    def batch(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
+        record = self.tables[0].shape
+        result = torch.empty((len(rows), *record), dtype=torch.uint8)
+        for view in np.unique(views):
+            where = np.flatnonzero(views == view)
+            result[torch.from_numpy(where)] = self.tables[int(view)].rows(rows[where])
+        return result
+
+
+def rendered_view(
+    task: TaskData, split: Split, parameters: np.ndarray, preprocessing: Preprocessing, batch: int = 64
+) -> Iterator[Tensor]:
+    """uint8 [b, 3, S, S] batches of one view of every image, in order."""
+
+    def one(row: int) -> Tensor:
+        return render(task.image(split, row), parameters[row], preprocessing.size, preprocessing.interpolation)
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for start in range(0, len(split), batch):
+            yield torch.stack(list(pool.map(one, range(start, min(start + batch, len(split))))))
+
+
+def stored_pixels(
+    store: Store, task: TaskData, split: Split, policy: Policy, view: int, preprocessing: Preprocessing
+) -> Records:
+    """One view of every image at one size, from the store."""
+    parameters = stored_view(store, split, policy, view)
+    reads: dict[str, Any] = {
+        "parameters": parameters.key,
+        "size": preprocessing.size,
+        "interpolation": preprocessing.interpolation,
+        "version": VERSION,
+    }
+
+    def write(folder: Path) -> dict[str, Any]:
+        batches = rendered_view(task, split, view_parameters(parameters), preprocessing)
+        write_records(folder / "pixels.arrow", len(split), batches, "uint8")
+        return {}
+
+    entry = store.compute("pixels", key_of(reads), write, reads=reads)
+    return Records(entry.path / "pixels.arrow")
+
+
+def open_pixels(
+    store: Store,
+    task: TaskData,
+    split: Split,
+    policy: Policy,
+    views: int | None,
+    preprocessing: Preprocessing,
+    limit_gb: float,
+) -> Pixels:
+    """Pixels of the first `views` views; None: any number of fresh ones. Stored where they take at most `limit_gb`."""
+    if views is None or len(split) * views * 3 * preprocessing.size**2 > limit_gb * 1e9:
+        return RenderedPixels(task, split, policy, preprocessing)
+    return StoredPixels([stored_pixels(store, task, split, policy, v, preprocessing) for v in range(views)])

@@ -1,0 +1,98 @@
+"""Views: replayable augmentations. Their parameters are stored, so that any later run sees the same pixels.
+
+View 0 of an image is its central square. View v > 0 is a random resized crop, a flip and a colour change whose
+parameters depend on the image's content, v, and the policy alone. They are drawn once and stored as numbers, not as a
+seed: a library update cannot change them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as T
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+
+from orchestrator.data.task import Split
+from orchestrator.store import Entry, Records, Store, key_of, write_records
+
+VERSION = 1
+COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How views are drawn.
+
+    Attributes:
+        crop_scale: smallest share of the image's area that a crop keeps; aspect ratio 3/4 to 4/3.
+        color: brightness, contrast and saturation factors are uniform in [1 - color, 1 + color].
+    """
+
+    crop_scale: float
+    color: float
+
+
+def draw(policy: Policy, image_id: str, size: tuple[int, int], view: int) -> np.ndarray:
+    """[8] float32, see `COLUMNS`: the crop in pixels of the original, flip 0 or 1, colour factors."""
+    height, width = size
+    side = min(height, width)
+    if view == 0:
+        return np.array([(height - side) // 2, (width - side) // 2, side, side, 0, 1, 1, 1], dtype=np.float32)
+    seed = hashlib.sha256(f"{image_id}|{view}|{policy.crop_scale:.6f}|{policy.color:.6f}".encode()).digest()
+    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(seed[:16], "little")))
+    h = w = side
+    for _ in range(10):  # as torchvision's RandomResizedCrop: ten tries, then the central square
+        area = height * width * rng.uniform(policy.crop_scale, 1.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            break
+    else:
+        h = w = side
+    top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+    flip = float(rng.random() < 0.5)
+    colour = rng.uniform(1 - policy.color, 1 + policy.color, size=3)
+    return np.array([top, left, h, w, flip, *colour], dtype=np.float32)
+
+
+def render(image: Tensor, parameters: np.ndarray, size: int, interpolation: str) -> Tensor:
+    """uint8 [3, H, W] to uint8 [3, size, size] under one view."""
+    top, left, height, width = (int(v) for v in parameters[:4])
+    mode = InterpolationMode(interpolation) if interpolation in ("bilinear", "bicubic") else InterpolationMode.BICUBIC
+    pixels = T.resized_crop(image, top, left, height, width, [size, size], interpolation=mode, antialias=True)
+    if parameters[4]:
+        pixels = T.horizontal_flip(pixels)
+    for factor, change in zip(parameters[5:], (T.adjust_brightness, T.adjust_contrast, T.adjust_saturation), strict=True):
+        if factor != 1:
+            pixels = change(pixels, float(factor))
+    return pixels
+
+
+def stored_view(store: Store, split: Split, policy: Policy, view: int) -> Entry:
+    """The store entry with the parameters [N, 8] of one view of every image of `split`."""
+    # View 0 is the same under every policy, so its address leaves the policy out.
+    reads: dict[str, Any] = {
+        "images": split.images_hash,
+        "view": view,
+        "policy": asdict(policy) if view else None,
+        "version": VERSION,
+    }
+
+    def write(folder: Path) -> dict[str, Any]:
+        rows = np.stack([draw(policy, i, s, view) for i, s in zip(split.ids, split.sizes, strict=True)])
+        write_records(folder / "parameters.arrow", len(split), [torch.from_numpy(rows)], "float32")
+        return {}
+
+    return store.compute("views", key_of(reads), write, reads=reads)
+
+
+def view_parameters(entry: Entry) -> np.ndarray:
+    """[N, 8] of a `views` entry."""
+    return Records(entry.path / "parameters.arrow").all().numpy()

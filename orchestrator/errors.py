@@ -1,0 +1,26 @@
+"""Errors that a person reads. `UserError` is the user's input being wrong (exit code 2)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The user's input is wrong: one sentence that names the key or file, what was found, and what is allowed."""
+
+
+class WorkError(Exception):
+    """The input was right and the work failed (exit code 1): one sentence."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest known word, or an empty string."""
+    matches = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def listed(words: Iterable[str]) -> str:
+    """`a, b and c`, in the given order."""
+    words = [str(w) for w in words]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "none"

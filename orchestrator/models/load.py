@@ -1,0 +1,243 @@
+"""Building networks, loading their weights, and what planning needs to know of them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from methods.contract import Deployed, NetworkInfo
+from methods.outputs import count_intermediates
+from orchestrator.errors import UserError
+from orchestrator.models.names import Role, local_weights, timm_name, wants_weights
+from orchestrator.spec import Model
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network expects: a square of `size` pixels, resized with `interpolation`, then (x - mean) / std."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] to normalised float32."""
+        mean = torch.tensor(self.mean, device=pixels.device).view(1, -1, 1, 1) * 255
+        std = torch.tensor(self.std, device=pixels.device).view(1, -1, 1, 1) * 255
+        return (pixels.float() - mean) / std
+
+
+@dataclass(frozen=True)
+class Network:
+    """A loaded network with its own preprocessing, and the hash of its weights."""
+
+    entry: Model
+    role: Role
+    module: nn.Module
+    preprocessing: Preprocessing
+    weights_hash: str
+
+
+def build_network(
+    entry: Model,
+    *,
+    num_classes: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    weights: bool = False,
+) -> nn.Module:
+    """Builds the network of an entry; on the CPU, in evaluation mode.
+
+    Args:
+        entry: its name and options.
+        num_classes: size of its head; None keeps its own.
+        changes: constructor arguments that differ, such as a smaller depth.
+        weights: load its pre-trained weights (never together with `changes`).
+
+    Raises:
+        UserError: if the weights cannot be had, read, or do not fit.
+    """
+    kwargs: dict[str, Any] = {**entry.kwargs, **(changes or {})}
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if entry.model == "packaged/vit_clipart":
+        from orchestrator.packaged.models import vit_clipart
+
+        return vit_clipart(pretrained=weights, **kwargs).eval()
+    if entry.model == "packaged/efficientnet_lite0" and weights:
+        from orchestrator.packaged.models import efficientnet_lite0
+
+        return efficientnet_lite0(**kwargs).eval()
+    name = timm_name(entry)
+    if entry.model.startswith("local:"):
+        name = name.partition(".")[0]
+        if weights:
+            return _build_local(entry, name, kwargs)
+    try:
+        return _create(name, entry.image_size, {**kwargs, "pretrained": weights}).eval()
+    except UserError:
+        raise
+    except (RuntimeError, OSError, ValueError) as error:
+        if not weights:
+            raise
+        raise UserError(
+            f"The pre-trained weights of {entry.model!r} could not be loaded: {_first_line(error)} "
+            "Without the hub, use `local:PATH` or `pretrained: false`."
+        ) from error
+
+
+def _build_local(entry: Model, name: str, kwargs: dict[str, Any]) -> nn.Module:
+    path = local_weights(entry)
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # safetensors, zip and unpickling errors share no base class
+        raise UserError(f"The weight file {str(path)!r} cannot be read: {_first_line(error)}") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"The weight file {str(path)!r} does not hold a state dict of tensors.")
+    wanted = kwargs.pop("num_classes", None)
+    network = _create(name, entry.image_size, kwargs)
+    head = network.pretrained_cfg.get("classifier")
+    stored = state.get(f"{head}.weight") if isinstance(head, str) else None
+    if isinstance(head, str):
+        network.reset_classifier(0 if stored is None else int(stored.shape[0]))
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"The weights in {str(path)!r} do not fit {entry.architecture}: {_first_line(error)}") from error
+    if wanted is not None and (stored is None or wanted != int(stored.shape[0])):
+        network.reset_classifier(wanted)
+    return network.eval()
+
+
+def _create(name: str, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:
+    if image_size is not None:
+        try:
+            return timm.create_model(name, img_size=image_size, **kwargs)
+        except TypeError:
+            pass  # most convolutional networks take no img_size: they work at any size
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise UserError(f"timm cannot build {name!r} with {kwargs}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2])[:240] or type(error).__name__
+    return text if text.endswith(".") else text + "."
+
+
+def preprocessing_of(entry: Model, network: nn.Module) -> Preprocessing:
+    """Normalisation and size belong to the checkpoint; `image_size` of the entry overrides the size."""
+    config = timm.data.resolve_model_data_config(network)
+    return Preprocessing(
+        size=entry.image_size or int(config["input_size"][-1]),
+        mean=tuple(float(v) for v in config["mean"]),
+        std=tuple(float(v) for v in config["std"]),
+        interpolation=str(config["interpolation"]),
+    )
+
+
+def hash_weights(network: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def _load(key: str, role: Role) -> Network:
+    entry = Model.model_validate_json(key)
+    if wants_weights(entry, role):
+        module = build_network(entry, weights=True)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = build_network(entry)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return Network(entry, role, module, preprocessing_of(entry, module), hash_weights(module))
+
+
+def load_network(entry: Model, role: Role) -> Network:
+    """The network with its weights, loaded once a process. Do not change it: copy `module` first."""
+    return _load(entry.model_dump_json(), role)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(key: str, role: Role) -> tuple[NetworkInfo, Preprocessing]:
+    entry = Model.model_validate_json(key)
+    try:
+        with torch.device("meta"):
+            network = build_network(entry)
+    except (NotImplementedError, RuntimeError):
+        network = build_network(entry)  # a few constructors compute with their tensors
+    blocks = getattr(network, "blocks", None)
+    uniform = hasattr(network, "patch_embed") and hasattr(network, "norm") and isinstance(blocks, nn.Sequential)
+    preprocessing = preprocessing_of(entry, network)
+    info = NetworkInfo(
+        name=entry.model,
+        kind="vit" if uniform else "cnn" if count_intermediates(network) else "other",
+        width=int(getattr(network, "head_hidden_size", None) or network.num_features),
+        blocks=len(blocks) if uniform and isinstance(blocks, nn.Sequential) else 0,
+        intermediates=count_intermediates(network),
+        image_size=preprocessing.size,
+        pretrained=wants_weights(entry, role),
+    )
+    return info, preprocessing
+
+
+def plan_network(entry: Model, role: Role) -> tuple[NetworkInfo, Preprocessing]:
+    """What planning needs, without loading weights."""
+    return _plan(entry.model_dump_json(), role)
+
+
+def deploy_network(entry: Model, num_classes: int, changes: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """The plain network of a stored student, in evaluation mode."""
+    network = build_network(entry, num_classes=num_classes, changes=changes)
+    network.load_state_dict(dict(state), strict=True)
+    return network.eval()
+
+
+def save_student(folder: Path, deployed: Deployed, meta: Mapping[str, Any]) -> None:
+    """Writes `model.safetensors` and `student.json`; `meta` must hold model, role, changes, num_classes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in deployed.network.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    (folder / "student.json").write_text(json.dumps(meta, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def load_student(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A stored student, in evaluation mode, and its `student.json`.
+
+    Raises:
+        UserError: if the folder holds no student.
+    """
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        state = load_file(folder / "model.safetensors")
+    except (OSError, ValueError) as error:
+        raise UserError(f"There is no readable student in {str(folder)!r}: {_first_line(error)}") from error
+    entry = Model.model_validate(meta["model"])
+    return deploy_network(entry, meta["num_classes"], meta["changes"], state), meta
+
+
+def describe(preprocessing: Preprocessing) -> dict[str, Any]:
+    """As plain JSON."""
+    return json.loads(json.dumps(asdict(preprocessing)))

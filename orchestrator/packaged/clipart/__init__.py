@@ -1,0 +1,1 @@
+"""The default task: 9 topics of public-domain clip art."""

@@ -1,0 +1,1 @@
+"""The packaged ViT teacher: weights, model card and training script."""

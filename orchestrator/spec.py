@@ -1,0 +1,361 @@
+"""The sweep file: its schema (pydantic, strict), reading it, and `--set` overrides.
+
+The descriptions below are the documentation of the keys: `orchestrator check --keys` prints them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from orchestrator.errors import UserError, listed, nearest
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+METRICS: dict[str, Literal["max", "min"]] = {
+    "val_metric": "max",
+    "params_total": "min",
+    "params_trained": "min",
+    "flops": "min",
+    "latency_ms": "min",
+    "device_seconds": "min",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class Splits(Section):
+    """How images without a ready-made split are divided."""
+
+    val: float = Field(default=0.2, gt=0, lt=1, description="Share of the images kept for choosing (the search sees it).")
+    test: float = Field(default=0.2, gt=0, lt=1, description="Share of the images read once, for the chosen student.")
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> Splits:
+        if self.val + self.test >= 0.95:
+            raise ValueError(f"val + test = {self.val + self.test:g} leaves no images for training; at most 0.95")
+        return self
+
+
+class Task(Section):
+    """The user's data."""
+
+    data: str = Field(
+        description="`packaged/clipart`, `folder:PATH` (one subfolder a class, or train/val/test above those), "
+        "or `parquet:PATH` (a file or folder with columns image and label, optionally split)."
+    )
+    shots: int | None = Field(default=20, ge=1, description="Labelled images a class; null labels all of them.")
+    unlabelled: bool = Field(default=True, description="Whether the other training images are used without labels.")
+    splits: Splits = Field(default_factory=Splits, description="Shares, where the data brings no split of its own.")
+    seed: int = Field(default=0, ge=0, description="Draws the split and the labelled images; another seed, another draw.")
+
+    @field_validator("data")
+    @classmethod
+    def _known_source(cls, value: str) -> str:
+        kind, _, rest = value.partition(":")
+        if value.startswith("packaged/") or (kind in ("folder", "parquet") and rest):
+            return value
+        raise ValueError(f"{value!r} is not a data source; allowed: packaged/clipart, folder:PATH, parquet:PATH")
+
+
+class Model(Section):
+    """A teacher or a student by name; a plain string stands for `{model: STRING}`."""
+
+    model: str = Field(description="`timm/NAME[.TAG]`, `local:PATH` (safetensors, or .pth read safely), `packaged/NAME`.")
+    pretrained: bool | None = Field(
+        default=None,
+        description="Load pre-trained weights (timm: from the hub). Null: yes for a teacher, no for a timm student.",
+    )
+    architecture: str | None = Field(default=None, description="For `local:`: the `timm/NAME` that the weights fit.")
+    image_size: int | None = Field(default=None, ge=16, le=2048, description="Side of the input in pixels; null: its own.")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Further constructor arguments, as timm names them.")
+
+    @field_validator("model")
+    @classmethod
+    def _known_prefix(cls, value: str) -> str:
+        if value.startswith(("timm/", "local:", "packaged/")) and len(value.split("/", 1)[-1]):
+            return value
+        raise ValueError(f"{value!r} is not a model; allowed: timm/NAME, local:PATH, packaged/NAME")
+
+
+def _as_model(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+ModelEntry = Annotated[Model, BeforeValidator(_as_model)]
+
+
+class Objective(Section):
+    """One objective; a plain string stands for `{metric: STRING}`."""
+
+    metric: str = Field(default="val_metric", description=f"One of {listed(METRICS)}.")
+    mode: Literal["max", "min"] | None = Field(default=None, description="Null: what is better for that metric.")
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, value: str) -> str:
+        if value not in METRICS:
+            raise ValueError(f"unknown metric {value!r}; allowed: {listed(METRICS)}.{nearest(value, METRICS)}")
+        return value
+
+    @property
+    def direction(self) -> Literal["max", "min"]:
+        return self.mode or METRICS[self.metric]
+
+
+def _as_objective(value: Any) -> Any:
+    return {"metric": value} if isinstance(value, str) else value
+
+
+class Search(Section):
+    """How trials are proposed and stopped."""
+
+    trials: int = Field(default=20, ge=1, description="Trials in all, the first ones (see `defaults_first`) included.")
+    sampler: Literal["tpe", "random", "grid"] = Field(default="tpe", description="Optuna's TPE, random, or every combination.")
+    defaults_first: bool = Field(
+        default=True,
+        description="Begin with each method at its default knobs, once for every teacher and student it can serve.",
+    )
+    scheduler: Literal["asha", "median", "none"] = Field(default="none", description="Early stopping of weak trials.")
+    grace: float = Field(default=0.25, gt=0, lt=1, description="Share of its budget that a trial gets before it may stop.")
+    reduction: int = Field(default=3, ge=2, le=10, description="ASHA keeps one in this many at each rung.")
+    concurrency: int | None = Field(default=None, ge=1, description="Trials at a time; null: as many as the devices allow.")
+    reproducible: bool = Field(
+        default=True,
+        description="Propose each trial from a fixed set of earlier results, so that the same file and seed propose the "
+        "same trials whatever finishes first. False lets every free slot be filled at once.",
+    )
+    time_budget_s: float | None = Field(default=None, gt=0, description="No new trial after this many seconds.")
+    device_hours: float | None = Field(default=None, gt=0, description="No new trial after this many device-hours.")
+    seed: int = Field(default=0, ge=0, description="Seed of the sampler and of every trial.")
+
+
+class Train(Section):
+    """The budget that all methods share."""
+
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps of a trial's budget; or give `epochs`.")
+    epochs: float | None = Field(default=None, gt=0, description="Instead of steps: passes over the training images.")
+    batch: int = Field(default=64, ge=2, description="Global batch size, over all workers.")
+    views: int = Field(default=4, ge=1, le=1000, description="Stored augmented views an image; view 0 is the plain image.")
+    fresh: bool = Field(
+        default=False,
+        description="Draw a new view every epoch instead: the teacher then runs live, and the leaderboard shows the cost.",
+    )
+    crop_scale: float = Field(default=0.35, gt=0, le=1, description="Smallest share of the image that a view may crop.")
+    color: float = Field(default=0.0, ge=0, le=1, description="Strength of brightness, contrast and saturation jitter.")
+    workers: int = Field(default=1, ge=1, description="Processes a trial; more than one trains under DDP (Ray Train).")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where the cluster has one.")
+    gpus_per_worker: float = Field(default=1.0, gt=0, description="A fraction puts several trials on one GPU.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Autocast precision of training.")
+    threads: int = Field(default=1, ge=1, description="Torch threads of each trial process; also the CPUs it reserves.")
+    checkpoint_s: float = Field(default=30.0, gt=0, description="Seconds between checkpoints of a training stage.")
+    sync_batchnorm: bool = Field(default=True, description="With several workers: batch norm over the global batch.")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Train:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps: {self.steps} and epochs: {self.epochs:g} are both given; give one of them")
+        if self.batch % self.workers:
+            raise ValueError(f"batch: {self.batch} is not divisible by workers: {self.workers}")
+        return self
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps of a whole budget, for `images` training images."""
+        if self.epochs is not None:
+            return max(1, round(self.epochs * images / self.batch))
+        return self.steps if self.steps is not None else 1000
+
+
+class StoreLimits(Section):
+    """Limits of the shared store."""
+
+    max_gb: float | None = Field(default=None, gt=0, description="`store gc` shrinks the store to this; null: no limit.")
+    min_free_gb: float = Field(default=0.5, ge=0, description="A stage is refused where it would leave less free disk.")
+    pixels_gb: float = Field(default=4.0, ge=0, description="Rendered views are stored if they take at most this much.")
+
+
+Number = int | float
+Knob = Any
+
+
+class SweepSpec(Section):
+    """A sweep file."""
+
+    name: str = Field(description="The sweep's folder below `storage`: letters, digits, `.`, `_`, `-`; at most 64.")
+    task: Task = Field(description="The user's data.")
+    teachers: list[ModelEntry] = Field(default_factory=list, description="Frozen pre-trained networks; searched.")
+    students: list[ModelEntry] = Field(default_factory=list, description="Networks that may be deployed; searched.")
+    methods: dict[str, dict[str, Knob]] = Field(
+        min_length=1,
+        description="Method name -> its knobs: a fixed value, a list to choose from, or {low, high, log, int}. "
+        "An empty mapping means the method's own default space. `orchestrator methods` lists them.",
+    )
+    objectives: list[Annotated[Objective, BeforeValidator(_as_objective)]] = Field(
+        default_factory=lambda: [Objective()], min_length=1, description="One or several; the first ranks the leaderboard."
+    )
+    search: Search = Field(default_factory=Search, description="How trials are proposed and stopped.")
+    train: Train = Field(default_factory=Train, description="The budget that all methods share.")
+    store: StoreLimits = Field(default_factory=StoreLimits, description="Limits of the shared store.")
+    storage: str = Field(default="runs", description="Folder for sweeps and the store; a shared one on a cluster.")
+
+    @field_validator("name")
+    @classmethod
+    def _short_name(cls, value: str) -> str:
+        if value == "store" or not NAME.fullmatch(value):
+            raise ValueError(f"{value!r} cannot name a folder; allowed: letters, digits, '.', '_', '-', at most 64, not 'store'")
+        return value
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: Any) -> Any:
+        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _distinct_objectives(self) -> SweepSpec:
+        metrics = [o.metric for o in self.objectives]
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"objectives name {listed(metrics)}: each metric once")
+        if len(metrics) > 1 and self.search.scheduler != "none":
+            raise ValueError(
+                f"search.scheduler: {self.search.scheduler} stops by one metric and cannot serve {len(metrics)} objectives; "
+                "use none"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole file with every default written out; reading it gives an equal spec."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_spec(path: str | Path, overrides: list[str] | None = None) -> SweepSpec:
+    """Reads a sweep file and applies `key.path=value` overrides (values are YAML).
+
+    Raises:
+        UserError: if the file is missing, is not YAML, or does not fit the schema.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise UserError(f"There is no sweep file {str(path)!r}.{nearest(path.name, known)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The sweep file {str(path)!r} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise UserError(f"The sweep file {str(path)!r} is not valid YAML{where}: {problem}.") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"The sweep file {str(path)!r} holds {type(raw).__name__}, not a mapping of keys.")
+    for override in overrides or []:
+        _override(raw, override)
+    return parse_spec(raw, str(path))
+
+
+def parse_spec(raw: dict[str, Any], where: str = "the sweep file") -> SweepSpec:
+    """Validates a mapping; `where` names it in errors."""
+    try:
+        return SweepSpec.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(explain(error, SweepSpec, where)) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override!r} is not of the form key.path=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {path}: {text!r} is not a YAML value.") from None
+    node: Any = raw
+    *parents, last = path.split(".")
+    for i, key in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_index(node, key, path)]
+            continue
+        if key not in node or node[key] is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict | list):
+            raise UserError(f"--set {path}: {'.'.join(parents[: i + 1])} is {node!r}, which has no keys below it.")
+    if isinstance(node, list):
+        node[_index(node, last, path)] = value
+    else:
+        node[last] = value
+
+
+def _index(node: list[Any], key: str, path: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise UserError(f"--set {path}: {key!r} is not a position in a list of {len(node)} (0 to {len(node) - 1}).")
+    return int(key)
+
+
+def explain(error: ValidationError, schema: type[BaseModel], where: str) -> str:
+    """The first problem of a pydantic error as one sentence with the key, what was found, and the nearest key."""
+    problem = error.errors(include_url=False)[0]
+    more = len(error.errors()) - 1
+    tail = f" ({more} more problem{'s' if more > 1 else ''} after this one.)" if more else ""
+    loc = [part for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    key = ".".join(str(part) for part in loc)
+    kind, found = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        known = _keys_at(schema, loc[:-1])
+        return f"Unknown key {key!r} in {where}; allowed here: {listed(known)}.{nearest(str(loc[-1]), known)}{tail}"
+    if kind == "missing":
+        return f"The key {key!r} is missing in {where}.{tail}"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if kind == "value_error" else f"; found {_shown(found)}"
+    prefix = f"{key}: " if key else ""
+    end = "" if message.endswith(("?", ".")) and not shown else "."
+    return f"In {where}, {prefix}{message[0].lower() if kind != 'value_error' else message[0]}{message[1:]}{shown}{end}{tail}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_at(schema: type[BaseModel], loc: list[Any]) -> list[str]:
+    """Names of the keys of the section that `loc` leads to."""
+    current: Any = schema
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, BaseModel) else None
+        current = _section_of(field.annotation) if field is not None else None
+        if current is None:
+            return []
+    return list(current.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        section = _section_of(argument)
+        if section is not None:
+            return section
+    return None
+
+
+def documented_keys(section: type[BaseModel] = SweepSpec, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every key of the sweep file: (dotted key, default as YAML or `required`, description)."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        is_list = "list" in str(field.annotation)
+        key = f"{prefix}{name}{'[]' if inner is not None and is_list else ''}"
+        if inner is not None:
+            rows.append((key, "required" if field.is_required() else "", field.description or ""))
+            rows += documented_keys(inner, f"{key}.")
+            continue
+        default = "required" if field.is_required() else yaml.safe_dump(field.get_default(call_default_factory=True))
+        rows.append((key, default.replace("...", "").strip(), field.description or ""))
+    return rows

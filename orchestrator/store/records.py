@@ -1,0 +1,89 @@
+"""Records of one fixed size in an Arrow file, read by memory map without a copy.
+
+One file holds one record batch with one column of fixed-size binary: record `i` lies at a constant offset, so a lookup
+is a seek, and the whole column is one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+TYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8, "int64": torch.int64}
+
+
+def write_records(path: Path, count: int, batches: Iterable[Tensor], dtype: str) -> None:
+    """Writes `count` records that come in order, in batches [b, ...] of one shape.
+
+    Raises:
+        ValueError: if there are fewer or more records than `count`.
+    """
+    raw = path.with_suffix(".raw")
+    shape: tuple[int, ...] | None = None
+    written = 0
+    with raw.open("wb") as file:
+        for batch in batches:
+            batch = batch.detach().cpu().to(TYPES[dtype]).contiguous()
+            shape = shape or tuple(batch.shape[1:])
+            if tuple(batch.shape[1:]) != shape:
+                raise ValueError(f"Records of shape {tuple(batch.shape[1:])} after records of shape {shape}.")
+            written += len(batch)
+            file.write(batch.numpy().tobytes())
+    if written != count or shape is None:
+        raise ValueError(f"{written} records were given where {count} were expected.")
+    width = int(np.prod(shape, dtype=np.int64)) * TYPES[dtype].itemsize
+    source = np.memmap(raw, dtype=np.uint8, mode="r")
+    column = pa.Array.from_buffers(pa.binary(width), count, [None, pa.py_buffer(source)])
+    schema = pa.schema(
+        [pa.field("record", pa.binary(width))],
+        metadata={"dtype": dtype, "shape": ",".join(str(n) for n in shape)},
+    )
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([column], schema=schema))
+    del column, source
+    raw.unlink()
+
+
+class Records:
+    """A file of records as a read-only tensor [N, ...] over the memory map.
+
+    Args:
+        path: an Arrow file that `write_records` wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._map = pa.memory_map(str(path), "r")
+        reader = pa.ipc.open_file(self._map)
+        metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
+        self._batch = reader.get_batch(0)
+        column = self._batch.column(0)
+        shape = tuple(int(n) for n in metadata["shape"].split(",") if n)
+        values = np.frombuffer(column.buffers()[1], dtype=metadata["dtype"], count=len(column) * _size(shape))
+        # Torch warns that the map is read-only; nothing here writes to it.
+        values.flags.writeable = False
+        self._values = values.reshape(len(column), *shape)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one record."""
+        return self._values.shape[1:]
+
+    def rows(self, indices: Tensor | np.ndarray | list[int]) -> Tensor:
+        """[n, ...] the records at `indices`, copied out of the map."""
+        return torch.from_numpy(self._values[np.asarray(indices, dtype=np.int64)])
+
+    def all(self) -> Tensor:
+        """[N, ...] every record, copied out of the map."""
+        return torch.from_numpy(self._values.copy())
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
