@@ -32,7 +32,9 @@ class Section(BaseModel):
 class Splits(Section):
     """How images without a ready-made split are divided."""
 
-    val: float = Field(default=0.2, gt=0, lt=1, description="Share of the images kept for choosing (the search sees it).")
+    val: float = Field(
+        default=0.2, gt=0, lt=1, description="Share of the images kept for choosing (the search sees it)."
+    )
     test: float = Field(default=0.2, gt=0, lt=1, description="Share of the images read once, for the chosen student.")
 
     @model_validator(mode="after")
@@ -52,7 +54,9 @@ class Task(Section):
     shots: int | None = Field(default=20, ge=1, description="Labelled images a class; null labels all of them.")
     unlabelled: bool = Field(default=True, description="Whether the other training images are used without labels.")
     splits: Splits = Field(default_factory=Splits, description="Shares, where the data brings no split of its own.")
-    seed: int = Field(default=0, ge=0, description="Draws the split and the labelled images; another seed, another draw.")
+    seed: int = Field(
+        default=0, ge=0, description="Draws the split and the labelled images; another seed, another draw."
+    )
 
     @field_validator("data")
     @classmethod
@@ -66,14 +70,20 @@ class Task(Section):
 class Model(Section):
     """A teacher or a student by name; a plain string stands for `{model: STRING}`."""
 
-    model: str = Field(description="`timm/NAME[.TAG]`, `local:PATH` (safetensors, or .pth read safely), `packaged/NAME`.")
+    model: str = Field(
+        description="`timm/NAME[.TAG]`, `local:PATH` (safetensors, or .pth read safely), `packaged/NAME`."
+    )
     pretrained: bool | None = Field(
         default=None,
         description="Load pre-trained weights (timm: from the hub). Null: yes for a teacher, no for a timm student.",
     )
     architecture: str | None = Field(default=None, description="For `local:`: the `timm/NAME` that the weights fit.")
-    image_size: int | None = Field(default=None, ge=16, le=2048, description="Side of the input in pixels; null: its own.")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="Further constructor arguments, as timm names them.")
+    image_size: int | None = Field(
+        default=None, ge=16, le=2048, description="Side of the input in pixels; null: its own."
+    )
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Further constructor arguments, as timm names them."
+    )
 
     @field_validator("model")
     @classmethod
@@ -116,15 +126,21 @@ class Search(Section):
     """How trials are proposed and stopped."""
 
     trials: int = Field(default=20, ge=1, description="Trials in all, the first ones (see `defaults_first`) included.")
-    sampler: Literal["tpe", "random", "grid"] = Field(default="tpe", description="Optuna's TPE, random, or every combination.")
+    sampler: Literal["tpe", "random", "grid"] = Field(
+        default="tpe", description="Optuna's TPE, random, or every combination."
+    )
     defaults_first: bool = Field(
         default=True,
         description="Begin with each method at its default knobs, once for every teacher and student it can serve.",
     )
     scheduler: Literal["asha", "median", "none"] = Field(default="none", description="Early stopping of weak trials.")
-    grace: float = Field(default=0.25, gt=0, lt=1, description="Share of its budget that a trial gets before it may stop.")
+    grace: float = Field(
+        default=0.25, gt=0, lt=1, description="Share of its budget that a trial gets before it may stop."
+    )
     reduction: int = Field(default=3, ge=2, le=10, description="ASHA keeps one in this many at each rung.")
-    concurrency: int | None = Field(default=None, ge=1, description="Trials at a time; null: as many as the devices allow.")
+    concurrency: int | None = Field(
+        default=None, ge=1, description="Trials at a time; null: as many as the devices allow."
+    )
     reproducible: bool = Field(
         default=True,
         description="Propose each trial from a fixed set of earlier results, so that the same file and seed propose the "
@@ -141,7 +157,9 @@ class Train(Section):
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps of a trial's budget; or give `epochs`.")
     epochs: float | None = Field(default=None, gt=0, description="Instead of steps: passes over the training images.")
     batch: int = Field(default=64, ge=2, description="Global batch size, over all workers.")
-    views: int = Field(default=4, ge=1, le=1000, description="Stored augmented views an image; view 0 is the plain image.")
+    views: int = Field(
+        default=4, ge=1, le=1000, description="Stored augmented views an image; view 0 is the plain image."
+    )
     fresh: bool = Field(
         default=False,
         description="Draw a new view every epoch instead: the teacher then runs live, and the leaderboard shows the cost.",
@@ -174,7 +192,9 @@ class Train(Section):
 class StoreLimits(Section):
     """Limits of the shared store."""
 
-    max_gb: float | None = Field(default=None, gt=0, description="`store gc` shrinks the store to this; null: no limit.")
+    max_gb: float | None = Field(
+        default=None, gt=0, description="`store gc` shrinks the store to this; null: no limit."
+    )
     min_free_gb: float = Field(default=0.5, ge=0, description="A stage is refused where it would leave less free disk.")
     pixels_gb: float = Field(default=4.0, ge=0, description="Rendered views are stored if they take at most this much.")
 
@@ -196,7 +216,9 @@ class SweepSpec(Section):
         "An empty mapping means the method's own default space. `orchestrator methods` lists them.",
     )
     objectives: list[Annotated[Objective, BeforeValidator(_as_objective)]] = Field(
-        default_factory=lambda: [Objective()], min_length=1, description="One or several; the first ranks the leaderboard."
+        default_factory=lambda: [Objective()],
+        min_length=1,
+        description="One or several; the first ranks the leaderboard.",
     )
     search: Search = Field(default_factory=Search, description="How trials are proposed and stopped.")
     train: Train = Field(default_factory=Train, description="The budget that all methods share.")
@@ -207,7 +229,9 @@ class SweepSpec(Section):
     @classmethod
     def _short_name(cls, value: str) -> str:
         if value == "store" or not NAME.fullmatch(value):
-            raise ValueError(f"{value!r} cannot name a folder; allowed: letters, digits, '.', '_', '-', at most 64, not 'store'")
+            raise ValueError(
+                f"{value!r} cannot name a folder; allowed: letters, digits, '.', '_', '-', at most 64, not 'store'"
+            )
         return value
 
     @field_validator("methods", mode="before")

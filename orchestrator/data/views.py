@@ -69,7 +69,9 @@ def render(image: Tensor, parameters: np.ndarray, size: int, interpolation: str)
     pixels = T.resized_crop(image, top, left, height, width, [size, size], interpolation=mode, antialias=True)
     if parameters[4]:
         pixels = T.horizontal_flip(pixels)
-    for factor, change in zip(parameters[5:], (T.adjust_brightness, T.adjust_contrast, T.adjust_saturation), strict=True):
+    for factor, change in zip(
+        parameters[5:], (T.adjust_brightness, T.adjust_contrast, T.adjust_saturation), strict=True
+    ):
         if factor != 1:
             pixels = change(pixels, float(factor))
     return pixels

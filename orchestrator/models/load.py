@@ -116,7 +116,9 @@ def _build_local(entry: Model, name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise UserError(f"The weights in {str(path)!r} do not fit {entry.architecture}: {_first_line(error)}") from error
+        raise UserError(
+            f"The weights in {str(path)!r} do not fit {entry.architecture}: {_first_line(error)}"
+        ) from error
     if wanted is not None and (stored is None or wanted != int(stored.shape[0])):
         network.reset_classifier(wanted)
     return network.eval()
@@ -207,7 +209,9 @@ def plan_network(entry: Model, role: Role) -> tuple[NetworkInfo, Preprocessing]:
     return _plan(entry.model_dump_json(), role)
 
 
-def deploy_network(entry: Model, num_classes: int, changes: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+def deploy_network(
+    entry: Model, num_classes: int, changes: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> nn.Module:
     """The plain network of a stored student, in evaluation mode."""
     network = build_network(entry, num_classes=num_classes, changes=changes)
     network.load_state_dict(dict(state), strict=True)

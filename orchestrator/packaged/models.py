@@ -62,8 +62,8 @@ def efficientnet_lite0_state() -> OrderedDict[str, torch.Tensor]:
 def efficientnet_lite0(num_classes: int = 1000, **kwargs: Any) -> nn.Module:
     """EfficientNet-Lite0 with its ImageNet-1k weights, 4.65 M parameters.
 
-    Input (N, 3, 224, 224) by default, any side from 32 px works; pooled feature (N, 1280). With ``num_classes``
-    other than 1000 the classifier is new and random. ``kwargs`` go to timm's constructor.
+    Input (N, 3, 224, 224) by default, any side from 32 px works; pooled feature (N, 1280). With
+    ``num_classes`` other than 1000 the classifier is new and random. ``kwargs`` go to timm's constructor.
     """
     state = efficientnet_lite0_state()
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False, **kwargs)
@@ -75,7 +75,9 @@ def efficientnet_lite0(num_classes: int = 1000, **kwargs: Any) -> nn.Module:
 
 def clipart_stem(**kwargs: Any) -> nn.Module:
     """Lite0 up to its stride-16 stage, untrained, 0.70 M: (N, 3, H, W) -> [(N, 112, H / 16, W / 16)]."""
-    stem = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(3,), **kwargs)
+    stem = timm.create_model(
+        "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(3,), **kwargs
+    )
     stem.blocks = stem.blocks[:5]  # timm keeps the two stages behind the last output that is asked for
     return stem
 
@@ -85,8 +87,9 @@ def vit_clipart(
 ) -> VisionTransformer:
     """A small hybrid ViT for clip art: Lite0's frozen stem, then ``depth`` equal blocks of width 128.
 
-    Input (N, 3, 96, 96), 1 + 36 tokens, pooled feature (N, 128): the class token after ``norm``. The stem is frozen
-    (no gradients, fixed batch statistics). Fewer blocks than 12 build a student's architecture, without weights.
+    Input (N, 3, 96, 96), 1 + 36 tokens, pooled feature (N, 128): the class token after ``norm``. The stem
+    is frozen: no gradients, fixed batch statistics. Fewer than 12 blocks, ``pretrained=False``, build a
+    student's architecture.
     """
     if pretrained and depth != VIT_DEPTH:
         raise ValueError(

@@ -156,7 +156,9 @@ class Store:
             os.replace(temporary, target)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise WorkError(f"The disk of the store {str(self.root)!r} is full while writing {stage}/{key}.") from error
+                raise WorkError(
+                    f"The disk of the store {str(self.root)!r} is full while writing {stage}/{key}."
+                ) from error
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -218,7 +220,9 @@ class Store:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash_blocks(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash_blocks(file)
+        )
 
 
 def _hash_blocks(file: Any) -> str:

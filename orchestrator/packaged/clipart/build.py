@@ -49,7 +49,7 @@ SHARE_TEST, SHARE_VAL = 0.18, 0.155
 
 
 class Item(NamedTuple):
-    """One accepted picture; ``signature`` is its 256-bit difference hash, ``pixels`` a hash of its content."""
+    """One accepted picture; ``signature`` is a 256-bit difference hash, ``pixels`` a content hash."""
 
     source: str
     label: str
@@ -60,7 +60,7 @@ class Item(NamedTuple):
 
 
 def stem_of(path: str | Path) -> str:
-    """The file name without extension, digits and the ``bw`` mark: ``foo_01.png`` and ``foo_bw2.png`` -> foo."""
+    """The file name without extension, digits and the mark ``bw``: foo_01.png, foo_bw2.png -> foo."""
     words = re.split(r"[_\W]+", re.sub(r"\d+", "", Path(path).stem.lower()))
     return "_".join(word for word in words if word and word != "bw") or Path(path).stem.lower()
 
@@ -115,7 +115,9 @@ def read_items(root: Path) -> list[Item]:
             buffer = io.BytesIO()
             square.save(buffer, "WEBP", quality=QUALITY, method=6)
             pixels = hashlib.sha256(np.asarray(square).tobytes()).hexdigest()
-            items.append(Item(source, topic, stem_of(path), buffer.getvalue(), pixels, difference_hash(square)))
+            items.append(
+                Item(source, topic, stem_of(path), buffer.getvalue(), pixels, difference_hash(square))
+            )
             labels_of[pixels].add(topic)
     kept, seen = [], set()
     for item in items:
@@ -147,7 +149,7 @@ def group_near_duplicates(items: list[Item]) -> list[int]:
 
 
 def assign_splits(items: list[Item], groups: list[int]) -> list[str]:
-    """``train``, ``val`` or ``test`` for each item: whole groups, in an order fixed by a hash of their stems."""
+    """``train``, ``val`` or ``test`` for each item: whole groups, in an order that a hash fixes."""
     members: dict[int, list[int]] = defaultdict(list)
     for i, group in enumerate(groups):
         members[group].append(i)
@@ -178,7 +180,9 @@ def cap_topics(items: list[Item]) -> list[Item]:
     kept: list[Item] = []
     for topic in TOPICS:
         of_topic = [item for item in items if item.label == topic]
-        of_topic.sort(key=lambda item: (hashlib.sha256(("cap" + item.stem).encode()).hexdigest(), item.source))
+        of_topic.sort(
+            key=lambda item: (hashlib.sha256(("cap" + item.stem).encode()).hexdigest(), item.source)
+        )
         kept += of_topic[:CAP]
     return sorted(kept, key=lambda item: item.source)
 
@@ -199,7 +203,9 @@ def build(root: Path) -> pa.Table:
 
 def main() -> None:
     """Write the table and print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--source", type=Path, default=Path("/usr/share/openclipart/png"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("images.parquet"))
     args = parser.parse_args()

@@ -1,0 +1,177 @@
+"""Linear heads on frozen features: multinomial logistic regression, solved exactly rather than trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.contract import FitStage, Given
+from methods.outputs import Output
+
+POOLED = Output("pooled")
+TEACHER_HEAD = "teacher_head"
+L2_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+def fit_linear_head(features: Tensor, labels: Tensor, num_classes: int, l2: float = 1e-2) -> tuple[Tensor, Tensor]:
+    """Fits `softmax(W f + b)` to standardised features and folds the standardisation into the result.
+
+    Minimises `mean cross-entropy + l2 / 2 · ||W||²` over the given rows, with `W` acting on features of zero mean and
+    unit variance and `b` unpenalised (scikit-learn's `C` is `1 / (n · l2)`). Float64, deterministic. Where there are
+    fewer rows than features it is solved in the space that the rows span, which holds the optimum of any L2 penalty.
+
+    Args:
+        features: [n, D].
+        labels: [n] int64 in [0, num_classes).
+        num_classes: C; a class without rows gets a low but finite bias.
+        l2: strength of the penalty, greater than 0.
+
+    Returns:
+        weight [C, D] and bias [C], float32 on the features' device: `logits = f @ weight.T + bias`.
+    """
+    rows = _Rows(features, labels, num_classes)
+    solution, bias = _solve(rows.coordinates, labels, num_classes, l2)
+    return rows.fold(solution, bias)
+
+
+def fit_linear_head_cv(
+    features: Tensor, labels: Tensor, num_classes: int, grid: Sequence[float] = L2_GRID, folds: int = 3
+) -> tuple[Tensor, Tensor]:
+    """`fit_linear_head` with the `l2` of `grid` that gives the lowest held-out cross-entropy.
+
+    Args and returns as there. Stratified folds of the given rows, always the same ones; the larger `l2` wins a tie.
+    The features are standardised once, over all given rows, and the folds are scored in float32.
+    """
+    rows = _Rows(features, labels, num_classes)
+    l2 = _choose_l2(rows.coordinates.float(), labels, num_classes, grid, folds)
+    solution, bias = _solve(rows.coordinates, labels, num_classes, l2)
+    return rows.fold(solution, bias)
+
+
+def stratified_folds(labels: Tensor, folds: int) -> Tensor:
+    """[n] the fold of each row: every class is dealt out evenly, in an order that depends on nothing but the labels.
+
+    At most as many folds as rows, so a class may be missing from a fold where it has fewer rows than there are folds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = shuffled[torch.argsort(labels.cpu()[shuffled], stable=True)]
+    result = torch.empty(len(labels), dtype=torch.int64)
+    result[by_class] = torch.arange(len(labels)) % min(folds, len(labels))
+    return result.to(labels.device)
+
+
+class _Rows:
+    """Standardised features: [n, D], or in the space that they span, [n, r] with r < n, where there are fewer rows."""
+
+    def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
+        if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
+            raise ValueError(f"Features {list(features.shape)} and labels {list(labels.shape)} are not [n, D] and [n].")
+        if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+            raise ValueError(f"Labels lie outside 0 to {num_classes - 1}; a head is fitted on labelled rows only.")
+        raw = features.detach().double()
+        self.mean = raw.mean(0)
+        spread = raw.std(0, correction=0)
+        # A feature that hardly moves must not be blown up to unit variance; it is noise, or it is dead.
+        floor = 1e-3 * spread.square().mean().sqrt()
+        self.std = spread.clamp_min(max(float(floor), 1e-12))
+        standard = (raw - self.mean) / self.std
+        self.axes: Tensor | None = None
+        self.coordinates = standard
+        if len(standard) < standard.shape[1]:
+            values, vectors = torch.linalg.eigh(standard @ standard.T)
+            present = values > values[-1].clamp_min(1e-12) * 1e-12
+            lengths = values[present].sqrt()
+            self.axes = standard.T @ (vectors[:, present] / lengths)
+            self.coordinates = vectors[:, present] * lengths
+
+    def fold(self, solution: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """From weights on `coordinates` to weights on the features as they come."""
+        weight = (solution if self.axes is None else solution @ self.axes.T) / self.std
+        return weight.float(), (bias - weight @ self.mean).float()
+
+
+def _solve(
+    rows: Tensor, labels: Tensor, num_classes: int, l2: float, start: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """weight [C, r] and bias [C] for `rows` [n, r]."""
+    if l2 <= 0:
+        raise ValueError(f"l2 is {l2:g}; it must be greater than 0, or separable classes have no solution.")
+    exact = rows.dtype == torch.float64
+    if start is None:
+        start = rows.new_zeros(num_classes, rows.shape[1]), rows.new_zeros(num_classes)
+    free = torch.cat([start[0], start[1][:, None]], dim=1).requires_grad_(True)
+    # torch's LBFGS forgets every curvature pair below an absolute 1e-10 and would stall far from the optimum.
+    unit = 1e6
+    optimizer = torch.optim.LBFGS(
+        [free],
+        max_iter=1000 if exact else 100,
+        history_size=20,
+        tolerance_grad=unit * (1e-8 if exact else 3e-4),
+        tolerance_change=1e-12 if exact else 1e-5,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        weight = free[:, :-1]
+        loss = F.cross_entropy(rows @ weight.T + free[:, -1], labels) + 0.5 * l2 * weight.square().sum()
+        (unit * loss).backward()
+        return unit * loss.detach()
+
+    with torch.enable_grad():
+        optimizer.step(objective)  # type: ignore[no-untyped-call, arg-type]
+    result = free.detach()
+    return result[:, :-1], result[:, -1]
+
+
+def _choose_l2(rows: Tensor, labels: Tensor, num_classes: int, grid: Sequence[float], folds: int) -> float:
+    fold = stratified_folds(labels, folds)
+    ordered = sorted(grid, reverse=True)
+    held_out = torch.zeros(len(ordered), dtype=torch.float64)
+    for i in range(int(fold.max()) + 1 if len(ordered) > 1 and len(labels) > 1 else 0):
+        seen, unseen = fold != i, fold == i
+        start = None
+        for j, l2 in enumerate(ordered):  # from the smoothest solution on, each starts where the last one ended
+            start = _solve(rows[seen], labels[seen], num_classes, l2, start)
+            logits = rows[unseen] @ start[0].T + start[1]
+            held_out[j] += F.cross_entropy(logits, labels[unseen], reduction="sum").double().cpu()
+    return ordered[int(held_out.argmin())]
+
+
+def fit_teacher_head(params: Mapping[str, Any], given: Given) -> dict[str, Tensor]:
+    """`weight` [C, D] and `bias` [C] of a head on the teacher's pooled features of the labelled images."""
+    weight, bias = fit_linear_head_cv(given.output(POOLED).float(), given.labels, given.num_classes)
+    return {"weight": weight, "bias": bias}
+
+
+def teacher_head_stage() -> FitStage:
+    """The stage that gives a teacher the task's classes. It has no knobs, so every method and trial shares it."""
+    return FitStage(
+        name=TEACHER_HEAD,
+        version=1,
+        fit=fit_teacher_head,
+        outputs=(POOLED,),
+        images="labelled",
+        reads=("labels",),
+    )
+
+
+def load_head(network: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """Gives a timm network a new classifier with these weights ([C, D], [C]) and returns the network.
+
+    Raises:
+        ValueError: if its classifier is not one linear layer on the pooled feature.
+    """
+    network.reset_classifier(len(weight))  # type: ignore[operator]
+    head = network.get_classifier()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear) or head.weight.shape != weight.shape:
+        raise ValueError(f"The network's classifier is not one linear layer of shape {list(weight.shape)}: {head}.")
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    return network

@@ -1,0 +1,301 @@
+"""The command line: commands, no logic. Exit code 0 done, 1 the work failed, 2 the user's input is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.errors import UserError, WorkError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Turns a vision foundation model into the best small student for your own data.",
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 140)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+SetFlag = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the file.")
+]
+SweepDir = Annotated[Path, typer.Argument(help="A sweep's folder: <storage>/<name>.")]
+
+
+class Format(str, Enum):
+    """What `export` writes."""
+
+    safetensors = "safetensors"
+    onnx = "onnx"
+
+
+class StoreAction(str, Enum):
+    """What `store` does."""
+
+    ls = "ls"
+    verify = "verify"
+    gc = "gc"
+
+
+def main() -> None:
+    """Runs the command line; every failure is one sentence on stderr and an exit code."""
+    # Ray tells of its usage and warns of settings that this program chose on purpose.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        err.print(f"Error: {error}", markup=False)
+        sys.exit(2)
+    except WorkError as error:
+        err.print(f"Failed: {error}", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("Stopped. Continue with `orchestrator resume SWEEP_DIR`.")
+        sys.exit(1)
+
+
+def _read(spec: Path, storage: Path | None, name: str | None, trials: int | None, overrides: list[str] | None) -> Any:
+    from orchestrator.spec import read_spec
+    from orchestrator.sweep.run import resolved
+
+    extra = list(overrides or [])
+    if storage is not None:
+        extra.append(f"storage={json.dumps(str(storage))}")
+    if name is not None:
+        extra.append(f"name={json.dumps(name)}")
+    if trials is not None:
+        extra.append(f"search.trials={trials}")
+    return resolved(read_spec(spec, extra))
+
+
+@app.command()
+def check(
+    spec: Annotated[Path | None, typer.Argument(help="A sweep file.")] = None,
+    overrides: SetFlag = None,
+    keys: Annotated[bool, typer.Option("--keys", help="Print every key of the sweep file instead.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Validate everything that can be validated; start nothing."""
+    from orchestrator.spec import documented_keys
+
+    if keys:
+        rows = documented_keys()
+        if as_json:
+            print(json.dumps([{"key": k, "default": d, "description": t} for k, d, t in rows]))
+        else:
+            _table(["key", "default", "what it is"], [list(row) for row in rows])
+        return
+    if spec is None:
+        raise UserError("Which sweep file? `orchestrator check SPEC`, or `orchestrator check --keys` for its keys.")
+    from orchestrator.sweep.run import check_storage, prepare
+
+    read = _read(spec, None, None, None, overrides)
+    check_storage(read)
+    prepared = prepare(read)
+    task = prepared.task
+    facts = {
+        "name": read.name,
+        "classes": len(task.classes),
+        "labelled": len(task.labelled),
+        "unlabelled": task.info.unlabelled,
+        "val": len(task.val),
+        "test": len(task.test),
+        "skipped": task.skipped,
+        "combinations": len(prepared.cells),
+        "dropped": prepared.dropped,
+        "unchecked": prepared.unchecked,
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    out.print(f"{spec}: good.", markup=False)
+    _tell(prepared)
+
+
+def _tell(prepared: Any) -> None:
+    task, spec = prepared.task, prepared.spec
+    out.print(
+        f"{len(task.classes)} classes; train {len(task.labelled)} labelled + {task.info.unlabelled} unlabelled, "
+        f"val {len(task.val)}, test {len(task.test)} images. "
+        f"{len(prepared.cells)} combinations of method, teacher and student; {spec.search.trials} trials of "
+        f"{spec.train.total_steps(len(task.train))} steps x {spec.train.batch} images."
+    )
+    if task.skipped:
+        out.print("Skipped images: " + ", ".join(f"{n} {why}" for why, n in sorted(task.skipped.items())), markup=False)
+    for sentence in prepared.dropped:
+        out.print(f"Left out: {sentence}.", markup=False)
+    for sentence in prepared.unchecked:
+        out.print(f"Not checked: {sentence}", markup=False)
+
+
+@app.command()
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="A sweep file.")],
+    storage: Annotated[Path | None, typer.Option(help="Folder for sweeps and the store.")] = None,
+    name: Annotated[str | None, typer.Option(help="The sweep's name.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Trials in all.")] = None,
+    overrides: SetFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a sweep to its end and show the leaderboard."""
+    from orchestrator.sweep.run import check_storage, create, prepare
+
+    read = _read(spec, storage, name, trials, overrides)
+    check_storage(read)
+    prepared = prepare(read)
+    _run(prepared, create(read), as_json)
+
+
+@app.command()
+def resume(folder: SweepDir, as_json: JsonFlag = False) -> None:
+    """Continue a sweep whose driver died: no finished trial is repeated."""
+    from orchestrator.sweep.run import open_sweep, prepare
+
+    _run(prepare(open_sweep(folder)), folder, as_json)
+
+
+def _run(prepared: Any, folder: Path, as_json: bool) -> None:
+    from orchestrator.select.results import print_leaderboard, read_trials
+    from orchestrator.sweep.board import finish
+    from orchestrator.sweep.run import run
+
+    if not as_json:
+        _tell(prepared)
+    lines: Callable[[str], None] | None = None if as_json else (lambda line: out.print(line, markup=False))
+    from orchestrator.sweep.live import TrialLines
+
+    run(prepared, folder, TrialLines(folder, prepared.spec, lines))
+    finish(folder)
+    frame = read_trials(folder)
+    if as_json:
+        print(frame.to_json(orient="records"))
+    else:
+        print_leaderboard(out, frame, prepared.spec.objectives)
+        out.print(f"\nNext: python -m orchestrator best {folder}", markup=False, soft_wrap=True)
+    if not (frame["status"] == "complete").any():
+        raise WorkError(f"No trial of {folder} is complete; its leaderboard says why.")
+
+
+@app.command()
+def best(
+    folder: SweepDir,
+    metric: Annotated[
+        str | None, typer.Option(help="What to choose by; the sweep's first objective if not given.")
+    ] = None,
+    max_params: Annotated[int | None, typer.Option(help="At most this many parameters.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="At most this median latency.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """The recommended student under limits, and its score on the test images."""
+    from orchestrator.sweep.board import recommend
+
+    answer = recommend(folder, metric, max_params, max_latency_ms)
+    if as_json:
+        print(json.dumps(answer))
+        return
+    for line in answer["sentences"]:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: SweepDir,
+    out_dir: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    trial: Annotated[str | None, typer.Option(help="Which trial; the best one if not given.")] = None,
+    fmt: Annotated[
+        Format, typer.Option("--format", help="safetensors loads in plain timm; onnx is checked.")
+    ] = Format.safetensors,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a student so that it loads without this package."""
+    from orchestrator.sweep.board import export_trial
+
+    report = export_trial(folder, out_dir, trial, fmt.value)
+    if as_json:
+        print(json.dumps(report))
+        return
+    for line in report["sentences"]:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, with its knobs.")] = None, as_json: JsonFlag = False
+) -> None:
+    """What each method needs and can search."""
+    from orchestrator.sweep.catalogue import method_facts
+
+    facts = method_facts(name)
+    if as_json:
+        print(json.dumps(facts if name is None else facts[0]))
+        return
+    if name is None:
+        _table(
+            ["method", "family", "needs", "deploys", "reference"],
+            [[f["name"], f["family"], f["needs"], f["deploys"], f["paper"]] for f in facts],
+        )
+        return
+    fact = facts[0]
+    out.print(
+        f"{fact['name']} ({fact['family']}): {fact['summary']}\n{fact['paper']}\nNeeds {fact['needs']}.", markup=False
+    )
+    _table(
+        ["knob", "default", "searched by default", "allowed", "what it is"],
+        [[k["knob"], str(k["default"]), k["search"], k["allowed"], k["description"]] for k in fact["knobs"]],
+    )
+
+
+@app.command()
+def store(
+    action: Annotated[StoreAction, typer.Argument(help="List, check against files and live teacher, or free disk.")],
+    where: Annotated[Path, typer.Argument(help="A sweep's folder, a storage folder, or a store.")],
+    max_gb: Annotated[float | None, typer.Option(help="gc: shrink to this; default: the sweep's store.max_gb.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Look at, verify or shrink the shared store."""
+    from orchestrator.sweep.stock import collect, inventory, verify
+
+    if action is StoreAction.ls:
+        rows = inventory(where)
+        if as_json:
+            print(json.dumps(rows))
+        else:
+            _table(
+                ["stage", "entries", "MB", "seconds"],
+                [[r["stage"], r["entries"], f"{r['bytes'] / 1e6:.1f}", f"{r['seconds']:.1f}"] for r in rows],
+            )
+        return
+    if action is StoreAction.gc:
+        answer = collect(where, max_gb)
+        print(json.dumps(answer)) if as_json else out.print(answer["sentence"], markup=False)
+        return
+    answer = verify(where)
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        for line in answer["sentences"]:
+            out.print(line, markup=False, soft_wrap=True)
+    if answer["damaged"]:
+        raise WorkError(
+            f"{len(answer['damaged'])} entries of the store are damaged; `store gc --max-gb 0` removes all."
+        )
+
+
+def _table(columns: list[str], rows: list[list[Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    out.print(table, markup=False)

@@ -1,0 +1,171 @@
+"""After the search: event files, the recommendation with its one look at the test images, and export."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.data.pixels import open_pixels
+from orchestrator.data.task import load_task
+from orchestrator.data.views import Policy
+from orchestrator.errors import UserError, nearest
+from orchestrator.evaluate.accuracy import accuracy
+from orchestrator.models import load_student
+from orchestrator.models.load import Preprocessing
+from orchestrator.select.export import export_student
+from orchestrator.select.results import choose, margin_note, read_trials
+from orchestrator.spec import METRICS, Task
+from orchestrator.store import Store
+from orchestrator.sweep.ledger import Ledger
+from orchestrator.sweep.run import open_sweep
+from orchestrator.trial.plan import TrialConfig
+
+BASELINES = ("finetune", "linear_probe")
+
+
+def finish(folder: Path) -> None:
+    """Writes TensorBoard event files (learning curves, HParams) from the recorded rows."""
+    from tensorboardX import SummaryWriter
+
+    ledger = Ledger(folder)
+    for row in ledger.rows():
+        target = folder / "tensorboard" / row["trial_id"]
+        if target.exists() or row["status"] == "running":
+            continue
+        config = TrialConfig.from_json(row["config"])
+        knobs = {f"{row['method']}.{k}": v for k, v in config.knobs.items()}
+        hparams = {"method": row["method"], "teacher": row["teacher"] or "-", "student": row["student"] or "-", **knobs}
+        metrics = {m: float(row[m]) for m in METRICS if math.isfinite(float(row[m]))}
+        with SummaryWriter(str(target), write_to_disk=True) as writer:
+            writer.add_hparams(hparams, metrics, name=".")
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, row["optimizer_steps"])
+            for point in _history(folder, row):
+                for part, value in point.items():
+                    if part != "step":
+                        writer.add_scalar(f"train/{part}", value, int(point["step"]))
+
+
+def _history(folder: Path, row: dict[str, Any]) -> list[dict[str, float]]:
+    path = folder / row["student_path"] / "history.json"
+    if not row["student_path"] or not path.is_file():
+        return []
+    return json.loads(path.read_text(encoding="utf-8"))["history"]
+
+
+def recommend(
+    folder: Path, metric: str | None = None, max_params: int | None = None, max_latency_ms: float | None = None
+) -> dict[str, Any]:
+    """The best complete trial under limits, with its score on the test images, which are read once for each choice.
+
+    Raises:
+        UserError: if the sweep has no such trial or the metric is unknown.
+    """
+    spec = open_sweep(folder)
+    frame = read_trials(folder)
+    first = spec.objectives[0]
+    name = metric or first.metric
+    if name not in METRICS:
+        raise UserError(f"--metric: unknown metric {name!r}; allowed: {', '.join(METRICS)}.{nearest(name, METRICS)}")
+    direction = first.direction if name == first.metric else METRICS[name]
+    row = choose(frame, name, direction, max_params, max_latency_ms)
+    test, reads = _test_once(folder, row["trial_id"], row["student_path"])
+    networks = " -> ".join(n for n in (row["teacher"], row["student"]) if isinstance(n, str))
+    task = load_task(spec.task, Store(Path(spec.storage) / "store"))
+    sentences = [
+        f"Take {row['trial_id']}: {row['method']} ({networks}), val {row['val_metric']:.3f}, "
+        f"test {test['accuracy']:.3f} on {test['images']} images (standard error {test['standard_error']:.3f}).",
+        f"{int(row['params_total']):,} parameters, {row['flops'] / 1e6:.1f} MFLOPs an image (2 per multiply-add), "
+        f"{row['latency_ms']:.2f} ms ({row['latency_setup']}).",
+    ]
+    note = margin_note(frame, row, name, len(task.val))
+    if note:
+        sentences.append(note)
+    sentences += _against_baseline(frame, row, len(task.val))
+    if reads > 1:
+        sentences.append(f"The test images were now read for {reads} different choices: the last score is optimistic.")
+    sentences.append(f"Next: python -m orchestrator export {folder} OUT_DIR --trial {row['trial_id']}")
+    facts = {k: row[k] for k in ("trial_id", "method", "teacher", "student", "val_metric", "params_total", "flops")}
+    facts |= {k: row[k] for k in ("latency_ms", "latency_iqr_ms", "latency_setup", "student_path", "config")}
+    plain = json.loads(json.dumps(facts, default=lambda v: v.item()))
+    return plain | {"metric": name, "test": test, "test_choices": reads, "sentences": sentences}
+
+
+def _against_baseline(frame: Any, row: Any, images: int) -> list[str]:
+    """Whether transfer beat training on the labels alone, and by more than the noise of `images` images."""
+    complete = frame[frame["status"] == "complete"]
+    own = complete[complete["method"].isin(BASELINES)]
+    if own.empty:
+        return []
+    if row["method"] in BASELINES:
+        return [
+            "No transfer method beat training on the labels alone here: the teacher's knowledge does not fit this task."
+        ]
+    value = float(own["val_metric"].max())
+    gain = float(row["val_metric"]) - value
+    noise = math.sqrt(2 * value * (1 - value) / images)
+    verdict = "more than" if gain > 2 * noise else "within"
+    return [
+        f"The best network trained on the labels alone reaches val {value:.3f}: the difference {gain:+.3f} is {verdict} "
+        f"twice its standard error ({noise:.3f} on {images} images)."
+    ]
+
+
+def _test_once(folder: Path, trial_id: str, student_path: str) -> tuple[dict[str, Any], int]:
+    path = Path(folder) / "test.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if trial_id not in known:
+        network, meta = load_student(Path(folder) / student_path)
+        store = Store(Path(folder).absolute().parent / "store")
+        task = load_task(Task.model_validate(meta["task"]), store)
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["preprocessing"].items()}
+        preprocessing = Preprocessing(**fields)
+        # Test pixels stay out of the store: nothing but this one look reads them.
+        pixels = open_pixels(store, task, task.test, Policy(1.0, 0.0), None, preprocessing, 0)
+        torch.set_num_threads(1)
+        share = accuracy(network, preprocessing, pixels, task.test)
+        error = math.sqrt(share * (1 - share) / len(task.test))
+        known[trial_id] = {"accuracy": share, "images": len(task.test), "standard_error": error}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        os.replace(temporary, path)
+    return known[trial_id], len(known)
+
+
+def export_trial(folder: Path, out_dir: Path, trial: str | None, fmt: str) -> dict[str, Any]:
+    """Exports one trial's student, the best one if none is named.
+
+    Raises:
+        UserError: if there is no such trial or it has no student.
+    """
+    spec = open_sweep(folder)
+    frame = read_trials(folder)
+    if trial is None:
+        row = choose(frame, spec.objectives[0].metric, spec.objectives[0].direction)
+    else:
+        found = frame[frame["trial_id"] == trial]
+        if found.empty:
+            ids = list(frame["trial_id"])
+            raise UserError(f"--trial: there is no trial {trial!r} in {str(folder)!r}.{nearest(trial, ids)}")
+        row = found.iloc[0]
+    if not row["student_path"]:
+        raise UserError(
+            f"The trial {row['trial_id']} is {row['status']} and has no student to export ({row['reason']})."
+        )
+    network, meta = load_student(Path(folder) / row["student_path"])
+    store = Store(Path(spec.storage) / "store")
+    task = load_task(Task.model_validate(meta["task"]), store)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["preprocessing"].items()}
+    preprocessing = Preprocessing(**fields)
+    pixels = open_pixels(store, task, task.val, Policy(1.0, 0.0), None, preprocessing, 0)
+    import numpy as np
+
+    rows = np.arange(min(4, len(task.val)))
+    sample = preprocessing.normalise(pixels.batch(rows, np.zeros(len(rows), dtype=np.int64)))
+    report = export_student(network, meta, out_dir, fmt, sample)
+    return {"trial_id": str(row["trial_id"]), **report}

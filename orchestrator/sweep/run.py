@@ -1,0 +1,162 @@
+"""A sweep from its file to its leaderboard: what is checked before anything is paid for, start, and resume."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.task import TaskData, load_task
+from orchestrator.errors import UserError, listed
+from orchestrator.models import check_model, load_network, plan_network
+from orchestrator.models.names import Role
+from orchestrator.spec import SweepSpec, read_spec
+from orchestrator.store import Store
+from orchestrator.sweep.space import Space, check_cell, grid, method_space, wanted_outputs
+from orchestrator.trial.plan import Cell, feasible_cells
+from orchestrator.trial.run import SweepContext
+
+
+@dataclass
+class Prepared:
+    """A checked sweep.
+
+    Attributes:
+        task: the data, split.
+        cells: every combination of method, teacher and student that can run.
+        spaces: knobs by method.
+        dropped: methods or combinations that cannot run, with the reason.
+        unchecked: what could not be checked here.
+    """
+
+    spec: SweepSpec
+    task: TaskData
+    cells: list[Cell]
+    spaces: dict[str, Space]
+    dropped: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+
+def resolved(spec: SweepSpec) -> SweepSpec:
+    """The same sweep with `storage` as an absolute path: workers have other working folders."""
+    storage = spec.storage if "://" in spec.storage else str(Path(spec.storage).expanduser().absolute())
+    if "://" in storage:
+        raise UserError(f"storage: {storage!r} is not a folder; give a path that every node can read and write.")
+    return spec.model_copy(update={"storage": storage})
+
+
+def check_storage(spec: SweepSpec) -> None:
+    """Refuses a storage folder that cannot be written."""
+    folder = Path(spec.storage)
+    probe = folder / f".write-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"storage: the folder {str(folder)!r} cannot be written ({error.strerror}).") from None
+
+
+def prepare(spec: SweepSpec) -> Prepared:
+    """Checks everything that can be checked without training: schema, data, models, methods, knobs.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    unchecked: list[str] = []
+    listing: list[tuple[Role, list[Any]]] = [("teacher", spec.teachers), ("student", spec.students)]
+    for role, entries in listing:
+        for entry in entries:
+            unchecked += check_model(entry, role)
+            plan_network(entry, role)
+    spaces = {name: method_space(spec, name) for name in spec.methods}
+    task = load_task(spec.task, Store(Path(spec.storage) / "store"))
+    images = len(task.labelled)
+    if images == 0:
+        raise UserError("task: no labelled image is left in train.")
+    cells, dropped = feasible_cells(spec, task.info)
+    runnable: list[Cell] = []
+    for cell in cells:
+        reason = check_cell(spec, spaces[cell.method], cell, task.info)
+        if reason is None:
+            runnable.append(cell)
+        else:
+            dropped.append(reason)
+    if spec.search.sampler == "grid":
+        for cell in runnable:
+            next(grid(spaces[cell.method], cell.method))
+    if not runnable:
+        raise UserError(f"methods: none of {listed(spec.methods)} can run on this data: {'; '.join(dropped)}.")
+    return Prepared(spec, task, runnable, spaces, list(dict.fromkeys(dropped)), unchecked)
+
+
+def device_of(spec: SweepSpec) -> str:
+    """`cuda` or `cpu`; auto takes a GPU where the cluster has one.
+
+    Raises:
+        UserError: if a GPU is asked for and there is none.
+    """
+    import ray
+
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if spec.train.device == "cuda" and gpus <= 0:
+        raise UserError("train.device: cuda is asked for, and the cluster has no GPU; use cpu or auto.")
+    return "cuda" if gpus > 0 and spec.train.device != "cpu" else "cpu"
+
+
+def create(spec: SweepSpec) -> Path:
+    """Makes the sweep's folder with its `sweep.yaml`.
+
+    Raises:
+        UserError: if there is a sweep of that name already.
+    """
+    folder = Path(spec.storage) / spec.name
+    if (folder / "sweep.yaml").exists():
+        raise UserError(
+            f"There is a sweep {spec.name!r} in {spec.storage!r} already: continue it with "
+            f"`orchestrator resume {folder}`, or give this one another --name."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".sweep.yaml"
+    temporary.write_text(spec.to_yaml(), encoding="utf-8")
+    os.replace(temporary, folder / "sweep.yaml")
+    return folder
+
+
+def open_sweep(folder: str | Path) -> SweepSpec:
+    """The sweep file of an existing sweep.
+
+    Raises:
+        UserError: if the folder holds none.
+    """
+    folder = Path(folder)
+    if not (folder / "sweep.yaml").is_file():
+        raise UserError(f"{str(folder)!r} is not a sweep's folder: it has no sweep.yaml.")
+    spec = read_spec(folder / "sweep.yaml")
+    # The folder may have been moved, or be mounted elsewhere on this machine.
+    return spec.model_copy(update={"storage": str(folder.absolute().parent)})
+
+
+def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
+    """Runs or continues a sweep to its end, on the cluster or on this machine."""
+    from orchestrator.sweep.study import Study
+    from orchestrator.sweep.tune import run_search, start_ray
+
+    spec = prepared.spec
+    for entry in spec.teachers:
+        load_network(entry, "teacher")  # unreadable weights end the sweep here, before a trial is paid for
+    start_ray(spec.train.threads)
+    context = SweepContext(
+        spec,
+        str(folder),
+        device_of(spec),
+        wanted_outputs(spec, prepared.spaces, prepared.cells, prepared.task.info),
+    )
+    study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
+    try:
+        run_search(context, study, on_event)
+    finally:
+        for scratch in (".tune", ".train"):
+            shutil.rmtree(folder / scratch, ignore_errors=True)

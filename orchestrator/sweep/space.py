@@ -1,0 +1,192 @@
+"""What a sweep searches: for each method its knobs, fixed, to choose from, or a range."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from methods.contract import TrainStage
+from methods.knobs import Choice, Range, default_space
+from methods.outputs import Output
+from orchestrator.errors import UserError, listed, nearest
+from orchestrator.spec import SweepSpec, explain
+from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
+
+Space = dict[str, Any]  # knob -> Range, Choice, or a fixed value
+
+
+class Suggests(Protocol):
+    """The part of an Optuna trial that a space needs."""
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
+
+
+def method_space(spec: SweepSpec, name: str) -> Space:
+    """The knobs of one method as the sweep file has them; an empty block means the method's own space.
+
+    Raises:
+        UserError: if a knob is unknown, a range is upside down, out of the knob's bounds, or searches nothing.
+    """
+    method = method_named(name)
+    block = spec.methods[name]
+    known = method.Config.model_fields
+    if not block:
+        return dict(default_space(method.Config))
+    space: Space = {}
+    for knob, value in block.items():
+        key = f"methods.{name}.{knob}"
+        if knob not in known:
+            raise UserError(f"Unknown knob {key!r}; {name} has {listed(known)}.{nearest(knob, known)}")
+        space[knob] = _parse(key, value, known[knob].annotation)
+        for probe in _extremes(space[knob]):
+            _check_value(method.Config, name, knob, probe)
+    return space
+
+
+def _parse(key: str, value: Any, annotation: Any) -> Any:
+    if isinstance(value, list):
+        if not value:
+            raise UserError(f"{key}: an empty list samples nothing; give at least one value.")
+        if any(isinstance(v, dict | list) for v in value):
+            raise UserError(f"{key}: a list holds plain values, not {listed(value)}.")
+        return Choice(values=tuple(value)) if len(value) > 1 else value[0]
+    if isinstance(value, dict):
+        try:
+            given = Range.model_validate(value)
+        except ValidationError as error:
+            raise UserError(explain(error, Range, key)) from None
+        if given.low > given.high:
+            raise UserError(f"{key}: the range is upside down, low {given.low:g} is above high {given.high:g}.")
+        if given.log and given.low <= 0:
+            raise UserError(f"{key}: a log range must begin above 0; found low {given.low:g}.")
+        if given.low == given.high:
+            raise UserError(
+                f"{key}: low and high are both {given.low:g}, which samples nothing; write the value itself."
+            )
+        whole = given.int or annotation is int
+        if whole and (given.low % 1 or given.high % 1):
+            raise UserError(f"{key}: this knob takes whole numbers; found {given.low:g} to {given.high:g}.")
+        return given.model_copy(update={"int": whole})
+    return value
+
+
+def _extremes(value: Any) -> list[Any]:
+    if isinstance(value, Choice):
+        return list(value.values)
+    if isinstance(value, Range):
+        return [int(value.low), int(value.high)] if value.int else [value.low, value.high]
+    return [value]
+
+
+def _check_value(config: Any, method: str, knob: str, value: Any) -> None:
+    try:
+        config.model_validate({knob: value})
+    except ValidationError as error:
+        if any(knob in problem["loc"] for problem in error.errors()):
+            raise UserError(explain(error, config, f"methods.{method}")) from None
+
+
+def sample(space: Space, method: str, trial: Suggests) -> dict[str, Any]:
+    """Draws one value for each knob, named `method.knob`."""
+    knobs: dict[str, Any] = {}
+    for knob, domain in space.items():
+        name = f"{method}.{knob}"
+        if isinstance(domain, Choice):
+            knobs[knob] = trial.suggest_categorical(name, list(domain.values))
+        elif isinstance(domain, Range) and domain.int:
+            knobs[knob] = trial.suggest_int(name, int(domain.low), int(domain.high), log=domain.log)
+        elif isinstance(domain, Range):
+            knobs[knob] = trial.suggest_float(name, domain.low, domain.high, log=domain.log)
+        else:
+            knobs[knob] = domain
+    return knobs
+
+
+def default_knobs(space: Space, method: str) -> dict[str, Any]:
+    """Each knob's own default, or what of the space is nearest to it."""
+    fields = method_named(method).Config.model_fields
+    knobs: dict[str, Any] = {}
+    for knob, domain in space.items():
+        default = fields[knob].get_default(call_default_factory=True)
+        if isinstance(domain, Choice):
+            knobs[knob] = default if default in domain.values else domain.values[0]
+        elif isinstance(domain, Range):
+            clipped = min(max(default, domain.low), domain.high) if isinstance(default, int | float) else domain.low
+            knobs[knob] = int(clipped) if domain.int else float(clipped)
+        else:
+            knobs[knob] = domain
+    return knobs
+
+
+def grid(space: Space, method: str) -> Iterator[dict[str, Any]]:
+    """Every combination.
+
+    Raises:
+        UserError: if a knob is a range.
+    """
+    for knob, domain in space.items():
+        if isinstance(domain, Range):
+            raise UserError(
+                f"methods.{method}.{knob}: search.sampler grid needs a list or a fixed value, and this is the range "
+                f"{domain.low:g} to {domain.high:g}; list its values, or use tpe or random."
+            )
+    axes = [list(d.values) if isinstance(d, Choice) else [d] for d in space.values()]
+    for values in itertools.product(*axes):
+        yield dict(zip(space, values, strict=True))
+
+
+class _Dice:
+    """Draws from a space without a study."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return self._random.choice(choices)
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return self._random.uniform(low, high)
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return self._random.randint(low, high)
+
+
+def check_cell(spec: SweepSpec, space: Space, cell: Cell, task: Any, draws: int = 16) -> str | None:
+    """Why no configuration of this cell can run, as far as some draws tell; None if one can."""
+    setting = setting_of(spec, task, cell)
+    reason = None
+    for seed in range(draws):
+        knobs = default_knobs(space, cell.method) if seed == 0 else sample(space, cell.method, _Dice(seed))
+        config = configure(spec, TrialConfig("", 0, cell, knobs, 0))
+        reason = method_named(cell.method).invalid(config, setting)
+        if reason is None:
+            return None
+    return reason
+
+
+def wanted_outputs(
+    spec: SweepSpec, spaces: Mapping[str, Space], cells: list[Cell], task: Any, draws: int = 48
+) -> dict[int, tuple[Output, ...]]:
+    """By teacher position, the teacher outputs that trials of this sweep will ask for, as far as draws tell."""
+    wanted: dict[int, dict[Output, None]] = {}
+    for cell in cells:
+        if cell.teacher is None:
+            continue
+        setting = setting_of(spec, task, cell)
+        method = method_named(cell.method)
+        space = spaces[cell.method]
+        for seed in range(draws):
+            knobs = default_knobs(space, cell.method) if seed == 0 else sample(space, cell.method, _Dice(seed))
+            config = configure(spec, TrialConfig("", 0, cell, knobs, 0))
+            if method.invalid(config, setting) is not None:
+                continue
+            for stage in method.stages(config, setting):
+                found = stage.feed.outputs if isinstance(stage, TrainStage) else stage.outputs
+                wanted.setdefault(cell.teacher, {}).update(dict.fromkeys(found))
+    return {teacher: tuple(sorted(outputs, key=lambda o: o.key)) for teacher, outputs in wanted.items()}

@@ -1,0 +1,89 @@
+"""The store as a person looks at it: what lies there, whether it is still right, and making room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from methods.outputs import Output
+from orchestrator.data.outputs import live_outputs, open_outputs
+from orchestrator.data.task import load_task
+from orchestrator.data.views import render, view_parameters
+from orchestrator.models import load_network
+from orchestrator.spec import Model, Task, read_spec
+from orchestrator.store import Entry, Store
+from orchestrator.store.store import open_store
+
+SAMPLE = 16
+TOLERANCE = 2e-3  # of the largest value: half precision keeps 11 bits
+
+
+def inventory(where: Path) -> list[dict[str, Any]]:
+    """One row a stage: entries, bytes, and the seconds that they cost."""
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in open_store(where).entries():
+        row = rows.setdefault(entry.stage, {"stage": entry.stage, "entries": 0, "bytes": 0, "seconds": 0.0})
+        row["entries"] += 1
+        row["bytes"] += entry.bytes
+        row["seconds"] += entry.meta["seconds"]
+    return [rows[stage] for stage in sorted(rows)]
+
+
+def collect(where: Path, max_gb: float | None) -> dict[str, Any]:
+    """Deletes leftovers of dead processes, and the least recently used entries beyond the limit."""
+    store = open_store(where)
+    if max_gb is None and (where / "sweep.yaml").is_file():
+        max_gb = read_spec(where / "sweep.yaml").store.max_gb
+    freed, removed = store.collect(None if max_gb is None else int(max_gb * 1e9))
+    sentence = f"Freed {freed / 1e6:.1f} MB; {removed} entries removed."
+    return {"freed": freed, "removed": removed, "sentence": sentence}
+
+
+def verify(where: Path) -> dict[str, Any]:
+    """Compares every file with its published hash, and a sample of each teacher output with the live teacher."""
+    store = open_store(where)
+    damaged: list[str] = []
+    worst = 0.0
+    compared = 0
+    entries = store.entries()
+    for entry in entries:
+        address = f"{entry.stage}/{entry.key}"
+        wrong = store.damaged(entry)
+        if wrong:
+            damaged.append(f"{address}: {', '.join(wrong)} differs from what was published")
+        elif entry.stage == "outputs":
+            difference = _against_live(store, entry)
+            if difference is None:
+                continue
+            compared += 1
+            worst = max(worst, difference)
+            if difference > TOLERANCE:
+                damaged.append(f"{address}: differs from the live teacher by {difference:.2g} of the largest value")
+    sentences = [*damaged, f"{len(entries)} entries, {len(damaged)} damaged."]
+    if compared:
+        sentences.append(
+            f"{compared} tables of teacher outputs compared with the live teacher on {SAMPLE} images each: "
+            f"largest difference {worst:.1e} of the largest value."
+        )
+    return {"entries": len(entries), "damaged": damaged, "compared": compared, "worst": worst, "sentences": sentences}
+
+
+def _against_live(store: Store, entry: Entry) -> float | None:
+    """Largest difference to the live teacher, relative to the largest value; None if the data or teacher is gone."""
+    about, reads = entry.meta["about"], entry.meta["reads"]
+    task = load_task(Task.model_validate(about["task"]), store)
+    teacher = load_network(Model.model_validate(about["teacher"]), "teacher")
+    views = store.get("views", reads["parameters"])
+    stored = open_outputs([entry])[0]
+    if views is None or teacher.weights_hash != reads["weights"] or len(stored) != len(task.train):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randperm(len(stored), generator=generator)[:SAMPLE].numpy()
+    parameters = view_parameters(views)
+    size, mode = teacher.preprocessing.size, teacher.preprocessing.interpolation
+    pixels = torch.stack([render(task.image(task.train, int(i)), parameters[i], size, mode) for i in rows])
+    output = Output(**about["output"])
+    live = live_outputs(teacher, teacher.module, pixels, [output])[output.key]
+    return float((live - stored.rows(rows).float()).abs().max() / live.abs().max().clamp_min(1e-9))

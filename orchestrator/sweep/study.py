@@ -1,0 +1,143 @@
+"""The search itself: the only module that knows Optuna. Its storage is the truth about what was proposed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from orchestrator.spec import SweepSpec
+from orchestrator.sweep.space import Space, default_knobs, grid, sample
+from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+ASKED = tuple(state for state in TrialState if state is not TrialState.WAITING)
+REDRAWS = 50
+
+
+def _seed(*parts: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
+
+
+class Study:
+    """Proposes configurations and hears how they ended. Opening the same folder again continues where it stopped.
+
+    The sampler is built anew for each proposal with a seed from the sweep's seed and the trial's number: proposals
+    depend on nothing but the results told so far, and continuing does not replay old draws.
+
+    Args:
+        spec: the sweep file.
+        folder: where `study.db` (an Optuna journal) lies.
+        cells: feasible combinations of method, teacher and student.
+        spaces: knobs by method.
+        task: for refusing configurations that cannot run.
+    """
+
+    def __init__(self, spec: SweepSpec, folder: Path, cells: list[Cell], spaces: dict[str, Space], task: Any) -> None:
+        self.spec, self.cells, self.spaces, self.task = spec, cells, spaces, task
+        storage = JournalStorage(JournalFileBackend(str(folder / "study.db")))
+        self._study = optuna.create_study(
+            study_name=spec.name,
+            storage=storage,
+            load_if_exists=True,
+            directions=["maximize" if o.direction == "max" else "minimize" for o in spec.objectives],
+            pruner=optuna.pruners.NopPruner(),
+        )
+        self._fixed = self._first_trials()
+
+    def _first_trials(self) -> list[tuple[Cell, dict[str, Any]]]:
+        if self.spec.search.sampler == "grid":
+            return [(cell, knobs) for cell in self.cells for knobs in grid(self.spaces[cell.method], cell.method)]
+        if self.spec.search.defaults_first:
+            return [(cell, default_knobs(self.spaces[cell.method], cell.method)) for cell in self.cells]
+        return []
+
+    @property
+    def size(self) -> int:
+        """Trials in all: what the sweep file asks for, or the grid if that is smaller."""
+        asked = self.spec.search.trials
+        return min(asked, len(self._fixed)) if self.spec.search.sampler == "grid" else asked
+
+    def needs_results(self, number: int) -> bool:
+        """Whether the proposal of that number depends on earlier results."""
+        return number >= len(self._fixed) and self.spec.search.sampler == "tpe"
+
+    def proposed(self) -> list[tuple[TrialConfig, bool]]:
+        """Every configuration proposed so far, with whether its end was told."""
+        found = []
+        for trial in self._study.get_trials(deepcopy=False):
+            if "config" in trial.user_attrs:
+                found.append((TrialConfig.from_json(trial.user_attrs["config"]), trial.state.is_finished()))
+        return found
+
+    def ask(self) -> TrialConfig:
+        """Proposes the next configuration."""
+        number = len(self._study.get_trials(deepcopy=False, states=ASKED))
+        seed = _seed(self.spec.search.seed, number)
+        if self.spec.search.sampler == "tpe":
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
+        else:
+            self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
+        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if number < len(self._fixed) and not waiting:
+            self._study.enqueue_trial(self._parameters(*self._fixed[number]))
+        trial = self._study.ask()
+        method = trial.suggest_categorical("method", list(dict.fromkeys(c.method for c in self.cells)))
+        cell = self._cell(trial, method, [c for c in self.cells if c.method == method])
+        knobs = sample(self.spaces[method], method, trial)
+        config = self._valid(TrialConfig(f"t{trial.number:04d}", trial.number, cell, knobs, self.spec.search.seed))
+        trial.set_user_attr("config", config.to_json())
+        return config
+
+    def _parameters(self, cell: Cell, knobs: dict[str, Any]) -> dict[str, Any]:
+        names = {f"{cell.method}.{knob}": value for knob, value in knobs.items()}
+        return {"method": cell.method, f"{cell.method}.networks": _cell_name(self.spec, cell), **names}
+
+    def _cell(self, trial: Any, method: str, cells: list[Cell]) -> Cell:
+        options = {_cell_name(self.spec, c): c for c in cells}
+        if len(options) == 1:
+            return cells[0]
+        return options[trial.suggest_categorical(f"{method}.networks", list(options))]
+
+    def _valid(self, config: TrialConfig) -> TrialConfig:
+        """The configuration, or where it cannot run, its knobs drawn again (by number, so repeatably)."""
+        method = method_named(config.cell.method)
+        setting = setting_of(self.spec, self.task, config.cell)
+        space = self.spaces[config.cell.method]
+        for attempt in range(REDRAWS):
+            if method.invalid(configure(self.spec, config), setting) is None:
+                return config
+            dice = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=_seed(config.number, attempt))).ask()
+            config = TrialConfig(
+                config.trial_id, config.number, config.cell, sample(space, config.cell.method, dice), config.seed
+            )
+        return config
+
+    def tell(self, number: int, row: dict[str, Any]) -> None:
+        """Tells how a trial ended, in Optuna's own states: complete with its values, pruned, or failed."""
+        frozen = self._study.get_trials(deepcopy=False)[number]
+        if frozen.state.is_finished():
+            return
+        values = [float(row.get(o.metric, float("nan"))) for o in self.spec.objectives]
+        state = STATES.get(row["status"], TrialState.FAIL)
+        if state is TrialState.COMPLETE and not all(math.isfinite(v) for v in values):
+            state = TrialState.FAIL
+        storage, trial_id = self._study._storage, frozen._trial_id
+        storage.set_trial_user_attr(trial_id, "reason", row.get("reason", ""))
+        for metric in ("val_metric", "params_total", "latency_ms"):
+            storage.set_trial_user_attr(trial_id, metric, json.loads(json.dumps(row.get(metric))))
+        self._study.tell(number, values if state is TrialState.COMPLETE else None, state=state)
+
+
+def _cell_name(spec: SweepSpec, cell: Cell) -> str:
+    teacher = f"{cell.teacher}:{spec.teachers[cell.teacher].model}" if cell.teacher is not None else ""
+    student = f"{cell.student}:{spec.students[cell.student].model}" if cell.student is not None else ""
+    return " -> ".join(part for part in (teacher, student) if part)

@@ -1,0 +1,244 @@
+"""Running a search on a cluster: the only module that knows Ray Tune.
+
+Tune starts, stops and restarts trial processes. What is proposed comes from `Study`, what happened lies in `Ledger`:
+after any death, these two say where the sweep stands.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+
+from orchestrator.sweep.ledger import FINAL, Ledger
+from orchestrator.sweep.study import Study
+from orchestrator.trial.plan import TrialConfig
+from orchestrator.trial.run import SweepContext, blank_row, run_trial
+
+RESTARTS = 2  # of a trial whose process died; a trial that fails by itself is not repeated
+
+
+class _Bridge(Searcher):
+    """Hands Tune the study's proposals.
+
+    With `search.reproducible`, proposal n waits until trials 0 to n - c are done (c: trials at a time) and is made from
+    exactly these, told in order: what is proposed then does not depend on which trial finishes first.
+    """
+
+    def __init__(self, context: SweepContext, study: Study, ledger: Ledger, concurrency: int, deadline: float | None):
+        super().__init__(metric="val_metric", mode="max")
+        self.context, self.study, self.ledger = context, study, ledger
+        self.concurrency, self.deadline = concurrency, deadline
+        self.open: dict[str, TrialConfig] = {}
+        self.finished: dict[int, dict[str, Any]] = {}
+        self.told: set[int] = set()
+        self.again: list[TrialConfig] = []
+        self.count = 0
+        for config, told in study.proposed():
+            self.count += 1
+            row = ledger.read(config.trial_id)
+            if told:
+                self.told.add(config.number)
+            elif row is not None and row["status"] in FINAL:
+                self.finished[config.number] = row
+            else:
+                self.again.append(config)
+
+    @property
+    def lag(self) -> int:
+        return self.concurrency if self.context.spec.search.reproducible else 0
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        config = self._next()
+        if not isinstance(config, TrialConfig):
+            return config
+        self.open[trial_id] = config
+        self.ledger.write(blank_row(self.context.spec, config) | {"started": time.time()})
+        self.ledger.publish()
+        return {"trial": config.to_json(), "method": config.cell.method, **config.knobs}
+
+    def _next(self) -> TrialConfig | str | None:
+        if self.again:
+            return self.again.pop(0)
+        if self.count >= self.study.size or self._spent():
+            return Searcher.FINISHED if not self.open else None
+        if self.study.needs_results(self.count):
+            visible = self.count - self.lag if self.lag else max([*self.finished, *self.told, -1])
+            if self.lag and any(n not in self.finished and n not in self.told for n in range(visible + 1)):
+                return None
+            self._tell(visible)
+        config = self.study.ask()
+        self.count += 1
+        return config
+
+    def _tell(self, up_to: int) -> None:
+        for number in sorted(n for n in self.finished if n <= up_to):
+            self.study.tell(number, self.finished.pop(number))
+            self.told.add(number)
+
+    def _spent(self) -> bool:
+        if self.deadline is not None and time.time() > self.deadline:
+            return True
+        budget = self.context.spec.search.device_hours
+        return budget is not None and sum(r["device_seconds"] for r in self.ledger.rows()) >= budget * 3600
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        config = self.open.pop(trial_id, None)
+        if config is None:
+            return
+        row = self.ledger.read(config.trial_id) or blank_row(self.context.spec, config)
+        if row["status"] not in FINAL:
+            result = result or {}
+            metric = result.get("val_metric", float("nan"))
+            spent = float(result.get("time_total_s", 0.0)) * self.context.spec.train.workers
+            row |= {"ended": time.time(), "device_seconds": spent}
+            if error:
+                row |= {"status": "failed", "reason": f"its process died {RESTARTS + 1} times"}
+            else:
+                share = float(result.get("progress", 0)) / 100
+                reason = (
+                    f"stopped by {self.context.spec.search.scheduler} at {share:.0%} of its budget, val {metric:.3f}"
+                )
+                row |= {"status": "pruned", "reason": reason, "val_metric": metric}
+        self.ledger.write(row)
+        self.ledger.publish()
+        self.finished[config.number] = row
+
+    def flush(self) -> None:
+        """Tells everything that is finished."""
+        self._tell(max(self.finished, default=-1))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: study and ledger are on disk already."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
+
+
+def _trainable(config: dict[str, Any], context: SweepContext) -> None:
+    trial = TrialConfig.from_json(config["trial"])
+    ledger = Ledger(context.folder)
+    known = ledger.read(trial.trial_id)
+    if known is not None and known["status"] in FINAL:
+        tune.report({"progress": 100, "val_metric": known["val_metric"]})
+        return
+    best = float("nan")
+
+    def progress(share: float, metric: float | None) -> None:
+        nonlocal best
+        if metric is not None:
+            best = metric
+            tune.report({"progress": share * 100, "val_metric": metric})
+
+    if context.spec.train.workers > 1:
+        from orchestrator.train.group import GroupRunner
+
+        row = run_trial(context, trial, None, GroupRunner(context, trial.trial_id))
+    else:
+        row = run_trial(context, trial, progress)
+    # A worker that died was a trial's misfortune, and its row already says so; writing it makes it final.
+    ledger.write(row)
+    metric = row["val_metric"]
+    tune.report({"progress": 100, "val_metric": metric if math.isfinite(metric) else best})
+
+
+def _scheduler(context: SweepContext) -> TrialScheduler:
+    search = context.spec.search
+    if search.scheduler == "asha":
+        # stop_last_trials would end a trial at its last report, before its row is written.
+        return ASHAScheduler(
+            time_attr="progress",
+            max_t=100,
+            grace_period=max(1, int(search.grace * 100)),
+            reduction_factor=search.reduction,
+            metric="val_metric",
+            mode="max",
+            stop_last_trials=False,
+        )
+    if search.scheduler == "median":
+        grace = int(search.grace * 100)
+        return MedianStoppingRule(time_attr="progress", grace_period=grace, metric="val_metric", mode="max")
+    return FIFOScheduler()
+
+
+def start_ray(threads: int) -> None:
+    """Joins the cluster that RAY_ADDRESS names (a submitted job has it), or starts one on this machine."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        # The dashboard must be on: without it, worker groups of stopped trials are never freed.
+        options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    ray.init(address=address, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}, **options)
+
+
+def concurrency_of(context: SweepContext) -> int:
+    """Trials at a time: as asked, or as many as the cluster's devices allow."""
+    train = context.spec.train
+    resources = ray.cluster_resources()
+    if context.device == "cuda":
+        fit = int(resources.get("GPU", 0) / (train.gpus_per_worker * train.workers))
+    else:
+        fit = int(resources.get("CPU", 1) / (train.threads * train.workers))
+    return max(1, min(context.spec.search.concurrency or fit, max(fit, 1)))
+
+
+def run_search(context: SweepContext, study: Study, on_event: Any = None) -> None:
+    """Runs the sweep to its end; returns when every trial has its final row."""
+    train, search = context.spec.train, context.spec.search
+    ledger = Ledger(context.folder)
+    concurrency = concurrency_of(context)
+    deadline = time.time() + search.time_budget_s if search.time_budget_s else None
+    bridge = _Bridge(context, study, ledger, concurrency, deadline)
+    remaining = study.size - bridge.count + len(bridge.again)
+    if remaining > 0:
+        alone = train.workers == 1
+        resources: dict[str, float] = {"CPU": train.threads if alone else 0.01}
+        if alone and context.device == "cuda":
+            resources["GPU"] = train.gpus_per_worker
+        trainable = tune.with_resources(tune.with_parameters(_trainable, context=context), resources)
+        callbacks = [on_event] if on_event is not None else []
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=bridge,
+                scheduler=_scheduler(context),
+                num_samples=remaining,
+                max_concurrent_trials=concurrency,
+                reuse_actors=True,
+                trial_dirname_creator=_folder_name,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=tempfile.mkdtemp(prefix="tune-", dir=_scratch(context)),
+                failure_config=tune.FailureConfig(max_failures=RESTARTS),
+                callbacks=callbacks,
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    bridge.flush()
+    ledger.publish()
+
+
+def _scratch(context: SweepContext) -> Path:
+    folder = Path(context.folder) / ".tune"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _folder_name(trial: Trial) -> str:
+    config = TrialConfig.from_json(trial.config["trial"])
+    return f"{config.trial_id}-{config.cell.method}"

@@ -1,0 +1,1 @@
+"""The one training loop, in one process or under DDP."""

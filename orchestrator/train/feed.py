@@ -1,0 +1,157 @@
+"""Batches of a training stage: which images, which views, in an order that only the seed and the step decide."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from methods.contract import Batch, Feed
+from methods.outputs import Output
+from orchestrator.data.outputs import live_outputs
+from orchestrator.data.pixels import Pixels
+from orchestrator.data.task import TaskData
+from orchestrator.models.load import Network, Preprocessing
+from orchestrator.store import Records
+
+
+@dataclass
+class LiveTeacher:
+    """The teacher run on each batch, where a configuration asks for fresh views."""
+
+    network: Network
+    pixels: Pixels
+    outputs: tuple[Output, ...]
+    device: str
+    forwards: int = 0
+
+    def __post_init__(self) -> None:
+        self.module = self.network.module.to(self.device)
+
+    def rows(self, rows: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
+        """Outputs by key, one row an image."""
+        self.forwards += len(rows)
+        pixels = self.pixels.batch(rows, views).to(self.device)
+        return live_outputs(self.network, self.module, pixels, self.outputs)
+
+
+class Order:
+    """An endless, seeded order over `count` items: a new permutation each epoch."""
+
+    def __init__(self, count: int, seed: int, stream: int) -> None:
+        self.count, self.seed, self.stream = count, seed, stream
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def take(self, start: int, amount: int) -> tuple[np.ndarray, np.ndarray]:
+        """(items, epochs) at positions `start` to `start + amount` of the stream."""
+        items, epochs = np.empty(amount, dtype=np.int64), np.empty(amount, dtype=np.int64)
+        for i in range(amount):
+            epoch, offset = divmod(start + i, self.count)
+            if epoch != self._epoch:
+                self._permutation = np.random.default_rng([self.seed, self.stream, epoch]).permutation(self.count)
+                self._epoch = epoch
+            items[i], epochs[i] = self._permutation[offset], epoch
+        return items, epochs
+
+
+class Feeder:
+    """Batches by step. Rank r of w reads every w-th row of the global batch, so that all ranks together read it once.
+
+    Args:
+        feed: what the stage declared.
+        task: the data.
+        pixels: of the train split, at the trained network's size.
+        preprocessing: the trained network's.
+        tables: by output key, one table for each stored view; or
+        live: the teacher, for fresh views.
+        batch: global batch size.
+        views: stored views; None for fresh ones, a new view each epoch.
+        seed: decides order and views.
+        rank, world: this process among how many.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        task: TaskData,
+        pixels: Pixels,
+        preprocessing: Preprocessing,
+        *,
+        tables: dict[str, list[Records]] | None = None,
+        live: LiveTeacher | None = None,
+        batch: int,
+        views: int | None,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.feed, self.task, self.pixels, self.preprocessing = feed, task, pixels, preprocessing
+        self.tables, self.live = tables or {}, live
+        self.batch, self.views, self.seed, self.rank, self.world = batch, views, seed, rank, world
+        labelled = np.asarray(task.labelled, dtype=np.int64)
+        everything = np.arange(len(task.train), dtype=np.int64)
+        unlabelled = np.setdiff1d(everything, labelled)
+        if feed.images == "labelled":
+            self.pools = [(labelled, batch)]
+        elif feed.labels and len(unlabelled):
+            share = min(max(round(batch * feed.labelled_fraction / world), 1), batch // world - 1) * world
+            self.pools = [(labelled, share), (unlabelled, batch - share)]
+        else:
+            self.pools = [(everything, batch)]
+        self.orders = [Order(len(pool), seed, stream) for stream, (pool, _) in enumerate(self.pools)]
+        self.labels = np.full(len(task.train), -1, dtype=np.int64)
+        self.labels[labelled] = np.asarray(task.train.labels, dtype=np.int64)[labelled]
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: tuple[int, Future[Batch]] | None = None
+
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of train, views) of this rank's part of the global batch of `step`."""
+        rows, views = [], []
+        for (pool, amount), order in zip(self.pools, self.orders, strict=True):
+            items, epochs = order.take(step * amount, amount)
+            if self.views is None:
+                chosen = epochs + 1
+            else:
+                chosen = np.random.default_rng([self.seed, order.stream, step, 1]).integers(0, self.views, amount)
+            rows.append(pool[items][self.rank :: self.world])
+            views.append(chosen[self.rank :: self.world])
+        return np.concatenate(rows), np.concatenate(views)
+
+    def _read(self, step: int) -> Batch:
+        rows, views = self.rows(step)
+        outputs: dict[str, Tensor] = {}
+        for key, tables in self.tables.items():
+            values = torch.empty((len(rows), *tables[0].shape), dtype=torch.float16)
+            for view in np.unique(views):
+                where = np.flatnonzero(views == view)
+                values[torch.from_numpy(where)] = tables[int(view)].rows(rows[where])
+            outputs[key] = values.float()
+        if self.live is not None:
+            outputs |= {k: v.float() for k, v in self.live.rows(rows, views).items()}
+        labels = torch.from_numpy(self.labels[rows]) if self.feed.labels else None
+        return Batch(self.pixels.batch(rows, views), labels, outputs)
+
+    def __call__(self, step: int, device: str) -> Batch:
+        """The batch of `step` on `device`; the next one is read meanwhile."""
+        if self._ahead is not None and self._ahead[0] == step:
+            batch = self._ahead[1].result()
+        else:
+            batch = self._read(step)
+        self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
+
+        def move(tensor: Tensor) -> Tensor:
+            if device == "cpu":
+                return tensor
+            return tensor.pin_memory().to(device, non_blocking=True) if tensor.device.type == "cpu" else tensor
+
+        images = self.preprocessing.normalise(move(batch.images))
+        labels = move(batch.labels) if batch.labels is not None else None
+        return Batch(images, labels, {k: move(v) for k, v in batch.outputs.items()})
+
+    def close(self) -> None:
+        """Waits for the read-ahead and stops it."""
+        self._reader.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,204 @@
+"""The one training loop: every method, one process or a rank of a DDP group, on any device."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from methods.contract import Learner, Recipe
+from orchestrator.errors import WorkError
+from orchestrator.train.feed import Feeder
+
+
+@dataclass
+class Report:
+    """What the loop tells while it runs: how far it is, and the parts of the loss (means since the last report)."""
+
+    step: int
+    steps: int
+    parts: dict[str, float]
+    learner: Learner
+
+
+@dataclass
+class History:
+    """What a run leaves behind: (step, parts of the loss) and the seconds inside the loop."""
+
+    points: list[dict[str, float]] = field(default_factory=list)
+    loop_seconds: float = 0.0
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Linear rise over the first `warmup` share of the steps, then half a cosine to 0."""
+    warm = max(1, round(recipe.warmup * steps)) if recipe.warmup > 0 else 0
+    if step < warm:
+        return recipe.lr * (step + 1) / warm
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def build_optimizer(learner: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser; tensors of fewer than two dimensions are not decayed."""
+    trainable = [p for p in learner.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+
+
+class Checkpoint:
+    """The latest state of a run in one file, replaced at once.
+
+    Args:
+        path: the file.
+        every_s: seconds between two saves.
+    """
+
+    def __init__(self, path: Path, every_s: float) -> None:
+        self.path, self.every_s = path, every_s
+        self.saved = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.saved >= self.every_s
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(f".{os.getpid()}")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)
+        self.saved = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        if not self.path.is_file():
+            return None
+        return torch.load(self.path, map_location="cpu", weights_only=True)
+
+
+def _moving(learner: nn.Module) -> dict[str, Tensor]:
+    """What training changes: trainable parameters and all buffers."""
+    frozen = {n for n, p in learner.named_parameters() if not p.requires_grad}
+    return {n: t for n, t in learner.state_dict().items() if n not in frozen}
+
+
+def fit(
+    learner: Learner,
+    feeder: Feeder,
+    recipe: Recipe,
+    steps: int,
+    *,
+    device: str = "cpu",
+    precision: str = "fp32",
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    sync_batchnorm: bool = True,
+    checkpoint: Checkpoint | None = None,
+    report: Callable[[Report], None] | None = None,
+    report_every: int | None = None,
+) -> History:
+    """Trains `learner` in place for `steps` optimizer steps, from its checkpoint if there is one.
+
+    Args:
+        learner, feeder, recipe, steps: what, on what, how, and for how long.
+        device: `cpu` or `cuda` (this process's device).
+        precision: autocast type; `fp16` scales the loss.
+        seed: of dropout and drop path; each rank and step has its own draw.
+        rank, world: with `world > 1` the process group must exist.
+        checkpoint: where to resume from and save to (rank 0 saves).
+        report: called on every rank about every `report_every` steps and after the last one.
+
+    Raises:
+        WorkError: if the loss is not finite.
+    """
+    learner.to(device)
+    if world > 1 and sync_batchnorm and device != "cpu":
+        nn.SyncBatchNorm.convert_sync_batchnorm(learner)
+    wrapped: nn.Module = learner
+    if world > 1:
+        ids = [torch.cuda.current_device()] if device != "cpu" else None
+        # Which loss parts are active may change with progress, so a parameter may have no gradient in a step.
+        wrapped = DistributedDataParallel(learner, device_ids=ids, find_unused_parameters=True, broadcast_buffers=True)
+    optimizer = build_optimizer(learner, recipe)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+    history = History()
+    start = 0
+    state = checkpoint.load() if checkpoint is not None else None
+    if state is not None:
+        learner.load_state_dict(state["moving"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        history = History(state["points"], state["loop_seconds"])
+        start = state["step"]
+    every = report_every or max(1, steps // 20)
+    sums: dict[str, Tensor] = {}
+    counted = 0
+    began = time.perf_counter()
+    wrapped.train()
+    for step in range(start, steps):
+        torch.manual_seed((seed * 1_000_003 + step) * 64 + rank)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step, steps)
+        batch = feeder(step, device)
+        with torch.autocast(device.split(":")[0], dtype=half, enabled=half is not None):
+            parts = wrapped(batch, step / steps)
+        scaler.scale(parts["loss"]).backward()
+        if recipe.clip is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.requires_grad], recipe.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        for name, value in parts.items():
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
+        counted += 1
+        done = step + 1
+        if done % every == 0 or done == steps:
+            means = _mean_over_ranks({k: v / counted for k, v in sums.items()}, world)
+            if not math.isfinite(means["loss"]):
+                raise WorkError(f"The loss is {means['loss']} at step {done} of {steps}: try a smaller learning rate.")
+            history.points.append({"step": float(done), **means})
+            sums, counted = {}, 0
+            history.loop_seconds += time.perf_counter() - began
+            if report is not None:
+                learner.eval()
+                report(Report(done, steps, means, learner))
+                wrapped.train()
+            if checkpoint is not None and rank == 0 and done < steps and checkpoint.due():
+                checkpoint.save(
+                    {
+                        "moving": _moving(learner),
+                        "optimizer": optimizer.state_dict(),
+                        "scaler": scaler.state_dict(),
+                        "points": history.points,
+                        "loop_seconds": history.loop_seconds,
+                        "step": done,
+                    }
+                )
+            began = time.perf_counter()
+    feeder.close()
+    learner.eval()
+    return history
+
+
+def _mean_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, float]:
+    """Loss parts averaged over all ranks, not rank 0's alone."""
+    names = sorted(values)
+    stacked = torch.stack([values[n] for n in names])
+    if world > 1:
+        dist.all_reduce(stacked)
+        stacked /= world
+    return dict(zip(names, stacked.tolist(), strict=True))

@@ -1,0 +1,170 @@
+"""From a configuration to its cell (method, teacher, student) and the addresses of its stages."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from methods import discover
+from methods.contract import FitStage, Method, Setting, Stage, TaskInfo, TrainStage
+from methods.knobs import MethodConfig
+from orchestrator.data.task import TaskData
+from orchestrator.data.views import Policy
+from orchestrator.errors import UserError, listed, nearest
+from orchestrator.models import load_network, plan_network
+from orchestrator.models.load import describe
+from orchestrator.spec import Model, SweepSpec, explain
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method with one teacher and one student of the sweep file (None where it has none)."""
+
+    method: str
+    teacher: int | None
+    student: int | None
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """One resolved configuration: what a trial is. Plain and picklable."""
+
+    trial_id: str
+    number: int
+    cell: Cell
+    knobs: dict[str, Any]
+    seed: int
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> TrialConfig:
+        raw = json.loads(text)
+        return TrialConfig(**{**raw, "cell": Cell(**raw["cell"])})
+
+
+def method_named(name: str) -> type[Method]:
+    """The method of that name.
+
+    Raises:
+        UserError: naming the nearest one.
+    """
+    known = discover()
+    if name not in known:
+        raise UserError(f"methods: there is no method {name!r}; there are {listed(known)}.{nearest(name, known)}")
+    return known[name]
+
+
+def setting_of(spec: SweepSpec, task: TaskInfo, cell: Cell) -> Setting:
+    """What planning may know of a cell."""
+    teacher = plan_network(spec.teachers[cell.teacher], "teacher")[0] if cell.teacher is not None else None
+    student = plan_network(spec.students[cell.student], "student")[0] if cell.student is not None else None
+    return Setting(task, teacher, student)
+
+
+def feasible_cells(spec: SweepSpec, task: TaskInfo) -> tuple[list[Cell], list[str]]:
+    """Every cell that can be served, and a sentence for each that cannot."""
+    cells: list[Cell] = []
+    dropped: list[str] = []
+    for name in spec.methods:
+        method = method_named(name)
+        if method.uses_teacher and not spec.teachers:
+            dropped.append(f"{name} needs a teacher, and `teachers` is empty")
+            continue
+        if method.deploys == "student" and not spec.students:
+            dropped.append(f"{name} needs a student, and `students` is empty")
+            continue
+        teachers = range(len(spec.teachers)) if method.uses_teacher else [None]
+        students = range(len(spec.students)) if method.deploys == "student" else [None]
+        for teacher in teachers:
+            for student in students:
+                cell = Cell(name, teacher, student)
+                reason = method.refuses(setting_of(spec, task, cell))
+                if reason is None:
+                    cells.append(cell)
+                else:
+                    dropped.append(reason)
+    return cells, list(dict.fromkeys(dropped))
+
+
+def configure(spec: SweepSpec, config: TrialConfig) -> MethodConfig:
+    """The method's own configuration object.
+
+    Raises:
+        UserError: naming the knob and its bound.
+    """
+    method = method_named(config.cell.method)
+    try:
+        return method.Config.model_validate(config.knobs)
+    except ValidationError as error:
+        raise UserError(explain(error, method.Config, f"methods.{config.cell.method}")) from None
+
+
+def policy_of(spec: SweepSpec) -> Policy:
+    """How this sweep draws views."""
+    return Policy(spec.train.crop_scale, spec.train.color)
+
+
+def source_reads(entry: Model, role: Any) -> dict[str, Any]:
+    """What identifies a network that a stage is built from: its weights and how they are fed."""
+    network = load_network(entry, role)
+    options = entry.model_dump(mode="json", exclude={"model"} if entry.model.startswith("local:") else set())
+    return {"entry": options, "weights": network.weights_hash, "preprocessing": describe(network.preprocessing)}
+
+
+def stage_reads(
+    stage: Stage, spec: SweepSpec, task: TaskData, config: TrialConfig, inputs: dict[str, str]
+) -> dict[str, Any]:
+    """Exactly what a stage reads; its hash is the stage's key.
+
+    Args:
+        inputs: keys of earlier stages by name.
+    """
+    cell = config.cell
+    code: Any = stage.fit if isinstance(stage, FitStage) else stage.learner
+    reads: dict[str, Any] = {
+        "code": f"{code.__module__}.{code.__qualname__}",
+        "version": stage.version,
+        "params": dict(stage.params),
+        "inputs": {name: inputs[name] for name in stage.inputs},
+    }
+    outputs = stage.outputs if isinstance(stage, FitStage) else stage.feed.outputs
+    if outputs:
+        reads["outputs"] = [asdict(o) for o in outputs]
+    if cell.teacher is not None and (outputs or "teacher" in stage.reads):
+        reads["teacher"] = source_reads(spec.teachers[cell.teacher], "teacher")
+    if cell.student is not None and "student" in stage.reads:
+        reads["student"] = source_reads(spec.students[cell.student], "student")
+    labels = "labels" in stage.reads or (isinstance(stage, TrainStage) and stage.feed.labels)
+    images = stage.images if isinstance(stage, FitStage) else stage.feed.images
+    if images == "all":
+        reads["images"] = task.train.images_hash
+    if labels:
+        reads["labels"] = task.labels_hash
+    elif images == "labelled":
+        reads["images"] = task.train.take(task.labelled).images_hash
+    if "teacher" in stage.reads or "student" in stage.reads:
+        reads["num_classes"] = len(task.classes)
+    if isinstance(stage, TrainStage):
+        train = spec.train
+        reads["feed"] = {"images": images, "labels": stage.feed.labels, "fraction": stage.feed.labelled_fraction}
+        reads["recipe"] = asdict(stage.recipe)
+        reads["steps"] = stage_steps(stage, spec, task)
+        reads["batch"] = train.batch
+        reads["views"] = None if train.fresh else train.views
+        reads["policy"] = asdict(policy_of(spec))
+        reads["precision"] = train.precision
+        # Batch norm over each worker's own part is another computation; without workers it makes no difference.
+        reads["workers"] = 1 if train.workers == 1 or train.sync_batchnorm else train.workers
+        reads["seed"] = config.seed
+    return reads
+
+
+def stage_steps(stage: TrainStage, spec: SweepSpec, task: TaskData) -> int:
+    """Optimizer steps of a training stage."""
+    return max(1, round(spec.train.total_steps(len(task.train)) * stage.recipe.budget))
