@@ -39,5 +39,7 @@ def discover() -> dict[str, type[Method]]:
             continue
         known = found.setdefault(candidate.name, candidate)
         if known is not candidate:
-            raise ValueError(f"Two methods are called {candidate.name!r}: {known.__module__} and {candidate.__module__}.")
+            raise ValueError(
+                f"Two methods are called {candidate.name!r}: {known.__module__} and {candidate.__module__}."
+            )
     return dict(sorted(found.items()))

@@ -173,7 +173,7 @@ def test_vit_features_tell_topics_apart_far_better_than_a_random_vits(rows, pixe
         np.concatenate(
             [rng.choice(np.flatnonzero((topics == k) & (splits == "train")), 20, False) for k in range(9)]
         )
-        for _ in range(3)
+        for _ in range(2)
     ]
     used = np.unique(np.concatenate([*draws, np.flatnonzero(splits == "val")]))
     images = torch.from_numpy(pixels[used].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)

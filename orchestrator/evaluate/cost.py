@@ -1,28 +1,32 @@
-"""What a deployed student costs: parameters, FLOPs and latency."""
+"""What a network costs to run: parameters, FLOPs and latency."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from timm.layers import set_fused_attn, use_fused_attn
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-WARM_UP = 5
+WARM_UP = 3  # calls before anything is timed
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one forward pass.
+    """The time of one forward pass.
 
     Attributes:
-        median_ms, iqr_ms: median and interquartile range, in milliseconds.
-        device, threads, batch: under which conditions.
-        runs: how many forward passes were timed.
+        median_ms: median over the runs, in milliseconds a batch.
+        iqr_ms: distance between the quartiles.
+        device: `cpu`, or `cuda` with the GPU's name.
+        threads: Torch threads.
+        batch: images a run.
+        runs: timed forward passes.
     """
 
     median_ms: float
@@ -32,41 +36,92 @@ class Latency:
     batch: int
     runs: int
 
+    @property
+    def setup(self) -> str:
+        """`cpu, 1 thread, batch 1`: two latencies compare only where this is equal."""
+        return f"{self.device}, {self.threads} thread{'s' if self.threads > 1 else ''}, batch {self.batch}"
+
 
 def parameters(network: nn.Module) -> int:
-    """Number of scalars in all parameters."""
+    """Number of scalars in the network's parameters, shared ones once. Buffers (batch statistics) do not count."""
     return sum(p.numel() for p in network.parameters())
 
 
 def flops(network: nn.Module, size: int) -> int:
-    """Floating-point operations of one image [1, 3, size, size], 2 for each multiply-add.
+    """Floating-point operations of one forward pass on one image of `size` x `size` pixels.
 
-    Fused attention is switched off while counting: the counter does not see the fused kernel on a CPU.
+    Counted are convolutions and matrix products, attention's included, at 2 for each multiply-add (twice the "MACs"
+    or "FLOPs" of papers that count a multiply-add as one). Normalisation, activations and additions are not counted.
     """
-    plain = copy.deepcopy(network).cpu().eval()
-    for module in plain.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    fused = bool(use_fused_attn())
-    set_fused_attn(False)
-    try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
-            plain(torch.zeros(1, 3, size, size))
-    finally:
-        set_fused_attn(fused)
+    # A fused attention kernel is one operation that the counter may not know, and on the CPU the fast path of
+    # nn.MultiheadAttention always is: both are taken apart here. timm's own switch is read when a network is built,
+    # so it cannot do this.
+    with _evaluating(network), torch.inference_mode(), _plain_attention(), FlopCounterMode(display=False) as counter:
+        network(_images(network, 1, size))
     return int(counter.get_total_flops())
 
 
 def latency(
-    network: nn.Module, size: int, *, device: str = "cpu", threads: int = 1, batch: int = 1, min_run_time: float = 0.5
+    network: nn.Module,
+    size: int,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    batch: int = 1,
+    min_run_time: float = 0.5,
 ) -> Latency:
-    """Times the network on random images [batch, 3, size, size] in inference mode, after a warm-up."""
-    network = network.to(device).eval()
-    images = torch.randn(batch, 3, size, size, device=device)
-    with torch.inference_mode():
-        for _ in range(WARM_UP):
-            network(images)
-        timer = Timer("network(images)", globals={"network": network, "images": images}, num_threads=threads)
+    """Times forward passes in inference mode, after a warm-up; the network itself stays where and as it is.
+
+    Args:
+        network: what to time.
+        size: side of the square input, in pixels.
+        device: where to time it; a copy is moved there.
+        threads: Torch threads while timing.
+        batch: images in each run.
+        min_run_time: seconds of timed runs, at least.
+    """
+    here = {p.device.type for p in network.parameters()} or {"cpu"}
+    timed = network if here == {torch.device(device).type} else copy.deepcopy(network).to(device)
+    images = _images(timed, batch, size)
+    timer = Timer("network(images)", globals={"network": timed, "images": images}, num_threads=threads)
+    with _evaluating(timed), torch.inference_mode():
+        timer.timeit(WARM_UP)
         measured = timer.blocked_autorange(min_run_time=min_run_time)
-    runs = measured.number_per_run * len(measured.times)
-    return Latency(measured.median * 1e3, measured.iqr * 1e3, device, threads, batch, runs)
+    return Latency(
+        median_ms=measured.median * 1e3,
+        iqr_ms=measured.iqr * 1e3,
+        device=f"cuda ({torch.cuda.get_device_name(images.device)})" if images.is_cuda else str(images.device),
+        threads=threads,
+        batch=batch,
+        runs=measured.number_per_run * len(measured.raw_times),
+    )
+
+
+def _images(network: nn.Module, batch: int, size: int) -> torch.Tensor:
+    """Zeros, of the type and on the device of the network."""
+    first = next(network.parameters(), torch.empty(0))
+    return torch.zeros(batch, 3, size, size, dtype=first.dtype, device=first.device)
+
+
+@contextlib.contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with every module's own mode restored after."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention as matrix products; the settings are restored after."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -66,7 +66,7 @@ def efficientnet_lite0(num_classes: int = 1000, **kwargs: Any) -> nn.Module:
     ``num_classes`` other than 1000 the classifier is new and random. ``kwargs`` go to timm's constructor.
     """
     state = efficientnet_lite0_state()
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False, **kwargs)
+    model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False, **kwargs)
     model.load_state_dict(state, strict=True)
     if num_classes != 1000:
         model.reset_classifier(num_classes)
@@ -75,7 +75,7 @@ def efficientnet_lite0(num_classes: int = 1000, **kwargs: Any) -> nn.Module:
 
 def clipart_stem(**kwargs: Any) -> nn.Module:
     """Lite0 up to its stride-16 stage, untrained, 0.70 M: (N, 3, H, W) -> [(N, 112, H / 16, W / 16)]."""
-    stem = timm.create_model(
+    stem: Any = timm.create_model(
         "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(3,), **kwargs
     )
     stem.blocks = stem.blocks[:5]  # timm keeps the two stages behind the last output that is asked for
@@ -96,7 +96,7 @@ def vit_clipart(
             f"The packaged weights have {VIT_DEPTH} blocks, not {depth}: build the smaller model with"
             " pretrained=False and copy the teacher's blocks into it."
         )
-    model = VisionTransformer(
+    model: Any = VisionTransformer(
         img_size=VIT_SIDE,
         patch_size=1,  # one token for each cell of the stem's map
         embed_dim=VIT_DIM,

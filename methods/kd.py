@@ -1,0 +1,125 @@
+"""Knowledge distillation: the student learns the labels and the teacher's softened class probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from methods.contract import (
+    Batch,
+    Deployed,
+    Feed,
+    Given,
+    Learner,
+    Method,
+    Recipe,
+    Setting,
+    Stage,
+    TrainStage,
+    masked_cross_entropy,
+)
+from methods.heads import POOLED, TEACHER_HEAD, teacher_head_stage
+from methods.knobs import Choice, MethodConfig, Range, knob
+
+
+class KDConfig(MethodConfig):
+    """Knobs of logit distillation."""
+
+    temperature: float = knob(
+        4.0, "Softens both class distributions.", search=Range(low=1, high=8, log=True), ge=1, le=100
+    )
+    weight: float = knob(
+        0.5, "λ: share of the teacher's term; 0 trains on labels alone.", search=Range(low=0, high=1), ge=0, le=1
+    )
+    labelled_fraction: float = knob(
+        0.25, "Share of each batch that has labels.", search=Choice(values=(0.25, 0.5, 0.75)), ge=0, le=1
+    )
+    lr: float = knob(1e-3, "Peak learning rate.", search=Range(low=1e-4, high=1e-2, log=True), gt=0, le=1)
+    weight_decay: float = knob(
+        0.05, "AdamW's weight decay.", search=Choice(values=(0.0, 1e-4, 1e-3, 1e-2, 5e-2)), ge=0, le=1
+    )
+    budget: float = knob(1.0, "Share of the sweep's steps; above 1 costs more than the other methods.", gt=0, le=4)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """`T² · KL(teacher ‖ student)` of logits [B, C] at temperature T, the mean over rows.
+
+    T² keeps the size of its gradient about the same for any T (Hinton et al., §2.1 [memory]).
+    """
+    student, teacher = student.float() / temperature, teacher.float() / temperature
+    divergence = F.kl_div(
+        F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1), reduction="batchmean", log_target=True
+    )
+    return temperature**2 * divergence
+
+
+class KDLearner(Learner):
+    """A student that trains on `(1 - λ) · CE + λ · T² · KL(teacher ‖ student)`.
+
+    CE sees the rows with a label, KL every row. The teacher's logits [B, C] are `teacher_head` on its stored pooled
+    features [B, D].
+    """
+
+    head_weight: Tensor
+    head_bias: Tensor
+
+    def __init__(self, params: Mapping[str, Any], given: Given) -> None:
+        super().__init__(params, given)
+        self.student = given.student
+        self.temperature: float = params["temperature"]
+        self.weight: float = params["weight"]
+        head = given.result(TEACHER_HEAD)
+        self.register_buffer("head_weight", head["weight"].clone(), persistent=False)
+        self.register_buffer("head_bias", head["bias"].clone(), persistent=False)
+
+    @torch.no_grad()
+    def teacher_logits(self, batch: Batch) -> Tensor:
+        """[B, C] float32."""
+        return F.linear(batch.outputs[POOLED.key].to(self.head_weight.dtype), self.head_weight, self.head_bias)
+
+    def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        return self.distillation(self.student(batch.images), batch)
+
+    def distillation(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The loss of the student's logits [B, C] on `batch`."""
+        assert batch.labels is not None
+        ce = masked_cross_entropy(logits.float(), batch.labels)
+        kl = distillation_loss(logits, self.teacher_logits(batch), self.temperature)
+        return {"loss": (1 - self.weight) * ce + self.weight * kl, "ce": ce, "kd": kl}
+
+    def deployed(self) -> Deployed:
+        return Deployed(network=self.student.eval(), base="student")
+
+
+class KD(Method):
+    """Logit distillation: `(1 - λ) · CE + λ · T² · KL(teacher ‖ student)`.
+
+    The teacher has no classes of the task, so it first gets a linear head on the labelled images (`teacher_head`,
+    shared by all trials) [inferred]; with it, unlabelled images teach too.
+    """
+
+    name = "kd"
+    family = "remapping"
+    paper = "Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015"
+    Config = KDConfig
+
+    @classmethod
+    def stages(cls, config: KDConfig, setting: Setting) -> list[Stage]:
+        return [
+            teacher_head_stage(),
+            TrainStage(
+                name="distil",
+                version=1,
+                learner=KDLearner,
+                params=config.model_dump(include={"temperature", "weight"}, mode="json"),
+                feed=Feed(images="all", labels=True, labelled_fraction=config.labelled_fraction, outputs=(POOLED,)),
+                recipe=Recipe(lr=config.lr, weight_decay=config.weight_decay, budget=config.budget),
+                trains="student",
+                reads=("student",),
+                inputs=(TEACHER_HEAD,),
+            ),
+        ]

@@ -1,0 +1,285 @@
+"""WeCoLoRA: copy every k-th block of a transformer, then adapt the copy with low-rank pairs and no labels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.contract import Batch, Deployed, Feed, Given, Learner, Method, Recipe, Setting, Stage, TrainStage, freeze
+from methods.knobs import Choice, MethodConfig, Range, knob
+from methods.outputs import Output, read_outputs
+
+Offset = Literal["first", "last"]
+Targets = Literal["qv", "qkv", "attn", "all"]
+Loss = Literal["l1", "l2", "smooth_l1", "cosine"]
+
+
+class WeCoLoRAConfig(MethodConfig):
+    """Knobs of WeCoLoRA. Defaults are those of the authors' command [code] unless said otherwise."""
+
+    factor: int = knob(
+        2, "Keep one block in this many (1 keeps all: a control).", search=Choice(values=(2, 3, 4)), ge=1, le=24
+    )
+    offset: Offset = knob(
+        "first",
+        "Which block of each group is copied: the first (authors' code) or the last (paper's figure).",
+        search=Choice(values=("first", "last")),
+    )
+    rank: int = knob(
+        32,
+        "Rank of every low-rank pair; the authors use 128 at width 768.",
+        search=Choice(values=(4, 8, 16, 32, 64, 128, 256)),
+        ge=1,
+        le=1024,
+    )
+    targets: Targets = knob(
+        "all",
+        "Adapted maps: q,v / q,k,v / these and the attention output / these and both MLP layers (the paper's six).",
+        search=Choice(values=("qv", "qkv", "attn", "all")),
+    )
+    target: Literal["prenorm", "postnorm"] = knob(
+        "prenorm",
+        "Compare the last tokens before or after the final norm.",
+        search=Choice(values=("prenorm", "postnorm")),
+    )
+    loss: Loss = knob("l1", "Distance between tokens.", search=Choice(values=("l1", "l2", "smooth_l1", "cosine")))
+    multi_block: float = knob(
+        0.0, "Weight of the same distance after every earlier kept block.", search=Range(low=0, high=1), ge=0, le=1
+    )
+    lr: float = knob(4e-3, "Peak learning rate.", search=Range(low=1e-4, high=1e-2, log=True), gt=0, le=1)
+    weight_decay: float = knob(0.05, "AdamW's weight decay.", search=Range(low=0, high=0.1), ge=0, le=1)
+    warmup: float = knob(0.2, "Share of the steps with a rising rate.", search=Range(low=0, high=0.2), ge=0, lt=1)
+    budget: float = knob(1.0, "Share of the sweep's steps; above 1 costs more than the other methods.", gt=0, le=4)
+
+
+def kept_blocks(depth: int, factor: int, offset: Offset) -> list[int]:
+    """0-based teacher blocks that the student copies.
+
+    `first`: 0, k, 2k, … — ceil(L/k) blocks [code]. `last`: k-1, 2k-1, … — floor(L/k) blocks, L-1 among them where k
+    divides L [fig]. The two sources disagree; all published numbers come from the code path [inferred].
+    """
+    return list(range(0 if offset == "first" else factor - 1, depth, factor))
+
+
+def target_blocks(depth: int, factor: int, offset: Offset) -> list[int]:
+    """For each kept block, the teacher block whose output it should give: the last one of its group.
+
+    That is `[k-1::k]` for either offset, and L-1 for the last kept block. The authors' option has the phase `[1::k]`,
+    which is right for k = 2 only [code].
+    """
+    kept = kept_blocks(depth, factor, offset)
+    return [i * factor + factor - 1 for i in range(len(kept) - 1)] + [depth - 1]
+
+
+def truncated(teacher: nn.Module, kept: list[int]) -> nn.Module:
+    """A copy of a timm vision transformer with only the blocks `kept`; everything else is copied unchanged."""
+    student = copy.deepcopy(teacher)
+    blocks = student.blocks
+    assert isinstance(blocks, nn.Sequential | nn.ModuleList)
+    chosen = [blocks[i] for i in kept]
+    student.blocks = nn.Sequential(*chosen) if isinstance(blocks, nn.Sequential) else nn.ModuleList(chosen)
+    if isinstance(getattr(student, "feature_info", None), list):
+        student.feature_info = student.feature_info[: len(kept)]  # type: ignore[assignment, index]
+    if hasattr(student, "_model_args"):  # timm's note of how to build this network again
+        student._model_args = {**student._model_args, "depth": len(kept)}  # type: ignore[assignment, dict-item]
+    return student
+
+
+class LowRankPair(nn.Module):
+    """`x` [..., in] → `B A x` [..., out]: A Kaiming-uniform (a = √5), B zero, no bias, no dropout, scale 1 [code]."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, inputs))
+        self.B = nn.Parameter(torch.zeros(outputs, rank))
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.A), self.B)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear map with low-rank pairs on equal slices of its output: `y = W x + b + B A x`.
+
+    Args:
+        base: the map, [..., in] → [..., out].
+        rank: of every pair.
+        slices: how many equal slices the output has: 3 for a fused qkv, whose parts get independent pairs.
+        adapted: which slices get one.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, slices: int = 1, adapted: tuple[int, ...] = (0,)) -> None:
+        super().__init__()
+        self.base = base
+        self.width = base.out_features // slices
+        self.slices = slices
+        self.pairs = nn.ModuleDict({str(i): LowRankPair(base.in_features, self.width, rank) for i in adapted})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        parts = [self.pairs[str(i)](x) if str(i) in self.pairs else None for i in range(self.slices)]
+        known = next(part for part in parts if part is not None)
+        return y + torch.cat([torch.zeros_like(known) if part is None else part for part in parts], dim=-1)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The plain linear map with the pairs added to its weight (in place on `base`)."""
+        for name, pair in self.pairs.items():
+            assert isinstance(pair, LowRankPair)
+            rows = slice(int(name) * self.width, (int(name) + 1) * self.width)
+            self.base.weight[rows] += (pair.B.double() @ pair.A.double()).to(self.base.weight.dtype)
+        return self.base
+
+
+def adapt(network: nn.Module, rank: int, targets: Targets) -> None:
+    """Freezes a timm vision transformer and puts low-rank pairs on its blocks' maps, in place.
+
+    `all` has six pairs a block (three on the fused qkv): 18 · rank · D scalars a block at MLP ratio 4 [code].
+    """
+    freeze(network)
+    blocks = network.blocks
+    assert isinstance(blocks, nn.Sequential | nn.ModuleList)
+    for block in blocks:
+        _wrap(block, "attn.qkv", rank, 3, (0, 2) if targets == "qv" else (0, 1, 2))
+        if targets in ("attn", "all"):
+            _wrap(block, "attn.proj", rank)
+        if targets == "all":
+            _wrap(block, "mlp.fc1", rank)
+            _wrap(block, "mlp.fc2", rank)
+
+
+def merge(network: nn.Module) -> nn.Module:
+    """Folds every `AdaptedLinear` of `network` into its plain linear map, in place; returns the network."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            network.set_submodule(name, module.merged())
+    return network
+
+
+def token_distance(student: Tensor, teacher: Tensor, kind: Loss) -> Tensor:
+    """Mean distance of tokens [B, N, D] over batch, tokens and channels; `l1` is the paper's [code]."""
+    student, teacher = student.float(), teacher.float()
+    if kind == "l1":
+        return F.l1_loss(student, teacher)
+    if kind == "l2":
+        return F.mse_loss(student, teacher)
+    if kind == "smooth_l1":
+        return F.smooth_l1_loss(student, teacher)
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+
+class WeCoLoRALearner(Learner):
+    """The truncated copy with its low-rank pairs; the loss compares tokens and sees no label.
+
+    `loss`: distance of the last tokens [B, N, D] + `multi_block` · mean distance after the earlier kept blocks (always
+    before the norm; the averaging is ours [inferred]).
+    """
+
+    def __init__(self, params: Mapping[str, Any], given: Given) -> None:
+        super().__init__(params, given)
+        teacher = given.teacher
+        depth = len(teacher.blocks)  # type: ignore[arg-type]
+        self.student = truncated(teacher, kept_blocks(depth, params["factor"], params["offset"]))
+        adapt(self.student, params["rank"], params["targets"])
+        self.distance: Loss = params["loss"]
+        self.multi_block: float = params["multi_block"]
+        self.last, earlier = _compared(depth, params)
+        self.pairs = [(Output("tokens", layer=i), output) for i, output in enumerate(earlier)]
+
+    def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        own = read_outputs(self.student, batch.images, [self.last, *(mine for mine, _ in self.pairs)])
+        final = token_distance(own[self.last.key], batch.outputs[self.last.key], self.distance)
+        if not self.pairs:
+            return {"loss": final, "last_block": final}
+        distances = [
+            token_distance(own[mine.key], batch.outputs[theirs.key], self.distance) for mine, theirs in self.pairs
+        ]
+        earlier = torch.stack(distances).mean()
+        return {"loss": final + self.multi_block * earlier, "last_block": final, "earlier_blocks": earlier}
+
+    def deployed(self) -> Deployed:
+        network = merge(copy.deepcopy(self.student)).eval()
+        return Deployed(network=network, base="teacher", changes={"depth": len(network.blocks)})  # type: ignore[arg-type]
+
+    def frozen(self) -> list[nn.Module]:
+        return [self.student]
+
+
+class WeCoLoRA(Method):
+    """Weight copy and low-rank adaptation for few-shot distillation of vision transformers.
+
+    Every k-th block of the teacher is copied and frozen; independent low-rank pairs on q, k, v, the attention output
+    and both MLP layers learn to reproduce the teacher's last tokens (L1, all tokens, before the final norm) on
+    unlabelled images [code]. The pairs are merged into the weights, so the student is a plain, shallower teacher. Its
+    head is the common probe's; the paper probes too (batch norm and a linear layer under LARS [code], not ours).
+
+    Where a network normalises after pooling (timm's `fc_norm`), `target: postnorm` equals `prenorm`.
+    """
+
+    name = "wecolora"
+    family = "remapping"
+    paper = "Grigore et al., Weight Copy and Low-Rank Adaptation for Few-Shot Distillation of ViTs, WACV 2025"
+    Config = WeCoLoRAConfig
+    deploys = "teacher"
+    needs_labels = False
+    trains_head = False
+    teacher_kinds = ("vit",)
+
+    @classmethod
+    def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:
+        assert isinstance(config, WeCoLoRAConfig)
+        assert setting.teacher is not None
+        name, blocks = setting.teacher.name, setting.teacher.blocks
+        if config.factor > blocks:
+            return f"factor {config.factor} is larger than the {blocks} blocks of {name}"
+        return None
+
+    @classmethod
+    def stages(cls, config: WeCoLoRAConfig, setting: Setting) -> list[Stage]:
+        assert setting.teacher is not None
+        params = config.model_dump(
+            include={"factor", "offset", "rank", "targets", "target", "loss", "multi_block"}, mode="json"
+        )
+        last, earlier = _compared(setting.teacher.blocks, params)
+        return [
+            TrainStage(
+                name="distil",
+                version=1,
+                learner=WeCoLoRALearner,
+                params=params,
+                feed=Feed(images="all", labels=False, outputs=(last, *earlier)),
+                recipe=Recipe(
+                    lr=config.lr,
+                    weight_decay=config.weight_decay,
+                    betas=(0.9, 0.95),
+                    warmup=config.warmup,
+                    budget=config.budget,
+                ),
+                trains="teacher",
+                reads=("teacher",),
+            )
+        ]
+
+
+def _compared(depth: int, params: Mapping[str, Any]) -> tuple[Output, list[Output]]:
+    """The teacher's outputs that the student is compared with: after the last block, and after the earlier groups."""
+    last = Output("tokens", layer=-1, norm=params["target"] == "postnorm")
+    if params["multi_block"] == 0:
+        return last, []
+    groups = target_blocks(depth, params["factor"], params["offset"])
+    return last, [Output("tokens", layer=i) for i in groups[:-1]]
+
+
+def _wrap(block: nn.Module, name: str, rank: int, slices: int = 1, adapted: tuple[int, ...] = (0,)) -> None:
+    try:
+        base = block.get_submodule(name)
+    except AttributeError:
+        base = None
+    if not isinstance(base, nn.Linear) or base.out_features % slices:
+        raise ValueError(f"WeCoLoRA adapts the linear map {name!r} of each transformer block; this block has {base}.")
+    block.set_submodule(name, AdaptedLinear(base, rank, slices, adapted))

@@ -1,0 +1,439 @@
+"""Writing a student so that it loads without this package: for plain timm, or as ONNX.
+
+What is written is read back and compared with the student before it gets its name, so a folder that exists is a
+folder that works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import os
+import runpy
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from orchestrator.errors import UserError, WorkError, listed, nearest
+from orchestrator.select.results import short_name
+from orchestrator.spec import Model
+
+FORMATS = ("safetensors", "onnx")
+TOLERANCE = {"safetensors": 1e-5, "onnx": 1e-4}  # largest difference of a logit
+ONE_FILE = 1_800_000_000  # bytes of weights; beyond 2 GB an ONNX file keeps them beside it
+
+CLASSIFY = '''
+
+def pixels(path):
+    """The central square, resized, transparency on white; as the student was evaluated."""
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = F.pil_to_tensor(image.crop((left, top, left + side, top + side)))
+    size, mode = CONFIG["pretrained_cfg"]["input_size"][1:], CONFIG["pretrained_cfg"]["interpolation"]
+    image = F.resize(image, size, F.InterpolationMode(mode), antialias=True) / 255
+    return F.normalize(image, CONFIG["pretrained_cfg"]["mean"], CONFIG["pretrained_cfg"]["std"])[None]
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        shares = network()(pixels(sys.argv[1])).softmax(1)[0]
+    for share, label in sorted(zip(shares.tolist(), CONFIG["label_names"]), reverse=True)[:5]:
+        print(f"{share:.4f} {label}")
+'''
+
+LOAD_TIMM = '''\
+"""Classifies an image: python load.py IMAGE. Needs timm (which brings torch and torchvision) and safetensors."""
+
+import json
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import functional as F
+
+HERE = Path(__file__).resolve().parent
+CONFIG = json.loads((HERE / "config.json").read_text(encoding="utf-8"))
+
+
+def network():
+    """The network with its weights, in evaluation mode: [B, 3, S, S] normalised images -> [B, C] logits."""
+    return timm.create_model(f"local-dir:{HERE}", pretrained=True).eval()
+'''
+
+LOAD_CLIPART = '''\
+"""Classifies an image: python load.py IMAGE. Needs timm (which brings torch and torchvision) and safetensors."""
+
+import json
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from timm.layers import HybridEmbed, freeze_batch_norm_2d
+from timm.models.vision_transformer import VisionTransformer
+from torchvision.transforms import functional as F
+
+HERE = Path(__file__).resolve().parent
+CONFIG = json.loads((HERE / "config.json").read_text(encoding="utf-8"))
+
+
+def network():
+    """The network with its weights, in evaluation mode: [B, 3, S, S] normalised images -> [B, C] logits."""
+    stem = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(3,))
+    stem.blocks = stem.blocks[:5]  # up to the map of stride 16
+    model = VisionTransformer(embed_layer=lambda **kwargs: HybridEmbed(stem, **kwargs), **CONFIG["model_args"])
+    model.patch_embed.backbone = freeze_batch_norm_2d(model.patch_embed.backbone)
+    model.load_state_dict(load_file(HERE / "model.safetensors"))
+    return model.eval()
+'''
+
+LOAD_ONNX = '''\
+"""Classifies an image: python load.py IMAGE. Needs onnxruntime, numpy and pillow only."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+HERE = Path(__file__).resolve().parent
+CONFIG = json.loads((HERE / "config.json").read_text(encoding="utf-8"))
+
+
+def pixels(path):
+    """The central square, resized, transparency on white; to a grey level as the student was evaluated."""
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    size, mode = CONFIG["pretrained_cfg"]["input_size"][1:], CONFIG["pretrained_cfg"]["interpolation"]
+    image = image.crop((left, top, left + side, top + side)).resize(size, Image.Resampling[mode.upper()])
+    image = (np.asarray(image, np.float32) / 255 - CONFIG["pretrained_cfg"]["mean"]) / CONFIG["pretrained_cfg"]["std"]
+    return image.astype(np.float32).transpose(2, 0, 1)[None]
+
+
+if __name__ == "__main__":
+    session = onnxruntime.InferenceSession(HERE / "model.onnx", providers=["CPUExecutionProvider"])
+    logits = session.run(["logits"], {"images": pixels(sys.argv[1])})[0][0].astype(np.float64)
+    shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    for share, label in sorted(zip(shares.tolist(), CONFIG["label_names"]), reverse=True)[:5]:
+        print(f"{share:.4f} {label}")
+'''
+
+
+def export_student(
+    network: nn.Module,
+    meta: Mapping[str, Any],
+    out_dir: str | Path,
+    format: str,
+    sample: Tensor | None = None,
+) -> dict[str, Any]:
+    """Writes a folder with the network, `config.json` (labels, preprocessing), `load.py` and a model card.
+
+    Args:
+        network: the student; not changed.
+        meta: its `student.json`.
+        out_dir: a folder that does not exist yet, or is empty. It appears complete or not at all.
+        format: `safetensors` (timm's own folder format) or `onnx`.
+        sample: [B, 3, S, S] normalised images for the comparison; None compares on random numbers.
+
+    Returns:
+        As plain JSON: `folder`, `format`, `files`, `bytes`, `max_abs_difference` of the logits, `batches` compared,
+        `timm_loads` (whether `timm.create_model("local-dir:...")` reads it), `sentences`.
+
+    Raises:
+        UserError: if the format is unknown, or the folder is taken or cannot be written.
+        WorkError: if what was written does not give the student's logits.
+    """
+    if format not in FORMATS:
+        raise UserError(f"Unknown format {format!r}; allowed: {listed(FORMATS)}.{nearest(format, FORMATS)}")
+    out = Path(out_dir)
+    plain = copy.deepcopy(network).cpu().float().eval()
+    images = _images(meta, sample)
+    config = _config(plain, meta)
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"The output folder {str(out)!r} is not empty; name one that does not exist yet.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise UserError(f"The output folder {str(out)!r} cannot be written: {error.strerror or error}.") from error
+    try:
+        write = _write_timm if format == "safetensors" else _write_onnx
+        run = write(partial, plain, config)
+        batches = sorted({1, min(3, len(images)), len(images)})
+        difference = _compare(plain, run, images, batches, format)
+        card = _card(meta, config, format, difference)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(partial / "__pycache__", ignore_errors=True)
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o777 & ~mask)
+        files = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"The output folder {str(out)!r} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    timm_loads = format == "safetensors" and timm.is_model(config["architecture"])
+    return {
+        "folder": str(out),
+        "format": format,
+        "files": list(files),
+        "bytes": sum(files.values()),
+        "max_abs_difference": difference,
+        "batches": batches,
+        "timm_loads": timm_loads,
+        "sentences": _sentences(out, format, timm_loads, difference, sum(files.values())),
+    }
+
+
+def _images(meta: Mapping[str, Any], sample: Tensor | None) -> Tensor:
+    """At least three images, to compare on."""
+    size = int(meta["preprocessing"]["size"])
+    if sample is None or len(sample) == 0:
+        return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    sample = sample.detach().cpu().float()
+    return sample if len(sample) >= 3 else torch.cat([sample, sample.flip(-1), sample.flip(-2)])[:3]
+
+
+def _config(network: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's hub format: what `local-dir:` needs to build the network, and what a user needs to feed it."""
+    entry = Model.model_validate(meta["model"])
+    preprocessing = meta["preprocessing"]
+    size, classes = int(preprocessing["size"]), int(meta["num_classes"])
+    arguments: dict[str, Any] = {**entry.kwargs, **meta["changes"]}
+    if entry.model == "packaged/vit_clipart":
+        from orchestrator.packaged.models import VIT_DEPTH, VIT_DIM, VIT_HEADS, VIT_SIDE
+
+        architecture = "vit_clipart"
+        fixed = {"img_size": VIT_SIDE, "patch_size": 1, "embed_dim": VIT_DIM, "num_heads": VIT_HEADS}
+        arguments = {"depth": VIT_DEPTH, **fixed, "num_classes": classes, "global_pool": "token", **arguments}
+    else:
+        architecture = _architecture(entry)
+        arguments.pop("num_classes", None)
+        patches = getattr(network, "patch_embed", None)
+        if entry.image_size is not None and hasattr(patches, "img_size"):
+            arguments["img_size"] = size
+    source = getattr(network, "pretrained_cfg", None) or {}
+    mode = str(preprocessing["interpolation"])
+    return {
+        "architecture": architecture,
+        "num_classes": classes,
+        "num_features": int(getattr(network, "num_features", 0)),
+        "label_names": [str(c) for c in meta["classes"]],
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "num_classes": classes,
+            "input_size": [3, size, size],
+            "fixed_input_size": bool(source.get("fixed_input_size", False)),
+            "interpolation": mode if mode in ("bilinear", "bicubic") else "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": [float(v) for v in preprocessing["mean"]],
+            "std": [float(v) for v in preprocessing["std"]],
+            "first_conv": source.get("first_conv"),
+            "classifier": source.get("classifier"),
+        },
+    }
+
+
+def _architecture(entry: Model) -> str:
+    """timm's name of the network, without a tag."""
+    if entry.model == "packaged/efficientnet_lite0":
+        return "tf_efficientnet_lite0"
+    name = entry.architecture if entry.model.startswith("local:") else entry.model
+    return str(name).removeprefix("timm/").partition(".")[0]
+
+
+def _state(network: nn.Module, architecture: str) -> dict[str, Tensor]:
+    state = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
+    if architecture == "vit_clipart":  # its stem's batch norms are rebuilt frozen, and those count no batches
+        stem = "patch_embed.backbone."
+        state = {k: v for k, v in state.items() if not (k.startswith(stem) and k.endswith("num_batches_tracked"))}
+    return state
+
+
+def _write_json(folder: Path, config: Mapping[str, Any]) -> None:
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _write_timm(folder: Path, network: nn.Module, config: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    architecture = config["architecture"]
+    save_file(_state(network, architecture), folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder, config)
+    script = folder / "load.py"
+    script.write_text((LOAD_CLIPART if architecture == "vit_clipart" else LOAD_TIMM) + CLASSIFY, encoding="utf-8")
+    try:
+        loaded = runpy.run_path(str(script))["network"]()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise WorkError(f"timm cannot rebuild the student from what was exported: {_first_line(error)}") from error
+    return loaded
+
+
+def _write_onnx(folder: Path, network: nn.Module, config: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    import onnx
+    import onnxruntime
+
+    path = folder / "model.onnx"
+    weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                network,
+                (torch.zeros(2, *config["pretrained_cfg"]["input_size"]),),  # a batch of 1 would be exported as fixed
+                dynamo=True,
+                verbose=False,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            )
+            assert program is not None
+            program.model.metadata_props["labels"] = json.dumps(config["label_names"], ensure_ascii=False)
+            program.model.metadata_props["preprocessing"] = json.dumps(config["pretrained_cfg"])
+            program.save(str(path), external_data=weights > ONE_FILE)
+            onnx.checker.check_model(str(path))
+            session = onnxruntime.InferenceSession(str(path), _session_options(), providers=["CPUExecutionProvider"])
+    except OSError:
+        raise
+    except Exception as error:  # the exporter, the checker and the runtime share no base class
+        raise WorkError(f"{config['architecture']} cannot be exported to ONNX: {_first_line(error)}") from error
+    _write_json(folder, config)
+    (folder / "load.py").write_text(LOAD_ONNX, encoding="utf-8")
+    return lambda images: torch.from_numpy(np.asarray(session.run(["logits"], {"images": images.numpy()})[0]))
+
+
+def _session_options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return options
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = (lines[0] if lines else type(error).__name__)[:240]
+    return text if text.endswith(".") else text + "."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's progress, notes and warnings are for its authors."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@torch.inference_mode()
+def _compare(
+    network: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, batches: list[int], format: str
+) -> float:
+    """The largest difference of a logit, over batches of several sizes."""
+    largest = 0.0
+    for batch in batches:
+        want, got = network(images[:batch]), run(images[:batch])
+        if want.shape != got.shape:
+            shapes = f"{tuple(got.shape)} instead of {tuple(want.shape)}"
+            raise WorkError(f"The exported network gives logits of shape {shapes}; nothing was written.")
+        # NaN must not pass: max() would drop it.
+        if not bool(torch.isfinite(want).all() and torch.isfinite(got).all()):
+            raise WorkError("The student or its export gives logits that are not finite; nothing was written.")
+        largest = max(largest, float((want - got).abs().max()))
+    if largest > TOLERANCE[format]:
+        raise WorkError(
+            f"The exported network's logits differ from the student's by {largest:.2g}, more than "
+            f"{TOLERANCE[format]:g}; nothing was written."
+        )
+    return largest
+
+
+def _sentences(out: Path, format: str, timm_loads: bool, difference: float, size: int) -> list[str]:
+    how = "onnxruntime" if format == "onnx" else "a fresh load"
+    sentences = [
+        f"Wrote {out} ({size / 1e6:.1f} MB); logits of {how} differ from the student's by at most {difference:.1g}."
+    ]
+    if timm_loads:
+        sentences.append(f'In Python: timm.create_model("local-dir:{out}", pretrained=True)')
+    sentences.append(f"On an image: python {out / 'load.py'} IMAGE")
+    return sentences
+
+
+def _card(meta: Mapping[str, Any], config: Mapping[str, Any], format: str, difference: float) -> str:
+    entry = Model.model_validate(meta["model"])
+    teacher, student = short_name(meta.get("teacher")), short_name(entry.model)
+    cfg = config["pretrained_cfg"]
+    changes = ", ".join(f"{k} {v}" for k, v in meta["changes"].items())
+    itself = meta.get("role") == "teacher"
+    network = f"{student}{' (the adapted teacher)' if itself else ''}{f', with {changes}' if changes else ''}"
+    val = meta.get("val_metric")
+    rows = [
+        ("Method", meta.get("method") or "-"),
+        ("Teacher", teacher or "none"),
+        ("Network", network),
+        ("Architecture", config["architecture"]),
+        ("Accuracy on val", "-" if val is None else f"{float(val):.4f}"),
+        ("Trial", meta.get("trial_id") or "-"),
+        ("Input", f"[B, 3, {cfg['input_size'][1]}, {cfg['input_size'][2]}], any B"),
+        ("Mean, std", f"{cfg['mean']}, {cfg['std']}, of pixels in 0 to 1"),
+    ]
+    labels = "\n".join(f"{i}. {label}" for i, label in enumerate(config["label_names"]))
+    lines = [
+        *("---", f"library_name: {'onnxruntime' if format == 'onnx' else 'timm'}"),
+        *("pipeline_tag: image-classification", "---", ""),
+        *(f"# {config['architecture']}, {config['num_classes']} classes", ""),
+        *("| | |", "| --- | --- |", *(f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows), ""),
+        f"Preprocessing: the image's central square, resized to {cfg['input_size'][1]} pixels ({cfg['interpolation']}, "
+        "with antialiasing), transparency on white, scaled to 0 to 1, normalised by mean and std.",
+        *("", "## Use", "", _use(config, format), ""),
+        f"Logits read back after writing differ from the trained network's by at most {difference:.1g}.",
+        *("", "## Classes", "", labels, ""),
+    ]
+    return "\n".join(lines)
+
+
+def _use(config: Mapping[str, Any], format: str) -> str:
+    command = "```\npython load.py IMAGE\n```"
+    if format == "onnx":
+        code = 'session = onnxruntime.InferenceSession("model.onnx")\n(logits,) = session.run(None, {"images": images})'
+        head = "or, with `images` a float32 array [B, 3, S, S]:"
+        return f"{command}\n\n{head}\n\n```python\nimport onnxruntime\n\n{code}\n```"
+    if config["architecture"] == "vit_clipart":
+        return (
+            f"{command}\n\ntimm has no registered model of this architecture: `network()` in `load.py` builds it "
+            "from timm's parts."
+        )
+    code = 'import timm\n\nnetwork = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True).eval()'
+    return f"{command}\n\nor\n\n```python\n{code}\n```"

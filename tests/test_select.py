@@ -1,0 +1,320 @@
+"""Reading trials, ranking, choosing, the Pareto front, and the printed leaderboard."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from orchestrator.errors import UserError
+from orchestrator.select.results import (
+    COLUMNS,
+    choose,
+    leaderboard,
+    margin_note,
+    pareto,
+    print_leaderboard,
+    read_trials,
+    short_name,
+)
+from orchestrator.spec import METRICS, Objective
+
+VAL = [Objective()]
+
+
+def trial(number: int, **values: Any) -> dict[str, Any]:
+    row = {
+        "trial_id": f"t{number:04d}",
+        "number": number,
+        "method": "kd",
+        "teacher": "timm/vit_base_patch16_224.augreg",
+        "student": "timm/resnet18",
+        "status": "complete",
+        "reason": "",
+        "config": "{}",
+        "seed": 0,
+        "val_metric": 0.8,
+        "params_total": 1000,
+        "params_trained": 1000,
+        "flops": 2_000_000,
+        "latency_ms": 2.0,
+        "latency_iqr_ms": 0.1,
+        "latency_setup": "cpu, 1 thread, batch 1",
+        "optimizer_steps": 100,
+        "images_seen": 6400,
+        "teacher_forwards": 400,
+        "teacher_forwards_shared": 1200,
+        "device_seconds": 12.5,
+        "store_seconds_saved": 3.0,
+        "student_path": f"students/t{number:04d}",
+    }
+    return row | values
+
+
+def failed(number: int, status: str = "failed", **values: Any) -> dict[str, Any]:
+    blank = {"val_metric": math.nan, "latency_ms": math.nan, "latency_iqr_ms": math.nan, "params_total": None}
+    return trial(number, **{"status": status, "reason": "diverged at step 12", "student_path": "", **blank, **values})
+
+
+def frame(*rows: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def sweep(folder: Path, *rows: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "sweep.yaml").write_text("name: s\n", encoding="utf-8")
+    if rows:
+        frame(*rows).to_parquet(folder / "trials.parquet")
+    return folder
+
+
+def printed(trials: pd.DataFrame, width: int = 100, **options: Any) -> str:
+    stream = io.StringIO()
+    print_leaderboard(Console(file=stream, width=width, color_system=None), trials, **options)
+    return stream.getvalue()
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_reading_gives_plain_types_in_proposal_order(tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "s", trial(2, teacher=None), failed(0), trial(1))
+    trials = read_trials(folder)
+    assert list(trials["trial_id"]) == ["t0000", "t0001", "t0002"]
+    assert trials["teacher"][2] is None
+    rows = json.loads(trials.to_json(orient="records"))
+    assert rows[0]["params_total"] is None
+    assert rows[1]["params_total"] == 1000
+    assert rows[0]["val_metric"] is None
+    assert f"{trials.iloc[1]['params_total']:,}" == "1,000"
+
+
+def test_a_sweep_without_recorded_trials_is_empty(tmp_path: Path) -> None:
+    trials = read_trials(sweep(tmp_path / "s"))
+    assert trials.empty
+    assert list(trials.columns) == list(COLUMNS)
+    assert leaderboard(trials, VAL).empty
+    assert pareto(trials, VAL) == []
+    assert "no trials yet" in printed(trials)
+    with pytest.raises(UserError, match="no trials yet"):
+        choose(trials, "val_metric", "max")
+
+
+def test_what_is_not_a_sweep_is_named(tmp_path: Path) -> None:
+    sweep(tmp_path / "pets", trial(0))
+    with pytest.raises(UserError, match=r"no sweep folder .*Did you mean 'pets'"):
+        read_trials(tmp_path / "pet")
+    with pytest.raises(UserError, match=r"has no sweep\.yaml\. The sweeps below it are pets"):
+        read_trials(tmp_path)
+
+
+def test_a_damaged_or_foreign_table_is_named(tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "s")
+    (folder / "trials.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_trials(folder)
+    pd.DataFrame({"trial_id": ["t0000"]}).to_parquet(folder / "trials.parquet")
+    with pytest.raises(UserError, match="has no column method"):
+        read_trials(folder)
+
+
+# --- ranking -------------------------------------------------------------------------------------------------------
+
+
+def test_complete_rows_are_ranked_and_the_others_follow() -> None:
+    rows = [failed(0), trial(1, val_metric=0.7), failed(2, "pruned"), trial(3, val_metric=0.9), failed(4, "running")]
+    board = leaderboard(frame(*rows), VAL)
+    assert list(board["trial_id"]) == ["t0003", "t0001", "t0004", "t0002", "t0000"]
+    assert list(board["rank"][:2]) == [1, 2]
+    assert board["rank"][2:].isna().all()
+
+
+def test_an_objective_that_is_better_when_smaller_ranks_upwards() -> None:
+    board = leaderboard(frame(trial(0, flops=30), trial(1, flops=10), trial(2, flops=20)), [Objective(metric="flops")])
+    assert list(board["trial_id"]) == ["t0001", "t0002", "t0000"]
+
+
+def test_ties_go_to_fewer_parameters_then_lower_latency_then_the_earlier_trial() -> None:
+    rows = [
+        trial(0, params_total=2000, latency_ms=1.0),
+        trial(1, params_total=1000, latency_ms=3.0),
+        trial(3, params_total=1000, latency_ms=2.0),
+        trial(2, params_total=1000, latency_ms=2.0),
+    ]
+    assert list(leaderboard(frame(*rows), VAL)["trial_id"]) == ["t0002", "t0003", "t0001", "t0000"]
+    assert choose(frame(*rows), "val_metric", "max")["trial_id"] == "t0002"
+
+
+def test_an_unknown_metric_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"Unknown metric 'latency'; allowed: .*Did you mean 'latency_ms'"):
+        choose(frame(trial(0)), "latency", "min")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_can_choose(metric: str) -> None:
+    direction = METRICS[metric]
+    values = {"val_metric": 0.5} if metric == "val_metric" else {metric: 1}
+    other = trial(1, **values)
+    expected = "t0000" if direction == "max" else "t0001"
+    assert choose(frame(trial(0), other), metric, direction)["trial_id"] == expected
+
+
+# --- choosing under limits -----------------------------------------------------------------------------------------
+
+
+def test_only_complete_trials_with_a_student_are_chosen() -> None:
+    rows = [trial(0, val_metric=0.99, status="pruned"), trial(1, val_metric=0.98, student_path=""), trial(2)]
+    assert choose(frame(*rows), "val_metric", "max")["trial_id"] == "t0002"
+    with pytest.raises(UserError, match=r"No trial is complete: 1 pruned and 2 failed\."):
+        choose(frame(failed(0), failed(1, "pruned"), failed(2)), "val_metric", "max")
+    with pytest.raises(UserError, match="kept its student"):
+        choose(frame(rows[1]), "val_metric", "max")
+    with pytest.raises(UserError, match="value of val_metric"):
+        choose(frame(trial(0, val_metric=math.nan)), "val_metric", "max")
+
+
+def test_a_limit_takes_what_just_fits() -> None:
+    rows = [trial(0, val_metric=0.9, params_total=1001), trial(1, val_metric=0.8, params_total=1000)]
+    assert choose(frame(*rows), "val_metric", "max", max_params=1000)["trial_id"] == "t0001"
+
+
+def test_a_limit_that_nothing_keeps_names_the_nearest_miss() -> None:
+    rows = [trial(2, params_total=4_000_000, latency_ms=2.5), trial(3, params_total=101_234, latency_ms=7.25)]
+    with pytest.raises(UserError) as error:
+        choose(frame(*rows), "val_metric", "max", max_params=1000)
+    want = "No complete trial has at most 1,000 parameters; the smallest has 101,234 (t0003)."
+    assert str(error.value) == want
+    with pytest.raises(UserError) as error:
+        choose(frame(*rows), "val_metric", "max", max_latency_ms=1.5)
+    assert str(error.value) == "No complete trial has a latency of at most 1.5 ms; the fastest takes 2.5 ms (t0002)."
+    with pytest.raises(UserError) as error:
+        choose(frame(*rows), "val_metric", "max", max_params=200_000, max_latency_ms=3)
+    assert str(error.value) == (
+        "No complete trial has both at most 200,000 parameters and a latency of at most 3 ms: of those that are small "
+        "enough, the fastest takes 7.25 ms (t0003); of those that are fast enough, the smallest has 4,000,000 (t0002)."
+    )
+
+
+def test_a_trial_without_a_measured_latency_keeps_no_latency_limit() -> None:
+    with pytest.raises(UserError, match="none has a measured latency"):
+        choose(frame(trial(0, latency_ms=math.nan)), "val_metric", "max", max_latency_ms=5)
+
+
+# --- uncertainty ---------------------------------------------------------------------------------------------------
+
+
+def test_a_runner_up_within_one_standard_error_is_noted() -> None:
+    trials = frame(trial(0, val_metric=0.80), trial(1, val_metric=0.79), trial(2, val_metric=0.77, method="fitnet"))
+    best = choose(trials, "val_metric", "max")
+    # sqrt(0.77 * 0.23 / 100) = 0.0421 and sqrt(0.77 * 0.23 / 400) = 0.0210, against a difference of 0.03
+    note = margin_note(trials, best, "val_metric", 100)
+    assert note is not None
+    assert "t0002 (fitnet), is 0.030 away" in note
+    assert "(0.042 on 100 val images)" in note
+    assert margin_note(trials, best, "val_metric", 400) is None
+
+
+def test_equal_accuracies_are_noted_even_without_a_standard_error() -> None:
+    trials = frame(trial(0, val_metric=1.0), trial(1, val_metric=1.0, method="fitnet"))
+    assert margin_note(trials, choose(trials, "val_metric", "max"), "val_metric", 50) is not None
+
+
+def test_other_metrics_and_single_methods_have_no_such_note() -> None:
+    trials = frame(trial(0), trial(1))
+    row = choose(trials, "val_metric", "max")
+    assert margin_note(trials, row, "val_metric", 100) is None
+    assert margin_note(frame(trial(0), trial(1, method="fitnet")), row, "flops", 100) is None
+
+
+# --- Pareto --------------------------------------------------------------------------------------------------------
+
+TWO = [Objective(), Objective(metric="flops")]
+
+
+def test_the_front_holds_what_nothing_dominates() -> None:
+    rows = [
+        trial(0, val_metric=0.9, flops=100),
+        trial(1, val_metric=0.8, flops=50),
+        trial(2, val_metric=0.8, flops=60),  # dominated by t0001
+        trial(3, val_metric=0.7, flops=50),  # dominated by t0001
+        trial(4, val_metric=0.9, flops=100),  # equal to t0000: both stay
+        trial(5, val_metric=0.99, flops=1, status="pruned"),
+        trial(6, val_metric=math.nan, flops=1),
+    ]
+    assert pareto(frame(*rows), TWO) == ["t0000", "t0004", "t0001"]
+    board = leaderboard(frame(*rows), TWO)
+    assert set(board.loc[board["pareto"], "trial_id"]) == {"t0000", "t0001", "t0004"}
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=12))
+def test_the_front_is_what_brute_force_finds(points: list[tuple[int, int, int]]) -> None:
+    rows = [trial(i, val_metric=v / 5, flops=f, params_total=p) for i, (v, f, p) in enumerate(points)]
+    want = {
+        f"t{i:04d}"
+        for i, a in enumerate(points)
+        if not any(b != a and b[0] >= a[0] and b[1] <= a[1] and b[2] <= a[2] for b in points)
+    }
+    assert set(pareto(frame(*rows), [*TWO, Objective(metric="params_total")])) == want
+
+
+# --- the printed table ---------------------------------------------------------------------------------------------
+
+
+def wide() -> pd.DataFrame:
+    return frame(
+        trial(0, params_total=86_567_656, flops=35_130_000_000, latency_ms=123.456, latency_iqr_ms=4.4),
+        trial(1, val_metric=0.8765, teacher="packaged/vit_clipart", student=None, method="block_distillation"),
+        trial(2, val_metric=0.7, teacher=None, student="local:/some/where/my_net.safetensors", method="finetune"),
+        failed(3, reason="The loss is not finite at step 12; try a smaller lr."),
+        failed(4, "pruned", reason="below the median at 25 %"),
+    )
+
+
+@pytest.mark.parametrize("width", [100, 120])
+def test_the_table_fits_and_shows_ids_numbers_reasons_and_units(width: int) -> None:
+    text = printed(wide(), width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    first = next(line for line in text.splitlines() if line.lstrip().startswith("1 "))
+    assert "t0001" in first
+    assert "0.8765" in first
+    for part in ("86.6M", "35,130", "123 (4)", "400/1200", "12.5", "smaller lr", "below the median"):
+        assert part in text, part
+    flat = " ".join(text.split())
+    assert "Trials: 3 complete, 1 pruned and 1 failed." in flat
+    assert "2 per multiply-add, for one image" in flat
+    assert "cpu, 1 thread, batch 1" in flat
+    assert "…" not in text
+
+
+def test_latencies_of_different_setups_are_said_not_to_compare() -> None:
+    text = printed(frame(trial(0), trial(1, latency_setup="cuda, 1 thread, batch 1")), 120)
+    assert "do not compare: cpu, 1 thread, batch 1; cuda, 1 thread, batch 1" in " ".join(text.split())
+
+
+def test_several_objectives_mark_the_front() -> None:
+    text = printed(frame(trial(0, val_metric=0.9, flops=9), trial(1, flops=20)), objectives=TWO)
+    assert "1* t0000" in " ".join(text.split())
+    assert "2 t0001" in " ".join(text.split())
+    assert "* on the Pareto front of val_metric and flops." in text
+
+
+def test_a_limit_says_what_it_leaves_out() -> None:
+    text = printed(frame(*(trial(i) for i in range(5))), limit=2)
+    assert "t0001" in text
+    assert "t0002" not in text
+    assert "and 3 more complete trials" in text
+
+
+def test_names_are_shortened() -> None:
+    assert short_name("timm/vit_base_patch16_224.augreg_in21k") == "vit_base_patch16_224"
+    assert short_name("packaged/vit_clipart") == "vit_clipart"
+    assert short_name("local:/some/where/my_net.safetensors") == "my_net"
+    assert short_name(None) == ""
