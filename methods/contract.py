@@ -31,7 +31,7 @@ class NetworkInfo:
         kind: `vit` (uniform transformer blocks, class or pooled token), `cnn`, or `other`.
         width: channels of the pooled feature.
         blocks: number of transformer blocks; 0 where there are none.
-        intermediates: number of places an intermediate map can be read (`Output(kind="map", layer=i)`).
+        channels: of each intermediate map.
         image_size: side of the square input, in pixels.
         pretrained: whether its weights come from pre-training.
     """
@@ -40,9 +40,14 @@ class NetworkInfo:
     kind: Literal["vit", "cnn", "other"]
     width: int
     blocks: int
-    intermediates: int
+    channels: tuple[int, ...]
     image_size: int
     pretrained: bool
+
+    @property
+    def intermediates(self) -> int:
+        """Number of places an intermediate map can be read (`Output(kind="map", layer=i)`)."""
+        return len(self.channels)
 
 
 @dataclass(frozen=True)

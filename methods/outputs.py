@@ -61,7 +61,7 @@ def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) 
         maps = sorted({o.layer for o in outputs if o.kind == "map"})
         raw: dict[int, Tensor] = {}
         if maps:
-            count = count_intermediates(network)
+            count = len(intermediate_channels(network))
             indices = [layer % count for layer in maps]
             final, taps = network.forward_intermediates(images, indices=sorted(set(indices)), output_fmt="NCHW")  # type: ignore[operator]
             by_index = dict(zip(sorted(set(indices)), taps, strict=True))
@@ -86,9 +86,9 @@ def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) 
     return result
 
 
-def count_intermediates(network: nn.Module) -> int:
-    """How many intermediate maps `network.forward_intermediates` can give; 0 where it has none."""
-    if not hasattr(network, "forward_intermediates"):
-        return 0
+def intermediate_channels(network: nn.Module) -> tuple[int, ...]:
+    """Channels of each map that `network.forward_intermediates` can give; none where it has no such method."""
     info = getattr(network, "feature_info", None)
-    return len(info) if info is not None else 0
+    if info is None or not hasattr(network, "forward_intermediates"):
+        return ()
+    return tuple(int(stage["num_chs"]) for stage in info)

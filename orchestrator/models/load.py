@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from methods.contract import Deployed, NetworkInfo
-from methods.outputs import count_intermediates
+from methods.outputs import intermediate_channels
 from orchestrator.errors import UserError
 from orchestrator.models.names import Role, local_weights, timm_name, wants_weights
 from orchestrator.spec import Model
@@ -194,10 +194,10 @@ def _plan(key: str, role: Role) -> tuple[NetworkInfo, Preprocessing]:
     preprocessing = preprocessing_of(entry, network)
     info = NetworkInfo(
         name=entry.model,
-        kind="vit" if uniform else "cnn" if count_intermediates(network) else "other",
+        kind="vit" if uniform else "cnn" if intermediate_channels(network) else "other",
         width=int(getattr(network, "head_hidden_size", None) or network.num_features),
         blocks=len(blocks) if uniform and isinstance(blocks, nn.Sequential) else 0,
-        intermediates=count_intermediates(network),
+        channels=intermediate_channels(network),
         image_size=preprocessing.size,
         pretrained=wants_weights(entry, role),
     )
