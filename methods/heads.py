@@ -111,7 +111,7 @@ def _solve(
         [free],
         max_iter=1000 if exact else 100,
         history_size=20,
-        tolerance_grad=unit * (1e-8 if exact else 3e-4),
+        tolerance_grad=unit * (1e-9 if exact else 3e-4),
         tolerance_change=1e-12 if exact else 1e-5,
         line_search_fn="strong_wolfe",
     )

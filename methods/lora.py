@@ -135,7 +135,7 @@ class LoRALearner(Learner):
     def train(self, mode: bool = True) -> LoRALearner:
         super().train(mode)
         for name, module in self.student.named_modules():
-            if "lora_dropout" in name:  # ours, unlike the teacher's own dropout
+            if "lora_dropout" in name and isinstance(module, nn.Dropout):  # ours, unlike the teacher's own
                 module.train(mode)
         return self
 

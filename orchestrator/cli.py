@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -52,6 +53,8 @@ def main() -> None:
     # Ray tells of its usage and warns of settings that this program chose on purpose.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Torch warns of a CUDA toolkit without a GPU; on a CPU machine that is no news.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -303,10 +303,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
     for i, key in enumerate(parents):
         if isinstance(node, list):
             node = node[_index(node, key, path)]
-            continue
-        if key not in node or node[key] is None:
-            node[key] = {}
-        node = node[key]
+        else:
+            if key not in node or node[key] is None:
+                node[key] = {}
+            node = node[key]
         if not isinstance(node, dict | list):
             raise UserError(f"--set {path}: {'.'.join(parents[: i + 1])} is {node!r}, which has no keys below it.")
     if isinstance(node, list):
@@ -323,8 +323,11 @@ def _index(node: list[Any], key: str, path: str) -> int:
 
 def explain(error: ValidationError, schema: type[BaseModel], where: str) -> str:
     """The first problem of a pydantic error as one sentence with the key, what was found, and the nearest key."""
-    problem = error.errors(include_url=False)[0]
-    more = len(error.errors()) - 1
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    if problem["type"] == "missing":  # most often another key's misspelling, which says more
+        problem = next((p for p in problems if p["type"] == "extra_forbidden"), problem)
+    more = len(problems) - 1
     tail = f" ({more} more problem{'s' if more > 1 else ''} after this one.)" if more else ""
     loc = [part for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))]
     key = ".".join(str(part) for part in loc)

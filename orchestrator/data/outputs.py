@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -155,7 +156,12 @@ def _ensure_view(
                 for o in dict.fromkeys([*wanted, *also])
                 if store.get("outputs", key_of(output_reads(teacher, parameters.key, o))) is None
             ]
-            found.update(_pass(store, task, split, teacher, parameters, view, missing, device))
+            folder = store.scratch("pass", flight)
+            shutil.rmtree(folder, ignore_errors=True)  # of a pass that was killed
+            try:
+                found.update(_pass(store, task, split, teacher, parameters, view, missing, device, folder))
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
             return {o.key: found[o.key] for o in wanted}
     except Busy:
         return None
@@ -170,10 +176,10 @@ def _pass(
     view: int,
     outputs: list[Output],
     device: str,
+    folder: Path,
 ) -> dict[str, Entry]:
     started = time.perf_counter()
-    folder = store.scratch("pass", key_of([parameters.key, teacher.weights_hash]))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     module = teacher.module.to(device)
     raw = {o.key: (folder / f"{o.key}.raw").open("wb") for o in outputs}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -193,7 +199,7 @@ def _pass(
         reads = output_reads(teacher, parameters.key, output)
 
         def write(target: Path, output: Output = output, number: int = number) -> dict[str, Any]:
-            values = np.memmap(folder / f"{output.key}.raw", dtype=np.float16, mode="r")
+            values = np.memmap(folder / f"{output.key}.raw", dtype=np.float16, mode="c")
             table = torch.from_numpy(np.asarray(values).reshape(len(split), *shapes[output.key]).view())
             step = 256
             batches = (table[i : i + step] for i in range(0, len(split), step))
@@ -211,7 +217,6 @@ def _pass(
 
         entries[output.key] = store.compute("outputs", key_of(reads), write, reads=reads)
         (folder / f"{output.key}.raw").unlink()
-    folder.rmdir()
     return entries
 
 

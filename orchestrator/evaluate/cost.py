@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 WARM_UP = 3  # calls before anything is timed
@@ -83,7 +84,7 @@ def latency(
     here = {p.device.type for p in network.parameters()} or {"cpu"}
     timed = network if here == {torch.device(device).type} else copy.deepcopy(network).to(device)
     images = _images(timed, batch, size)
-    timer = Timer("network(images)", globals={"network": timed, "images": images}, num_threads=threads)
+    timer = _timer_class()("network(images)", globals={"network": timed, "images": images}, num_threads=threads)
     with _evaluating(timed), torch.inference_mode():
         timer.timeit(WARM_UP)
         measured = timer.blocked_autorange(min_run_time=min_run_time)
@@ -95,6 +96,18 @@ def latency(
         batch=batch,
         runs=measured.number_per_run * len(measured.raw_times),
     )
+
+
+def _timer_class() -> Any:
+    """Imported late and without the warning about a CUDA toolkit on a machine that has no GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        logger.setLevel(level)
+    return Timer
 
 
 def _images(network: nn.Module, batch: int, size: int) -> torch.Tensor:

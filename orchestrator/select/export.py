@@ -65,7 +65,7 @@ from pathlib import Path
 import timm
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms import functional as F
+from torchvision.transforms.v2 import functional as F
 
 HERE = Path(__file__).resolve().parent
 CONFIG = json.loads((HERE / "config.json").read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from timm.layers import HybridEmbed, freeze_batch_norm_2d
 from timm.models.vision_transformer import VisionTransformer
-from torchvision.transforms import functional as F
+from torchvision.transforms.v2 import functional as F
 
 HERE = Path(__file__).resolve().parent
 CONFIG = json.loads((HERE / "config.json").read_text(encoding="utf-8"))
@@ -382,13 +382,15 @@ def _compare(
 
 def _sentences(out: Path, format: str, timm_loads: bool, difference: float, size: int) -> list[str]:
     how = "onnxruntime" if format == "onnx" else "a fresh load"
-    sentences = [
-        f"Wrote {out} ({size / 1e6:.1f} MB); logits of {how} differ from the student's by at most {difference:.1g}."
-    ]
+    sentences = [f"Wrote {out} ({size / 1e6:.1f} MB); logits of {how} {_agree(difference)} the student's."]
     if timm_loads:
         sentences.append(f'In Python: timm.create_model("local-dir:{out}", pretrained=True)')
     sentences.append(f"On an image: python {out / 'load.py'} IMAGE")
     return sentences
+
+
+def _agree(difference: float) -> str:
+    return f"are within {difference:.1g} of" if difference else "equal"
 
 
 def _card(meta: Mapping[str, Any], config: Mapping[str, Any], format: str, difference: float) -> str:
@@ -418,7 +420,7 @@ def _card(meta: Mapping[str, Any], config: Mapping[str, Any], format: str, diffe
         f"Preprocessing: the image's central square, resized to {cfg['input_size'][1]} pixels ({cfg['interpolation']}, "
         "with antialiasing), transparency on white, scaled to 0 to 1, normalised by mean and std.",
         *("", "## Use", "", _use(config, format), ""),
-        f"Logits read back after writing differ from the trained network's by at most {difference:.1g}.",
+        f"Checked after writing: the logits {_agree(difference)} the trained network's.",
         *("", "## Classes", "", labels, ""),
     ]
     return "\n".join(lines)

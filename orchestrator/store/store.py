@@ -168,7 +168,7 @@ class Store:
     def entries(self) -> list[Entry]:
         """Every published entry, by stage and key."""
         found = []
-        for meta in sorted(self.root.glob(f"*/*/{META}")):
+        for meta in sorted(self.root.glob(f"[!.]*/*/{META}")):
             with contextlib.suppress(OSError, ValueError):
                 content = json.loads(meta.read_text(encoding="utf-8"))
                 found.append(Entry(meta.parent.parent.name, meta.parent.name, meta.parent, content))

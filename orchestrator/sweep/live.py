@@ -28,6 +28,10 @@ class TrialLines(Callback):
         self.seen = {row["trial_id"] for row in self.ledger.rows() if row["status"] in FINAL}
         self.before = len(self.seen)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks for a restore that we never do, and a console cannot be pickled.
+        return self.__dict__ | {"write": None}
+
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.write is None:
             return

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CLASSES, given_for, hybrid_vit, make_case, make_images, run_chain, teacher_outputs, tensor_hash, vit
+from tiny import CLASSES, given_for, hybrid_vit, make_case, make_images, run_chain, teacher_outputs, tensor_hash, vit
 from torch import nn
 
 from methods.contract import Batch, Given, trainable_parameters
@@ -17,7 +17,9 @@ def learner_of(teacher: nn.Module, **knobs) -> tuple[WeCoLoRALearner, tuple]:
     case = make_case()
     config = WeCoLoRAConfig(**knobs)
     setting = copy.copy(case.setting)
-    object.__setattr__(setting, "teacher", type(setting.teacher)(**{**vars(setting.teacher), "blocks": len(teacher.blocks)}))
+    object.__setattr__(
+        setting, "teacher", type(setting.teacher)(**{**vars(setting.teacher), "blocks": len(teacher.blocks)})
+    )
     (stage,) = WeCoLoRA.stages(config, setting)
     torch.manual_seed(0)
     given = Given(values={"teacher": copy.deepcopy(teacher)}, num_classes=CLASSES)

@@ -15,6 +15,7 @@ import hashlib
 import io
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,10 @@ CAP = 360  # images a topic
 MIN_INK = 0.01  # share of pixels that differ from white
 MAX_GROUP_HELD_OUT = 6  # larger groups of near-duplicates stay in train, where they skew no accuracy
 NEAR_BITS = 3  # of 256: difference hashes this close are one drawing
+VARIANT_BITS, VARIANT_LEVELS = (
+    16,
+    15.0,
+)  # both: another state of a drawing; levels are mean differences of 255
 SHARE_TEST, SHARE_VAL = 0.18, 0.155
 
 
@@ -175,6 +180,32 @@ def assign_splits(items: list[Item], groups: list[int]) -> list[str]:
     return splits
 
 
+def is_variant(image: Image.Image, hashes: np.ndarray, pixels: np.ndarray) -> bool:
+    """Whether a picture is a variant of one of n, given as ``hashes_and_pixels`` returns them."""
+    close = np.flatnonzero((hashes != difference_hash(image)).sum(1) <= VARIANT_BITS)
+    own = np.asarray(image, dtype=np.int16)
+    return any(float(np.abs(pixels[i] - own).mean()) < VARIANT_LEVELS for i in close)
+
+
+def hashes_and_pixels(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+    """What ``is_variant`` compares with: (n, 256) bool and (n, 96, 96, 3) int16."""
+    hashes = np.stack([difference_hash(image) for image in images])
+    return hashes, np.stack([np.asarray(image, dtype=np.int16) for image in images])
+
+
+def without_variants(items: list[Item], splits: list[str]) -> list[int]:
+    """Indices that stay once train has no variant of a val or test drawing, nor val of a test drawing."""
+    images = [Image.open(io.BytesIO(item.webp)).convert("RGB") for item in items]
+    kept = [i for i, split in enumerate(splits) if split == "test"]
+    for split in ("val", "train"):
+        against = [i for i in kept if splits[i] != split]
+        hashes, pixels = hashes_and_pixels([images[i] for i in against])
+        kept += [
+            i for i, own in enumerate(splits) if own == split and not is_variant(images[i], hashes, pixels)
+        ]
+    return sorted(kept)
+
+
 def cap_topics(items: list[Item]) -> list[Item]:
     """At most ``CAP`` pictures a topic, the first in an order of stems fixed by a hash."""
     kept: list[Item] = []
@@ -191,6 +222,9 @@ def build(root: Path) -> pa.Table:
     """The table with columns image, label, stem, split and source; rows in the order of ``source``."""
     items = cap_topics(read_items(root))
     splits = assign_splits(items, group_near_duplicates(items))
+    # Stems and hashes miss recoloured or slightly redrawn copies under another name: those leave.
+    kept = without_variants(items, splits)
+    items, splits = [items[i] for i in kept], [splits[i] for i in kept]
     columns: dict[str, Any] = {
         "image": pa.array([item.webp for item in items], pa.binary()),
         "label": [item.label for item in items],

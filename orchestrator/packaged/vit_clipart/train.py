@@ -30,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from orchestrator.packaged.clipart.build import NEAR_BITS, difference_hash, load_square, stem_of
+from orchestrator.packaged.clipart.build import hashes_and_pixels, is_variant, load_square, stem_of
 from orchestrator.packaged.models import VIT_SIDE, VIT_WEIGHTS, efficientnet_lite0, vit_clipart
 
 DATA = Path(__file__).parents[1] / "clipart" / "images.parquet"
@@ -45,16 +45,16 @@ DARK = 110  # highest channel value of a colour that icons are drawn with
 # --- pictures -----------------------------------------------------------------------------------------------
 
 
-def held_out() -> tuple[set[str], np.ndarray]:
-    """Stems and (n, 256) difference hashes of the default task's val and test pictures."""
+def held_out() -> tuple[set[str], np.ndarray, np.ndarray]:
+    """Stems, difference hashes and pixels of the default task's val and test pictures."""
     table = pq.read_table(DATA, filters=[("split", "in", ["val", "test"])])
     images = [Image.open(io.BytesIO(data)) for data in table["image"].to_pylist()]
-    return set(table["stem"].to_pylist()), np.stack([difference_hash(image) for image in images])
+    return set(table["stem"].to_pylist()), *hashes_and_pixels(images)
 
 
 def clipart_pictures(root: Path) -> list[Image.Image]:
-    """Every usable drawing of the package, whatever its folder, that is not near a held-out one."""
-    stems, hashes = held_out()
+    """Every usable drawing of the package, whatever its folder, that is no variant of a held-out one."""
+    stems, hashes, pixels = held_out()
     pictures, stars = [], 0
     for path in sorted(root.rglob("*.png")):
         is_star = "stars" in path.parts
@@ -65,7 +65,7 @@ def clipart_pictures(root: Path) -> list[Image.Image]:
         if square is None:
             continue
         small = square.resize((VIT_SIDE, VIT_SIDE), Image.Resampling.BICUBIC)
-        if (difference_hash(small) != hashes).sum(1).min() > NEAR_BITS:
+        if not is_variant(small, hashes, pixels):
             pictures.append(square)
     return pictures
 

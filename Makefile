@@ -1,0 +1,43 @@
+# Two commands: `make quickstart` and `make test`. Each makes its own virtual environment, and is safe to run again.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
+  $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+PY := $(VENV)/bin/python
+RUNS ?= runs
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install quickstart test lint clean
+
+help:
+	@echo "make quickstart   a first sweep on packaged data: offline after installation, minutes on two cores"
+	@echo "make test         lint, types, tests"
+
+$(VENV)/.quickstart: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed, and none was found."; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.quickstart
+	$(PY) -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+install: $(VENV)/.quickstart
+
+quickstart: install
+	@if [ -e $(RUNS)/quickstart/sweep.yaml ]; then $(PY) -m orchestrator resume $(RUNS)/quickstart; \
+	else $(PY) -m orchestrator sweep search_spaces/quickstart.yaml --storage $(RUNS); fi
+	@echo; $(PY) -m orchestrator best $(RUNS)/quickstart
+	@rm -rf exported
+	@echo; $(PY) -m orchestrator export $(RUNS)/quickstart exported
+
+lint: $(VENV)/.test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: lint
+	$(PY) -m pytest
+
+clean:
+	rm -rf $(VENV) $(RUNS) exported build *.egg-info

@@ -1,0 +1,254 @@
+"""Tiny timm networks, and a driver that runs a method's whole stage chain in memory."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import HybridEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from methods.contract import (
+    Batch,
+    Deployed,
+    FitStage,
+    Given,
+    Learner,
+    Method,
+    NetworkInfo,
+    Recipe,
+    Setting,
+    TaskInfo,
+    TrainStage,
+)
+from methods.knobs import MethodConfig
+from methods.outputs import Output, intermediate_channels, read_outputs
+
+SIDE = 32
+CLASSES = 5
+
+
+def vit(
+    depth: int = 6, num_classes: int = CLASSES, *, seed: int = 0, dim: int = 48, **kwargs: Any
+) -> VisionTransformer:
+    """A transformer whose blocks all matter: timm's own start leaves them close to the identity."""
+    torch.manual_seed(seed)
+    network = VisionTransformer(
+        img_size=SIDE, patch_size=8, embed_dim=dim, depth=depth, num_heads=4, num_classes=num_classes, **kwargs
+    )
+    with torch.no_grad():
+        for parameter in network.blocks.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+        if num_classes:
+            network.head.weight.normal_(std=dim**-0.5)
+    return network.eval()
+
+
+def hybrid_vit(depth: int = 6, num_classes: int = CLASSES, **kwargs: Any) -> VisionTransformer:
+    """Convolutions with batch norm, then transformer blocks."""
+    stem = partial(timm.create_model, "test_efficientnet", features_only=True, out_indices=(2,))
+    return vit(depth, num_classes, embed_layer=lambda **k: HybridEmbed(stem(), **{**k, "patch_size": 1}), **kwargs)
+
+
+def cnn(name: str = "test_efficientnet", num_classes: int = CLASSES, *, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    network = timm.create_model(name, num_classes=num_classes)
+    network.train()
+    with torch.no_grad():
+        network(torch.randn(32, 3, SIDE, SIDE))  # batch statistics that are not the initial ones
+    return network.eval()
+
+
+def describe(network: nn.Module, kind: str) -> NetworkInfo:
+    return NetworkInfo(
+        name=f"tiny/{kind}",
+        kind=kind,  # type: ignore[arg-type]
+        width=network.num_features,
+        blocks=len(network.blocks) if kind == "vit" else 0,
+        channels=intermediate_channels(network),
+        image_size=SIDE,
+        pretrained=True,
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A teacher and a student that fit a method, and how to build an untrained network of either's architecture."""
+
+    teacher: nn.Module
+    student: nn.Module
+    setting: Setting
+    build: Mapping[str, Callable[..., nn.Module]]
+
+
+def make_case(teacher: str = "vit", student: str = "cnn", unlabelled: int = 12, labelled: int = 20) -> Case:
+    builders: dict[str, Callable[..., nn.Module]] = {"vit": vit, "hybrid": hybrid_vit, "cnn": cnn}
+    kinds = {"vit": "vit", "hybrid": "vit", "cnn": "cnn"}
+    networks = {"teacher": builders[teacher](seed=1), "student": builders[student](seed=2)}
+    task = TaskInfo(kind="classification", num_classes=CLASSES, labelled=labelled, unlabelled=unlabelled)
+    setting = Setting(
+        task=task,
+        teacher=describe(networks["teacher"], kinds[teacher]),
+        student=describe(networks["student"], kinds[student]),
+    )
+    return Case(**networks, setting=setting, build={"teacher": builders[teacher], "student": builders[student]})
+
+
+def make_images(n: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images [n, 3, S, S] whose class shows as a colour, and all labels [n]."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % CLASSES
+    colours = torch.randn(CLASSES, 3, 1, 1, generator=generator)
+    return colours[labels] + 0.5 * torch.randn(n, 3, SIDE, SIDE, generator=generator), labels
+
+
+def tensor_hash(network: nn.Module) -> str:
+    """Of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Chain:
+    """What a run of a chain leaves: the deployed network, and for a look inside the last learner and loss curves."""
+
+    deployed: Deployed | None
+    learner: Learner | None = None
+    frozen_before: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
+    results: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def given_for(
+    stage: FitStage | TrainStage,
+    case: Case,
+    labels: Tensor,
+    results: Mapping[str, Mapping[str, Tensor]],
+    outputs: Mapping[str, Tensor] | None = None,
+) -> Given:
+    """Copies of exactly what the stage declares."""
+    sources: dict[str, Any] = {"teacher": case.teacher, "student": case.student, "labels": labels}
+    return Given(
+        values={name: copy.deepcopy(sources[name]) for name in stage.reads},
+        num_classes=case.setting.task.num_classes,
+        results={name: results[name] for name in stage.inputs},
+        outputs=outputs,
+    )
+
+
+_FITS: dict[str, dict[str, Tensor]] = {}
+
+
+def fitted(
+    stage: FitStage, case: Case, images: Tensor, labels: Tensor, results: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The result of a `FitStage`, computed once for the same declaration and inputs."""
+    known = case.setting.task.labelled
+    outputs = teacher_outputs(case.teacher, images[:known] if stage.images == "labelled" else images, stage.outputs)
+    inputs = {**outputs, "labels": labels[:known]}
+    for name in stage.inputs:
+        inputs.update({f"{name}.{k}": v for k, v in results[name].items()})
+    digest = hashlib.sha256(repr(stage).encode())
+    for name, tensor in sorted(inputs.items()):
+        digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    key = digest.hexdigest()
+    if key not in _FITS:
+        _FITS[key] = stage.fit(stage.params, given_for(stage, case, labels[:known], results, outputs))
+    return {name: tensor.clone() for name, tensor in _FITS[key].items()}
+
+
+@torch.no_grad()
+def teacher_outputs(teacher: nn.Module, images: Tensor, outputs: tuple[Output, ...]) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in read_outputs(teacher.eval(), images, outputs).items()} if outputs else {}
+
+
+def optimizer_for(learner: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+
+
+def schedule(recipe: Recipe, step: int, steps: int) -> float:
+    warm = round(recipe.warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def run_chain(
+    method: type[Method],
+    config: MethodConfig,
+    case: Case,
+    images: Tensor,
+    labels: Tensor,
+    steps: int = 3,
+    batch: int = 16,
+    seed: int = 0,
+) -> Chain:
+    """Runs every stage of `method` in memory, as the contract says, and nothing else.
+
+    Args:
+        images, labels: [n, 3, S, S] and [n], the first `task.labelled` of which the method may see labels of.
+        steps: for a budget of 1.
+        batch: images a step; of a stage with labels, `labelled_fraction` of them labelled.
+    """
+    chain = Chain(deployed=None)
+    known = case.setting.task.labelled
+    for stage in method.stages(config, case.setting):
+        torch.manual_seed(seed)
+        if isinstance(stage, FitStage):
+            chain.results[stage.name] = fitted(stage, case, images, labels, chain.results)
+            continue
+        learner = stage.learner(stage.params, given_for(stage, case, labels[:known], chain.results))
+        chain.learner = learner
+        chain.frozen_before = {n: p.detach().clone() for n, p in learner.named_parameters() if not p.requires_grad}
+        optimizer = optimizer_for(learner, stage.recipe)
+        total = max(1, round(steps * stage.recipe.budget))
+        learner.train()
+        for step in range(total):
+            for group in optimizer.param_groups:
+                group["lr"] = stage.recipe.lr * schedule(stage.recipe, step, total)
+            torch.manual_seed(seed * 1_000_003 + step)
+            one = draw(stage, case, images, labels, batch)
+            parts = learner(one, step / total)
+            parts["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            chain.batches.append(one)
+            chain.losses.append(parts["loss"].item())
+            chain.parts.append({k: v.item() for k, v in parts.items()})
+        learner.eval()
+        chain.deployed = learner.deployed()
+    return chain
+
+
+def draw(stage: TrainStage, case: Case, images: Tensor, labels: Tensor, batch: int) -> Batch:
+    """A random batch as the stage's feed describes it, with live teacher outputs."""
+    known = case.setting.task.labelled
+    if stage.feed.images == "labelled":
+        rows = torch.randperm(known)[:batch]
+    elif stage.feed.labels and known < len(images):
+        share = round(batch * stage.feed.labelled_fraction)
+        rows = torch.cat([torch.randperm(known)[:share], torch.randint(known, len(images), (batch - share,))])
+    else:
+        rows = torch.randperm(len(images))[:batch]
+    shown = torch.where(rows < known, labels[rows], -1) if stage.feed.labels else None
+    return Batch(images[rows], shown, teacher_outputs(case.teacher, images[rows], stage.feed.outputs))

@@ -1,0 +1,417 @@
+"""The user's data: what is read, split and drawn, the views of it, and what the teacher says of them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from methods.outputs import Output, read_outputs
+from orchestrator.data import load_task
+from orchestrator.data.images import Corrupt, decode
+from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
+from orchestrator.data.pixels import RenderedPixels, open_pixels, rendered_view, stored_pixels
+from orchestrator.data.task import TaskData
+from orchestrator.data.views import Policy, draw, render, stored_view, view_parameters
+from orchestrator.models import load_network
+from orchestrator.models.load import Preprocessing
+from orchestrator.spec import Model, Task
+from orchestrator.store import Records, Store
+
+CLASSES = ("ant", "bee", "cat")
+SMALL = Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
+POLICY = Policy(crop_scale=0.35, color=0.4)
+TEACHER = Model(model="timm/test_vit", pretrained=False, image_size=32)
+POOLED, LOGITS, TOKENS = Output("pooled"), Output("logits"), Output("tokens")
+SKIPPED = {"cannot be decoded": 1, "empty file": 1, "exact duplicate": 2, "same image under two classes": 1}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def picture(seed: int, shape: tuple[int, ...] = (40, 56, 3), dtype: type = np.uint8) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape).astype(dtype))
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def encoded() -> dict[str, bytes]:
+    """Three classes of twelve good images, and one broken or doubled file of each kind, by path."""
+    files = {f"{name}/{i:02}.png": png(picture(100 * c + i)) for c, name in enumerate(CLASSES) for i in range(12)}
+    files["ant/rgba.png"] = png(picture(1000, (40, 40, 4)))
+    files["bee/wide.png"] = png(picture(1001, (56, 40), np.uint16))
+    files["cat/grey.png"] = png(picture(1002, (48, 48)))
+    files["ant/corrupt.png"] = files["ant/00.png"][:60]
+    files["bee/empty.jpg"] = b""
+    files["ant/again.png"] = files["ant/03.png"]
+    files["cat/also.png"] = files["bee/05.png"]
+    return files
+
+
+def folder_of(root: Path, files: dict[str, bytes]) -> str:
+    for path, data in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
+    return f"folder:{root}"
+
+
+def parquet_of(path: Path, files: dict[str, bytes], **columns: list[str]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {"image": list(files.values()), "label": [p.split("/")[-2] for p in files], **columns}
+    pq.write_table(pa.table(rows), path, row_group_size=10)
+    return f"parquet:{path}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return folder_of(tmp_path_factory.mktemp("images"), encoded())
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def task(data, store) -> TaskData:
+    return load_task(Task(data=data, shots=4), store)
+
+
+def chosen(task: TaskData) -> set[str]:
+    return {task.train.ids[i] for i in task.labelled}
+
+
+def test_splits_are_disjoint_by_content_and_hold_every_good_image_once(task):
+    splits = [set(s.ids) for s in (task.train, task.val, task.test)]
+    assert [len(s) for s in (task.train, task.val, task.test)] == [len(s) for s in splits]
+    assert len(set.union(*splits)) == sum(map(len, splits)) == 38  # 36 + 3 odd modes - 1 of two classes
+    assert task.classes == CLASSES
+    for split in (task.val, task.test):
+        assert [split.labels.count(c) for c in range(3)] == [3, 2, 3]  # a fifth of 13, 12 and 13
+
+
+def test_broken_and_doubled_images_are_counted_by_reason_and_never_fatal(task):
+    assert task.skipped == SKIPPED
+    assert sum(task.skipped.values()) + 38 == len(encoded())
+
+
+def test_every_kept_image_decodes_to_its_catalogued_size(task):
+    for split in (task.train, task.val, task.test):
+        for row, size in enumerate(split.sizes):
+            image = task.image(split, row)
+            assert (image.dtype, tuple(image.shape)) == (torch.uint8, (3, *size))
+
+
+def test_transparency_is_laid_on_white_grey_is_repeated_and_16_bit_is_scaled():
+    clear = np.zeros((8, 8, 4), np.uint8)
+    assert decode(png(Image.fromarray(clear))).unique().tolist() == [255]
+    grey = decode(png(picture(0, (8, 9))))
+    assert torch.equal(grey[0], grey[1])
+    assert torch.equal(grey[0], grey[2])
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    assert np.abs(decode(png(Image.fromarray(ramp)))[0].numpy() - ramp / 257.0).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (b"", "empty file"),
+        (b"not an image", "cannot be decoded"),
+        (encoded()["ant/corrupt.png"], "cannot be decoded"),
+        (png(picture(0, (7, 40, 3))), "smaller than 8 pixels"),
+    ],
+)
+def test_an_unusable_image_says_why(file, reason):
+    with pytest.raises(Corrupt, match=reason):
+        decode(file)
+
+
+@pytest.mark.parametrize("shots", [1, 3, 6])
+def test_shots_are_drawn_of_every_class(data, store, shots):
+    task = load_task(Task(data=data, shots=shots), store)
+    assert [[task.train.labels[i] for i in task.labelled].count(c) for c in range(3)] == [shots] * 3
+    assert (task.info.labelled, task.info.unlabelled) == (3 * shots, len(task.train) - 3 * shots)
+
+
+def test_null_shots_label_all_of_train(data, store):
+    task = load_task(Task(data=data, shots=None), store)
+    assert len(task.labelled) == len(task.train) == 22
+    assert task.info.unlabelled == 0
+
+
+def test_fewer_shots_are_a_subset_of_more(data, store):
+    draws = [chosen(load_task(Task(data=data, shots=n), store)) for n in (1, 2, 4, 6)]
+    assert all(few < many for few, many in itertools.pairwise(draws))
+
+
+def test_another_seed_is_another_draw_and_the_same_seed_the_same(data, tmp_path):
+    first, again, other = (
+        load_task(Task(data=data, shots=4, seed=seed), Store(tmp_path / where))
+        for seed, where in ((0, "a"), (0, "b"), (1, "a"))
+    )
+    assert (first.train, first.val, first.test, first.labelled) == (again.train, again.val, again.test, again.labelled)
+    assert set(first.test.ids) != set(other.test.ids)
+    assert chosen(first) != chosen(other)
+    assert first.labels_hash == again.labels_hash != other.labels_hash
+
+
+def test_without_unlabelled_images_train_holds_the_labelled_ones_alone(data, store, task):
+    few = load_task(Task(data=data, shots=4, unlabelled=False), store)
+    assert len(few.train) == 12
+    assert chosen(few) == chosen(task)
+    assert few.labels_hash == task.labels_hash
+    assert (few.val, few.test) == (task.val, task.test)
+
+
+def test_ready_splits_are_kept_and_lose_their_duplicates_from_train(tmp_path, store):
+    counts = {"train": 8, "val": 3, "test": 4}
+    files = {}
+    for s, (split, count) in enumerate(counts.items()):
+        for c, name in enumerate(CLASSES):
+            files |= {f"{split}/{name}/{i}.png": png(picture(1000 * s + 100 * c + i)) for i in range(count)}
+    for copy, of in (("train/ant/x", "test/ant/0"), ("train/bee/y", "val/bee/1"), ("val/cat/z", "test/cat/2")):
+        files[f"{copy}.png"] = files[f"{of}.png"]
+    task = load_task(Task(data=folder_of(tmp_path / "ready", files), shots=5), store)
+    for split, count in counts.items():
+        rows = task.split(split)
+        assert [rows.labels.count(c) for c in range(3)] == [count] * 3
+        assert {w.split("/")[0] for w in rows.where} == {split}
+    assert task.skipped == {"exact duplicate": 3}
+    aliased = {path.replace("val/", "validation/"): data for path, data in files.items()}
+    assert load_task(Task(data=folder_of(tmp_path / "alias", aliased), shots=5), store).val.ids == task.val.ids
+
+
+def test_where_only_train_and_test_are_ready_val_is_drawn_from_train(tmp_path, store):
+    files = {f"train/{n}/{i}.png": png(picture(100 * c + i)) for c, n in enumerate(CLASSES) for i in range(10)}
+    files |= {f"test/{n}/{i}.png": png(picture(5000 + 100 * c + i)) for c, n in enumerate(CLASSES) for i in range(4)}
+    task = load_task(Task(data=folder_of(tmp_path / "ready", files), shots=5), store)
+    assert (len(task.train), len(task.val), len(task.test)) == (24, 6, 12)
+    assert {w.split("/")[0] for w in task.train.where + task.val.where} == {"train"}
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_parquet_gives_what_the_folder_gives(tmp_path, store, task, struct):
+    files = encoded()
+    where = parquet_of(tmp_path / "p" / "images.parquet", files)
+    if struct:  # as Hugging Face writes images
+        rows = {"image": [{"bytes": b, "path": p} for p, b in files.items()], "label": [p[:3] for p in files]}
+        pq.write_table(pa.table(rows), tmp_path / "p" / "images.parquet", row_group_size=7)
+    other = load_task(Task(data=where, shots=4), store)
+    for name in ("train", "val", "test"):
+        mine, theirs = task.split(name), other.split(name)
+        assert (mine.ids, mine.labels, mine.sizes) == (theirs.ids, theirs.labels, theirs.sizes)
+        assert all(torch.equal(task.image(mine, i), other.image(theirs, i)) for i in range(len(mine)))
+    assert (other.classes, other.labelled, other.skipped) == (task.classes, task.labelled, task.skipped)
+    assert other.labels_hash == task.labels_hash
+
+
+def test_parquet_keeps_its_split_column_and_its_groups_together(tmp_path, store):
+    files = {f"{n}/{i}.png": png(picture(100 * c + i)) for c, n in enumerate(CLASSES) for i in range(12)}
+    splits = ["test" if i % 4 == 3 else "" for i in range(36)]
+    stems = [f"group{i // 3}" for i in range(36)]
+    ready = load_task(Task(data=parquet_of(tmp_path / "a" / "i.parquet", files, split=splits), shots=2), store)
+    assert sorted(ready.test.where) == sorted(f"0:{i}" for i in range(3, 36, 4))
+    grouped = load_task(Task(data=parquet_of(tmp_path / "b" / "i.parquet", files, stem=stems), shots=2), store)
+    for number in range(12):
+        members = {f"0:{3 * number + i}" for i in range(3)}
+        assert sum(bool(members & set(grouped.split(s).where)) for s in ("train", "val", "test")) == 1
+
+
+def test_the_packaged_clip_art_has_nine_classes_that_twenty_shots_fit(store):
+    task = load_task(Task(data="packaged/clipart", shots=20), store)
+    assert len(task.classes) == 9
+    assert task.info.labelled == 180
+    assert not set(task.train.ids) & set(task.val.ids)
+    assert not set(task.train.ids + task.val.ids) & set(task.test.ids)
+    assert min(task.val.labels.count(c) for c in range(9)) > 0
+    assert min(task.test.labels.count(c) for c in range(9)) > 0
+
+
+@pytest.mark.parametrize(("size", "square"), [((40, 56), (0, 8, 40, 40)), ((57, 40), (8, 0, 40, 40))])
+def test_view_0_is_the_central_square_as_it_is(size, square):
+    parameters = draw(POLICY, "any", size, 0)
+    assert parameters.tolist() == [*square, 0, 1, 1, 1]
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    top, left, side, _ = square
+    assert torch.equal(render(image, parameters, side, "bicubic"), image[:, top : top + side, left : left + side])
+
+
+def test_parameters_depend_on_the_image_the_view_and_the_policy_alone():
+    drawn = draw(POLICY, "id", (40, 56), 3)
+    assert np.array_equal(drawn, draw(POLICY, "id", (40, 56), 3))
+    others = [(POLICY, "other", 3), (POLICY, "id", 4), (Policy(0.5, 0.4), "id", 3), (Policy(0.35, 0.1), "id", 3)]
+    assert not any(np.array_equal(drawn, draw(policy, name, (40, 56), view)) for policy, name, view in others)
+
+
+def test_drawn_views_lie_in_the_image_and_within_the_policy():
+    rows = np.stack([draw(POLICY, f"image {i}", (40, 56), 1 + i % 3) for i in range(600)])
+    top, left, height, width, flip, *colour = rows.T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height <= 40).all()
+    assert (left + width <= 56).all()
+    assert (height * width).min() >= 0.33 * 40 * 56  # 0.35 and the rounding of both sides
+    assert set(flip) == {0, 1}
+    assert 0.42 < flip.mean() < 0.58
+    assert 0.6 <= np.min(colour) < 0.63
+    assert 1.37 < np.max(colour) <= 1.4
+
+
+def test_stored_parameters_replay_the_same_pixels_after_the_drawing_has_changed(task, store, monkeypatch):
+    before = torch.cat(
+        list(rendered_view(task, task.val, view_parameters(stored_view(store, task.val, POLICY, 2)), SMALL))
+    )
+    monkeypatch.setattr("orchestrator.data.views.draw", lambda *a: pytest.fail("drawn again"))
+    stored = view_parameters(stored_view(store, task.val, POLICY, 2))
+    assert torch.equal(before, torch.cat(list(rendered_view(task, task.val, stored, SMALL))))
+
+
+def test_view_0_has_one_address_under_every_policy_and_other_views_have_their_own(task, store):
+    other = Policy(0.8, 0.0)
+    assert stored_view(store, task.val, POLICY, 0).key == stored_view(store, task.val, other, 0).key
+    assert stored_view(store, task.val, POLICY, 1).key != stored_view(store, task.val, other, 1).key
+
+
+def test_stored_pixels_are_the_rendered_ones_bit_for_bit_and_more_views_keep_the_first(task, store):
+    rows, views = np.arange(8).repeat(4), np.tile(np.arange(4), 8)
+    live = open_pixels(store, task, task.val, POLICY, 4, SMALL, limit_gb=0)
+    assert isinstance(live, RenderedPixels)
+    assert not list(store.root.glob("pixels/*"))
+    four = open_pixels(store, task, task.val, POLICY, 4, SMALL, limit_gb=1)
+    assert len(list(store.root.glob("pixels/*"))) == 4
+    two = open_pixels(store, task, task.val, POLICY, 2, SMALL, limit_gb=1)
+    assert len(list(store.root.glob("pixels/*"))) == 4  # the same two entries
+    pixels = four.batch(rows, views)
+    assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (32, 3, 32, 32))
+    assert torch.equal(pixels, live.batch(rows, views))
+    assert torch.equal(pixels[views < 2], two.batch(rows[views < 2], views[views < 2]))
+    assert torch.equal(pixels[views == 3], stored_pixels(store, task, task.val, POLICY, 3, SMALL).rows(range(8)))
+
+
+class Forwards:
+    """What the teacher has seen: the bytes of every input image, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.teacher = load_network(TEACHER, "teacher")
+        self.seen: list[bytes] = []
+        whole = self.teacher.module.forward_features
+
+        def counted(images: torch.Tensor, **kwargs: object) -> torch.Tensor:
+            self.seen += [image.numpy().tobytes() for image in images]
+            return whole(images, **kwargs)
+
+        monkeypatch.setattr(self.teacher.module, "forward_features", counted)
+
+    def take(self) -> list[bytes]:
+        seen, self.seen = self.seen, []
+        return seen
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> Forwards:
+    return Forwards(monkeypatch)
+
+
+def ask(store: Store, task: TaskData, forwards: Forwards, views: int, wanted: list[Output], **kwargs):
+    return ensure_outputs(store, task, task.train, forwards.teacher, POLICY, range(views), wanted, **kwargs)
+
+
+@pytest.mark.parametrize("wanted", [[POOLED], [POOLED, LOGITS, TOKENS, Output("tokens", 2)]])
+def test_the_teacher_sees_each_image_and_view_once_whatever_the_number_of_outputs(task, store, forwards, wanted):
+    bill = Bill()
+    entries = ask(store, task, forwards, 2, wanted, bill=bill)
+    seen = forwards.take()
+    assert len(seen) == len(set(seen)) == bill.forwards_paid == 2 * len(task.train)
+    assert {key: len(found) for key, found in entries.items()} == {o.key: 2 for o in wanted}
+    again = Bill()
+    assert ask(store, task, forwards, 2, wanted, bill=again).keys() == entries.keys()
+    assert forwards.take() == []
+    assert (again.forwards_paid, again.forwards_shared) == (0, 2 * len(task.train))
+    more = Bill()
+    ask(store, task, forwards, 4, wanted, bill=more)
+    extended = forwards.take()
+    assert len(set(extended)) == len(extended) == more.forwards_paid == 2 * len(task.train)
+    assert not set(extended) & set(seen)
+
+
+def test_what_other_trials_will_want_comes_from_the_same_pass(task, store, forwards):
+    ask(store, task, forwards, 2, [POOLED], also=[LOGITS, TOKENS])
+    assert len(forwards.take()) == 2 * len(task.train)
+    entries = ask(store, task, forwards, 2, [TOKENS, LOGITS])
+    assert forwards.take() == []
+    assert list(entries) == [TOKENS.key, LOGITS.key]
+
+
+def test_stored_outputs_are_the_live_ones_in_half_precision(task, store, forwards):
+    wanted = [POOLED, LOGITS, TOKENS, Output("map", 3, grid=2)]
+    entries = ask(store, task, forwards, 2, wanted)
+    for view in range(2):
+        parameters = view_parameters(stored_view(store, task.train, POLICY, view))
+        pixels = torch.cat(list(rendered_view(task, task.train, parameters, forwards.teacher.preprocessing)))
+        with torch.inference_mode():
+            images = forwards.teacher.preprocessing.normalise(pixels)
+            live = read_outputs(forwards.teacher.module, images, wanted)
+        for output in wanted:
+            stored = open_outputs(entries[output.key])[view].all()
+            assert stored.dtype == torch.float16
+            torch.testing.assert_close(stored.float(), live[output.key], rtol=2e-3, atol=1e-4)
+    width = Records(entries[TOKENS.key][0].path / "records.arrow").shape
+    assert width == (5, 64)  # four patches of 16 pixels and the class token
+
+
+def test_outputs_of_another_teacher_size_or_image_set_are_others(task, store, forwards):
+    here = ask(store, task, forwards, 1, [POOLED])[POOLED.key][0]
+    larger = load_network(TEACHER.model_copy(update={"image_size": 48}), "teacher")
+    sized = ensure_outputs(store, task, task.train, larger, POLICY, [0], [POOLED])[POOLED.key][0]
+    val = ensure_outputs(store, task, task.val, forwards.teacher, POLICY, [0], [POOLED])[POOLED.key][0]
+    assert len({here.key, sized.key, val.key}) == 3
+
+
+def test_labels_and_shots_are_not_in_the_address_of_teacher_outputs(data, task, store, forwards):
+    ask(store, task, forwards, 1, [POOLED])
+    forwards.take()
+    ask(store, load_task(Task(data=data, shots=2), store), forwards, 1, [POOLED])
+    assert forwards.take() == []
+
+
+def test_a_pass_that_died_half_way_is_done_again_even_for_fewer_outputs(task, store, forwards, monkeypatch):
+    whole = forwards.teacher.module.forward_features
+    with monkeypatch.context() as patch:
+        patch.setattr(forwards.teacher.module, "forward_features", lambda images: pytest.fail("killed"))
+        patch.setattr("shutil.rmtree", lambda *a, **k: None)  # a killed process clears nothing away
+        with pytest.raises(pytest.fail.Exception):
+            ask(store, task, forwards, 1, [POOLED, LOGITS])
+    assert forwards.teacher.module.forward_features == whole
+    (entry,) = ask(store, task, forwards, 1, [POOLED])[POOLED.key]
+    assert len(forwards.take()) == len(task.train)
+    assert len(open_outputs([entry])[0]) == len(task.train)
+    assert not list(store.root.glob(".partial/*"))
+
+
+def test_collecting_leaves_a_pass_in_flight_alone(task, store, forwards, monkeypatch):
+    whole, collected = forwards.teacher.module.forward_features, []
+
+    def collecting(images: torch.Tensor) -> torch.Tensor:
+        collected.append(store.collect())
+        return whole(images)
+
+    monkeypatch.setattr(forwards.teacher.module, "forward_features", collecting)
+    (entry,) = ask(store, task, forwards, 1, [POOLED])[POOLED.key]
+    assert set(collected) == {(0, 0)}
+    assert store.damaged(entry) == []
