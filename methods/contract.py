@@ -132,7 +132,7 @@ class Deployed:
     Attributes:
         network: adapters merged, wrappers gone; loads without this package.
         base: which network's architecture it has.
-        changes: constructor arguments that differ from the base's, e.g. `{"depth": 6}`.
+        changes: constructor arguments that differ from the base's, e.g. `{"depth": 6}`; never `num_classes`.
     """
 
     network: nn.Module
@@ -140,7 +140,7 @@ class Deployed:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-class UndeclaredInput(LookupError):
+class UndeclaredInputError(LookupError):
     """A stage asked for something that its declaration does not name."""
 
 
@@ -169,7 +169,7 @@ class Given:
 
     def _value(self, name: str) -> Any:
         if name not in self._values:
-            raise UndeclaredInput(f"The stage reads {name!r} but does not declare it in `reads`.")
+            raise UndeclaredInputError(f"The stage reads {name!r} but does not declare it in `reads`.")
         return self._values[name]
 
     @property
@@ -190,13 +190,13 @@ class Given:
     def output(self, output: Output) -> Tensor:
         """[n, ...] a teacher output on the images of a `FitStage`."""
         if output.key not in self._outputs:
-            raise UndeclaredInput(f"The stage reads the output {output.key!r} but does not declare it.")
+            raise UndeclaredInputError(f"The stage reads the output {output.key!r} but does not declare it.")
         return self._outputs[output.key]
 
     def result(self, stage: str) -> Mapping[str, Tensor]:
         """The tensors that an earlier stage published."""
         if stage not in self._results:
-            raise UndeclaredInput(f"The stage reads the result of {stage!r} but does not name it in `inputs`.")
+            raise UndeclaredInputError(f"The stage reads the result of {stage!r} but does not name it in `inputs`.")
         return self._results[stage]
 
 

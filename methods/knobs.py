@@ -41,7 +41,7 @@ def knob(default: Any, description: str, *, search: Range | Choice | None = None
         search: what an empty method block in a sweep file searches; None keeps the default.
         bounds: pydantic bounds (`ge`, `gt`, `le`, `lt`).
     """
-    extra = {"search": search.model_dump(mode="json")} if search is not None else {}
+    extra: dict[str, Any] = {"search": search.model_dump(mode="json")} if search is not None else {}
     return Field(default=default, description=description, json_schema_extra=extra, **bounds)
 
 
@@ -51,6 +51,6 @@ def default_space(config: type[MethodConfig]) -> dict[str, Range | Choice]:
     for name, field in config.model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and isinstance(extra.get("search"), dict):
-            search: dict[str, Any] = dict(extra["search"])  # type: ignore[call-overload]
+            search: dict[str, Any] = dict(extra["search"])  # type: ignore[arg-type]
             space[name] = Choice(**search) if "values" in search else Range(**search)
     return space

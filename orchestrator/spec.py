@@ -143,8 +143,8 @@ class Search(Section):
     )
     reproducible: bool = Field(
         default=True,
-        description="Propose each trial from a fixed set of earlier results, so that the same file and seed propose the "
-        "same trials whatever finishes first. False lets every free slot be filled at once.",
+        description="Propose each trial from a fixed set of earlier results, so that the same file and seed propose "
+        "the same trials whatever finishes first. False lets every free slot be filled at once.",
     )
     time_budget_s: float | None = Field(default=None, gt=0, description="No new trial after this many seconds.")
     device_hours: float | None = Field(default=None, gt=0, description="No new trial after this many device-hours.")
@@ -162,7 +162,7 @@ class Train(Section):
     )
     fresh: bool = Field(
         default=False,
-        description="Draw a new view every epoch instead: the teacher then runs live, and the leaderboard shows the cost.",
+        description="Draw a new view every epoch instead: the teacher runs live, and its row shows the cost.",
     )
     crop_scale: float = Field(default=0.35, gt=0, le=1, description="Smallest share of the image that a view may crop.")
     color: float = Field(default=0.0, ge=0, le=1, description="Strength of brightness, contrast and saturation jitter.")
@@ -246,8 +246,8 @@ class SweepSpec(Section):
             raise ValueError(f"objectives name {listed(metrics)}: each metric once")
         if len(metrics) > 1 and self.search.scheduler != "none":
             raise ValueError(
-                f"search.scheduler: {self.search.scheduler} stops by one metric and cannot serve {len(metrics)} objectives; "
-                "use none"
+                f"search.scheduler: {self.search.scheduler} stops by one metric and cannot serve "
+                f"{len(metrics)} objectives; use none"
             )
         return self
 
@@ -341,7 +341,9 @@ def explain(error: ValidationError, schema: type[BaseModel], where: str) -> str:
     shown = "" if kind == "value_error" else f"; found {_shown(found)}"
     prefix = f"{key}: " if key else ""
     end = "" if message.endswith(("?", ".")) and not shown else "."
-    return f"In {where}, {prefix}{message[0].lower() if kind != 'value_error' else message[0]}{message[1:]}{shown}{end}{tail}"
+    if kind != "value_error":
+        message = message[0].lower() + message[1:]
+    return f"In {where}, {prefix}{message}{shown}{end}{tail}"
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from methods.outputs import Output, read_outputs
 from orchestrator.data import load_task
-from orchestrator.data.images import Corrupt, decode
+from orchestrator.data.images import CorruptError, decode
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
 from orchestrator.data.pixels import RenderedPixels, open_pixels, rendered_view, stored_pixels
 from orchestrator.data.task import TaskData
@@ -138,7 +138,7 @@ def test_transparency_is_laid_on_white_grey_is_repeated_and_16_bit_is_scaled():
     ],
 )
 def test_an_unusable_image_says_why(file, reason):
-    with pytest.raises(Corrupt, match=reason):
+    with pytest.raises(CorruptError, match=reason):
         decode(file)
 
 

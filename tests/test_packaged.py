@@ -56,9 +56,7 @@ def test_data_has_enough_pictures_of_each_topic_in_each_split(rows):
         assert counts["val", label] >= 10
         assert counts["test", label] >= 10
     assert PARQUET.stat().st_size <= 4 * MIB
-    assert all(
-        source.split("/")[0] == label for source, label in zip(rows["source"], rows["label"], strict=True)
-    )
+    assert all(source.split("/")[0] == label for source, label in zip(rows["source"], rows["label"], strict=True))
 
 
 def test_no_stem_and_no_content_is_in_two_splits(rows, pixels):
@@ -177,9 +175,7 @@ def test_vit_features_tell_topics_apart_far_better_than_a_random_vits(rows, pixe
     topics = np.unique(np.array(rows["label"]), return_inverse=True)[1]
     rng = np.random.default_rng(0)
     draws = [
-        np.concatenate(
-            [rng.choice(np.flatnonzero((topics == k) & (splits == "train")), 20, False) for k in range(9)]
-        )
+        np.concatenate([rng.choice(np.flatnonzero((topics == k) & (splits == "train")), 20, False) for k in range(9)])
         for _ in range(2)
     ]
     used = np.unique(np.concatenate([*draws, np.flatnonzero(splits == "val")]))

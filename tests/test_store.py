@@ -18,7 +18,7 @@ import torch
 
 from orchestrator.errors import WorkError
 from orchestrator.store import Records, Store, key_of, write_records
-from orchestrator.store.store import Busy
+from orchestrator.store.store import BusyError
 
 KEY = key_of("an entry")
 PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once, not by every process
@@ -151,7 +151,7 @@ def test_when_the_computing_process_is_killed_a_waiter_takes_over_and_sees_nothi
     assert started.wait(120)
     assert store.get("stage", KEY) is None
     assert store.entries() == []
-    with pytest.raises(Busy):
+    with pytest.raises(BusyError):
         store.compute("stage", KEY, lambda f: None, wait=False)
     in_flight = leftovers(store)
     assert len(in_flight) == 1

@@ -14,7 +14,7 @@ MAX_PIXELS = 64_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
-class Corrupt(ValueError):
+class CorruptError(ValueError):
     """An image that cannot be used; the message is the reason it is counted under."""
 
 
@@ -22,16 +22,16 @@ def decode(data: bytes) -> Tensor:
     """uint8 [3, H, W]. Transparency is laid on white, EXIF rotation applied, of an animation the first frame taken.
 
     Raises:
-        Corrupt: `empty file`, `cannot be decoded`, `more than 64 megapixels`, or `smaller than 8 pixels`.
+        CorruptError: `empty file`, `cannot be decoded`, `more than 64 megapixels`, or `smaller than 8 pixels`.
     """
     if not data:
-        raise Corrupt("empty file")
+        raise CorruptError("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
-                raise Corrupt("more than 64 megapixels")
+                raise CorruptError("more than 64 megapixels")
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -43,12 +43,12 @@ def decode(data: bytes) -> Tensor:
                 wide = np.asarray(image, dtype=np.float64)
                 image = Image.fromarray((wide / max(wide.max(), 1) * 255).astype(np.uint8))
             pixels = np.array(image.convert("RGB"))
-    except Corrupt:
+    except CorruptError:
         raise
     except Image.DecompressionBombError:
-        raise Corrupt("more than 64 megapixels") from None
+        raise CorruptError("more than 64 megapixels") from None
     except Exception:  # decoders raise whatever they like on broken files
-        raise Corrupt("cannot be decoded") from None
+        raise CorruptError("cannot be decoded") from None
     if min(pixels.shape[:2]) < 8:
-        raise Corrupt("smaller than 8 pixels")
+        raise CorruptError("smaller than 8 pixels")
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -20,7 +20,7 @@ from orchestrator.data.views import Policy, stored_view, view_parameters
 from orchestrator.models import Network
 from orchestrator.models.load import describe
 from orchestrator.store import Entry, Records, Store, key_of, write_records
-from orchestrator.store.store import Busy
+from orchestrator.store.store import BusyError
 
 VERSION = 1
 DTYPE = "float16"
@@ -163,7 +163,7 @@ def _ensure_view(
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return {o.key: found[o.key] for o in wanted}
-    except Busy:
+    except BusyError:
         return None
 
 

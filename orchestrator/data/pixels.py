@@ -1,4 +1,4 @@
-"""Pixels of views at a network's size: rendered once into the store where they fit, else rendered as they are needed."""
+"""Pixels of views at a network's size: stored where they fit, else rendered as they are needed."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class FolderSource(Source):
 
 
 class ParquetSource(Source):
-    """Rows with `image` (encoded bytes, or Hugging Face's struct with `bytes`), `label`, and optionally `split`, `stem`.
+    """Rows with `image` (encoded bytes, or Hugging Face's struct with `bytes`), `label`, and maybe `split`, `stem`.
 
     Without a `split` column, a file name that begins with train, val or test (`train-00000.parquet`) decides.
     """
@@ -172,5 +172,6 @@ def check_splits(items: Sequence[Item]) -> None:
     for item in items:
         if item.split not in ("", *SPLITS):
             raise UserError(
-                f"task.data: the split {item.split!r} of {item.where} is none of {listed(SPLITS)}.{nearest(item.split, SPLITS)}"
+                f"task.data: the split {item.split!r} of {item.where} is none of {listed(SPLITS)}."
+                f"{nearest(item.split, SPLITS)}"
             )

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from methods.contract import TaskInfo
-from orchestrator.data.images import Corrupt, decode
+from orchestrator.data.images import CorruptError, decode
 from orchestrator.data.sources import SPLITS, Item, Source, check_splits, open_source
 from orchestrator.errors import UserError, listed
 from orchestrator.spec import Task
@@ -136,7 +136,7 @@ def _scan(source: Source, items: list[Item], folder: Path) -> dict[str, Any]:
         try:
             data = source.read(item.where)
             _, height, width = decode(data).shape
-        except Corrupt as reason:
+        except CorruptError as reason:
             return {"reason": str(reason)}
         except OSError as error:
             return {"reason": f"cannot be read ({type(error).__name__})"}

@@ -108,7 +108,7 @@ def _build_local(entry: Model, name: str, kwargs: dict[str, Any]) -> nn.Module:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"The weight file {str(path)!r} does not hold a state dict of tensors.")
     wanted = kwargs.pop("num_classes", None)
-    network = _create(name, entry.image_size, kwargs)
+    network: Any = _create(name, entry.image_size, kwargs)
     head = network.pretrained_cfg.get("classifier")
     stored = state.get(f"{head}.weight") if isinstance(head, str) else None
     if isinstance(head, str):
@@ -184,6 +184,7 @@ def load_network(entry: Model, role: Role) -> Network:
 @functools.lru_cache(maxsize=64)
 def _plan(key: str, role: Role) -> tuple[NetworkInfo, Preprocessing]:
     entry = Model.model_validate_json(key)
+    network: Any
     try:
         with torch.device("meta"):
             network = build_network(entry)

@@ -104,7 +104,7 @@ def _check_hub(entry: Model, name: str) -> list[str]:
     if not repository:
         return [f"{entry.model}: its weights are not on the hub, so whether they can be fetched was not checked."]
     if repository == "timm/":
-        repository += cfg.architecture + (f".{cfg.tag}" if cfg.tag else "")
+        repository += name
     if any(isinstance(try_to_load_from_cache(repository, f), str) for f in ("model.safetensors", "pytorch_model.bin")):
         return []
     try:

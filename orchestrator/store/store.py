@@ -50,7 +50,7 @@ class Entry:
         return sum(int(f["bytes"]) for f in self.meta["files"].values())
 
 
-class Busy(Exception):
+class BusyError(Exception):
     """Another process is computing this entry (only with `wait=False`)."""
 
 
@@ -95,10 +95,10 @@ class Store:
             stage, key: its address.
             write: fills an empty folder; returns facts for `meta.json`'s `about`.
             reads: what the key hashes, kept for people and for `verify`.
-            wait: wait for another process that is computing it; else raise `Busy`.
+            wait: wait for another process that is computing it; else raise `BusyError`.
 
         Raises:
-            Busy: see `wait`.
+            BusyError: see `wait`.
             WorkError: if the disk is full.
         """
         found = self.get(stage, key)
@@ -119,7 +119,7 @@ class Store:
         try:
             lock.acquire(poll_interval=0.1)
         except Timeout:
-            raise Busy(f"{stage}/{key}") from None
+            raise BusyError(f"{stage}/{key}") from None
         try:
             yield
         finally:
@@ -201,7 +201,7 @@ class Store:
         for leftover in [*self.root.glob(".tmp/*"), *self.root.glob(".partial/*")]:
             stage, _, rest = leftover.name.partition("-")
             size = sum(p.stat().st_size for p in leftover.rglob("*") if p.is_file())
-            with contextlib.suppress(Busy), self.lock(stage, rest[:20], wait=False):
+            with contextlib.suppress(BusyError), self.lock(stage, rest[:20], wait=False):
                 shutil.rmtree(leftover, ignore_errors=True)
                 freed += size
         if max_bytes is not None:

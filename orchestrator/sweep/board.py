@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from orchestrator.data.pixels import open_pixels
@@ -83,7 +84,7 @@ def recommend(
         f"{int(row['params_total']):,} parameters, {row['flops'] / 1e6:.1f} MFLOPs an image (2 per multiply-add), "
         f"{row['latency_ms']:.2f} ms ({row['latency_setup']}).",
     ]
-    note = margin_note(frame, row, name, len(task.val))
+    note = margin_note(frame, row, name, len(task.val), max_params, max_latency_ms)
     if note:
         sentences.append(note)
     sentences += _against_baseline(frame, row, len(task.val))
@@ -111,8 +112,8 @@ def _against_baseline(frame: Any, row: Any, images: int) -> list[str]:
     noise = math.sqrt(2 * value * (1 - value) / images)
     verdict = "more than" if gain > 2 * noise else "within"
     return [
-        f"The best network trained on the labels alone reaches val {value:.3f}: the difference {gain:+.3f} is {verdict} "
-        f"twice its standard error ({noise:.3f} on {images} images)."
+        f"The best network trained on the labels alone reaches val {value:.3f}: the difference {gain:+.3f} is "
+        f"{verdict} twice its standard error ({noise:.3f} on {images} images)."
     ]
 
 
@@ -123,7 +124,7 @@ def _test_once(folder: Path, trial_id: str, student_path: str) -> tuple[dict[str
         network, meta = load_student(Path(folder) / student_path)
         store = Store(Path(folder).absolute().parent / "store")
         task = load_task(Task.model_validate(meta["task"]), store)
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["preprocessing"].items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["preprocessing"].items()}
         preprocessing = Preprocessing(**fields)
         # Test pixels stay out of the store: nothing but this one look reads them.
         pixels = open_pixels(store, task, task.test, Policy(1.0, 0.0), None, preprocessing, 0)
@@ -160,11 +161,9 @@ def export_trial(folder: Path, out_dir: Path, trial: str | None, fmt: str) -> di
     network, meta = load_student(Path(folder) / row["student_path"])
     store = Store(Path(spec.storage) / "store")
     task = load_task(Task.model_validate(meta["task"]), store)
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["preprocessing"].items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["preprocessing"].items()}
     preprocessing = Preprocessing(**fields)
     pixels = open_pixels(store, task, task.val, Policy(1.0, 0.0), None, preprocessing, 0)
-    import numpy as np
-
     rows = np.arange(min(4, len(task.val)))
     sample = preprocessing.normalise(pixels.batch(rows, np.zeros(len(rows), dtype=np.int64)))
     report = export_student(network, meta, out_dir, fmt, sample)

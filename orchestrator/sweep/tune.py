@@ -57,7 +57,7 @@ class _Bridge(Searcher):
     def lag(self) -> int:
         return self.concurrency if self.context.spec.search.reproducible else 0
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         config = self._next()
         if not isinstance(config, TrialConfig):
             return config

@@ -105,7 +105,7 @@ def _thawed(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def fresh_student(network: Network, classes: int) -> torch.nn.Module:
-    """A student with `classes` outputs: its pre-trained weights if it has some, else weights drawn from torch's seed."""
+    """A student with `classes` outputs: its pre-trained weights, or else ones drawn from torch's seed."""
     from orchestrator.models.names import wants_weights
 
     if wants_weights(network.entry, "student"):

@@ -145,7 +145,7 @@ def fit(
         start = state["step"]
     every = report_every or max(1, steps // 20)
     sums: dict[str, Tensor] = {}
-    counted = 0
+    counts: dict[str, int] = {}  # a part may occur in some steps only
     began = time.perf_counter()
     wrapped.train()
     for step in range(start, steps):
@@ -164,14 +164,14 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         for name, value in parts.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
-        counted += 1
+            counts[name] = counts.get(name, 0) + 1
         done = step + 1
         if done % every == 0 or done == steps:
-            means = _mean_over_ranks({k: v / counted for k, v in sums.items()}, world)
+            means = _mean_over_ranks({k: v / counts[k] for k, v in sums.items()}, world)
             if not math.isfinite(means["loss"]):
                 raise WorkError(f"The loss is {means['loss']} at step {done} of {steps}: try a smaller learning rate.")
             history.points.append({"step": float(done), **means})
-            sums, counted = {}, 0
+            sums, counts = {}, {}
             history.loop_seconds += time.perf_counter() - began
             if report is not None:
                 learner.eval()

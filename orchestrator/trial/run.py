@@ -169,7 +169,9 @@ def _run(
     stages = method.stages(settings, setting_of(spec, task.info, cell))
     networks = networks_of(spec, cell.teacher, cell.student)
     total = sum(stage_steps(s, spec, task) for s in stages if isinstance(s, TrainStage)) or 1
-    before, keys, last = 0, {}, None
+    before = 0
+    keys: dict[str, str] = {}
+    last: Entry | None = None
     facts: dict[str, Any] = {"optimizer_steps": 0, "images_seen": 0, "params_trained": 0, "loop_seconds": 0.0}
     live = 0
     for stage in stages:
@@ -302,7 +304,7 @@ def _reporter(
     before: int,
     total: int,
 ) -> Callable[[Report], None] | None:
-    """Tells `progress` how far the trial is, with the val metric at each eighth of its budget if trials may be stopped."""
+    """Tells `progress` how far the trial is, with the val metric at each eighth if trials may be stopped."""
     if progress is None:
         return None
     measured = {"at": 0}

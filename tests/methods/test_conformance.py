@@ -29,7 +29,7 @@ from tiny import (
 from torch import nn
 
 from methods import discover
-from methods.contract import Batch, FitStage, Given, Learner, Method, TrainStage, UndeclaredInput
+from methods.contract import Batch, FitStage, Given, Learner, Method, TrainStage, UndeclaredInputError
 from methods.knobs import Choice, MethodConfig, Range, default_space
 
 METHODS = discover()
@@ -249,7 +249,7 @@ def test_undeclared_inputs_are_refused(method):
         if not asked:
             continue
         nothing = Given(values={}, num_classes=CLASSES)
-        with pytest.raises(UndeclaredInput):
+        with pytest.raises(UndeclaredInputError):
             stage.fit(stage.params, nothing) if isinstance(stage, FitStage) else stage.learner(stage.params, nothing)
 
 

@@ -120,9 +120,7 @@ def read_items(root: Path) -> list[Item]:
             buffer = io.BytesIO()
             square.save(buffer, "WEBP", quality=QUALITY, method=6)
             pixels = hashlib.sha256(np.asarray(square).tobytes()).hexdigest()
-            items.append(
-                Item(source, topic, stem_of(path), buffer.getvalue(), pixels, difference_hash(square))
-            )
+            items.append(Item(source, topic, stem_of(path), buffer.getvalue(), pixels, difference_hash(square)))
             labels_of[pixels].add(topic)
     kept, seen = [], set()
     for item in items:
@@ -200,9 +198,7 @@ def without_variants(items: list[Item], splits: list[str]) -> list[int]:
     for split in ("val", "train"):
         against = [i for i in kept if splits[i] != split]
         hashes, pixels = hashes_and_pixels([images[i] for i in against])
-        kept += [
-            i for i, own in enumerate(splits) if own == split and not is_variant(images[i], hashes, pixels)
-        ]
+        kept += [i for i, own in enumerate(splits) if own == split and not is_variant(images[i], hashes, pixels)]
     return sorted(kept)
 
 
@@ -211,9 +207,7 @@ def cap_topics(items: list[Item]) -> list[Item]:
     kept: list[Item] = []
     for topic in TOPICS:
         of_topic = [item for item in items if item.label == topic]
-        of_topic.sort(
-            key=lambda item: (hashlib.sha256(("cap" + item.stem).encode()).hexdigest(), item.source)
-        )
+        of_topic.sort(key=lambda item: (hashlib.sha256(("cap" + item.stem).encode()).hexdigest(), item.source))
         kept += of_topic[:CAP]
     return sorted(kept, key=lambda item: item.source)
 
@@ -237,9 +231,7 @@ def build(root: Path) -> pa.Table:
 
 def main() -> None:
     """Write the table and print the counts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=Path("/usr/share/openclipart/png"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("images.parquet"))
     args = parser.parse_args()

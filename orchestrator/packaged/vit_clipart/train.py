@@ -179,9 +179,7 @@ def store_views(
     """Stem maps (views, n, 112, 6, 6) at 96 px, Lite0's features (views, n, 1280) at 160 px; both fp16."""
     run_stem, run_lite0 = session(stem, VIT_SIDE, threads), session(Head(lite0), TARGET_SIDE, threads)
     chunks = [pictures[i : i + 64] for i in range(0, len(pictures), 64)]
-    jobs = [
-        (chunk, seed * 10**6 + v * 10**4 + i, v == 0) for v in range(views) for i, chunk in enumerate(chunks)
-    ]
+    jobs = [(chunk, seed * 10**6 + v * 10**4 + i, v == 0) for v in range(views) for i, chunk in enumerate(chunks)]
     maps, features = [], []
     with Pool(threads) as pool:
         for small, large in pool.imap(_both_sides, jobs):
@@ -224,9 +222,7 @@ def train(
     model.train()
     block: Any
     for block in model.blocks:
-        block.attn.fused_attn = (
-            False  # with 37 tokens, the fused kernel's backward is half of a step on a CPU
-        )
+        block.attn.fused_attn = False  # with 37 tokens, the fused kernel's backward is half of a step on a CPU
     for step in range(1, args.steps + 1):
         if len(order) < args.batch:
             order = torch.randperm(count, generator=generator)
@@ -310,9 +306,7 @@ def probe(
     return {split: float(right[splits == split].mean()) for split in ("val", "test")}
 
 
-def report(
-    name: str, features: torch.Tensor, labels: np.ndarray, splits: np.ndarray, seeds: int, decay: float
-) -> None:
+def report(name: str, features: torch.Tensor, labels: np.ndarray, splits: np.ndarray, seeds: int, decay: float) -> None:
     """Print one line: mean and standard deviation over the label draws."""
     runs = [probe(features, labels, splits, seed, decay=decay) for seed in range(seeds)]
     cells = []
@@ -326,9 +320,7 @@ def truncated(model: VisionTransformer, keep: slice) -> VisionTransformer:
     """A shallower copy with every weight but the dropped blocks'."""
     kept = list(range(len(model.blocks)))[keep]
     small = vit_clipart(depth=len(kept), pretrained=False)
-    small.load_state_dict(
-        {k: v for k, v in model.state_dict().items() if not k.startswith("blocks.")}, strict=False
-    )
+    small.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("blocks.")}, strict=False)
     for new, old in enumerate(kept):
         small.blocks[new].load_state_dict(model.blocks[old].state_dict())
     return small
@@ -360,31 +352,23 @@ def with_stem(model: VisionTransformer) -> VisionTransformer:
 
 def main() -> None:
     """Store the views, train, write the weights, print the probes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--openclipart", type=Path, default=Path("/usr/share/openclipart/png"))
-    parser.add_argument(
-        "--emoji", type=Path, nargs="*", default=[], help="unpacked emoji-datasource-* packages"
-    )
+    parser.add_argument("--emoji", type=Path, nargs="*", default=[], help="unpacked emoji-datasource-* packages")
     parser.add_argument("--icons", type=Path, help="the fonts folder of qtawesome 1.4.2")
     parser.add_argument("--icon-count", type=int, default=3000)
     parser.add_argument("--views", type=int, default=4, help="stored views a picture; the first is plain")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument(
-        "--kl", type=float, default=0.3, help="weight of Lite0's softened ImageNet predictions"
-    )
+    parser.add_argument("--kl", type=float, default=0.3, help="weight of Lite0's softened ImageNet predictions")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe-seeds", type=int, default=10)
     parser.add_argument("--decay", type=float, default=1.0, help="L2 penalty of the probes")
     parser.add_argument("--cache", type=Path, help="file that keeps the stored views between runs")
     parser.add_argument("--out", type=Path, default=VIT_WEIGHTS)
-    parser.add_argument(
-        "--measure", action="store_true", help="only print the probes of the packaged weights"
-    )
+    parser.add_argument("--measure", action="store_true", help="only print the probes of the packaged weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -408,9 +392,7 @@ def main() -> None:
             flush=True,
         )
         pictures = [picture for of_source in sources.values() for picture in of_source]
-        maps, features = store_views(
-            pictures, model.patch_embed.backbone, lite0, args.views, args.threads, args.seed
-        )
+        maps, features = store_views(pictures, model.patch_embed.backbone, lite0, args.views, args.threads, args.seed)
         if args.cache:
             torch.save((maps, features), args.cache)
     print(f"views stored: {tuple(maps.shape)} {time.time() - start:.0f} s", flush=True)
