@@ -415,3 +415,11 @@ def test_collecting_leaves_a_pass_in_flight_alone(task, store, forwards, monkeyp
     (entry,) = ask(store, task, forwards, 1, [POOLED])[POOLED.key]
     assert set(collected) == {(0, 0)}
     assert store.damaged(entry) == []
+
+
+def test_a_view_is_the_crop_flipped_and_brightened_as_its_parameters_say():
+    image = torch.randint(0, 100, (3, 40, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    crop = image[:, 3:23, 7:27]
+    for flip, brightness, expected in ((0, 1, crop), (1, 1, crop.flip(-1)), (0, 2, crop * 2)):
+        parameters = np.array([3, 7, 20, 20, flip, brightness, 1, 1], dtype=np.float32)
+        assert torch.equal(render(image, parameters, 20, "bicubic"), expected)

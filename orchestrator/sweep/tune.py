@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import tempfile
 import time
 from pathlib import Path
@@ -131,6 +132,8 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
     if known is not None and known["status"] in FINAL:
         tune.report({"progress": 100, "val_metric": known["val_metric"]})
         return
+    process = {"started": time.time(), "pid": os.getpid(), "node": platform.node()}
+    ledger.write(blank_row(context.spec, trial) | process)
     best = float("nan")
 
     def progress(share: float, metric: float | None) -> None:

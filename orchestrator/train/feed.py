@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -98,7 +99,9 @@ class Feeder:
         if feed.images == "labelled":
             self.pools = [(labelled, batch)]
         elif feed.labels and len(unlabelled):
-            share = min(max(round(batch * feed.labelled_fraction / world), 1), batch // world - 1) * world
+            # A multiple of this unit gives every rank of 2, 4 or 8 as many labelled rows, whatever their number.
+            unit = math.gcd(max(batch // 2, 1), 8)
+            share = min(max(round(batch * feed.labelled_fraction / unit), 1), batch // unit - 1) * unit
             self.pools = [(labelled, share), (unlabelled, batch - share)]
         else:
             self.pools = [(everything, batch)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 import time
 import traceback
@@ -86,7 +88,7 @@ def run_trial(
 ) -> dict[str, Any]:
     """Runs one trial to its row. Whatever goes wrong inside becomes a row with status `failed` and a reason."""
     started = time.time()
-    row = blank_row(context.spec, config) | {"started": started}
+    row = blank_row(context.spec, config) | {"started": started, "pid": os.getpid(), "node": platform.node()}
     bill = Bill()
     try:
         row |= _run(context, config, bill, progress, runner) | {"status": "complete"}
@@ -155,6 +157,8 @@ def blank_row(spec: SweepSpec, config: TrialConfig) -> dict[str, Any]:
         "student_path": "",
         "started": 0.0,
         "ended": 0.0,
+        "pid": 0,
+        "node": "",
     }
 
 

@@ -1,0 +1,145 @@
+"""The training loop in one process and under DDP, and what a trial leaves in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_spec
+from safetensors.torch import load_file
+
+from orchestrator.data import load_task
+from orchestrator.errors import WorkError
+from orchestrator.spec import SweepSpec
+from orchestrator.store import Store
+from orchestrator.train.job import run_job
+from orchestrator.trial.plan import Cell, TrialConfig
+from orchestrator.trial.run import SweepContext, run_trial
+
+FINETUNE = Cell("finetune", None, 0)
+KD = Cell("kd", 0, 0)
+
+
+def context_of(spec: SweepSpec) -> SweepContext:
+    return SweepContext(spec, f"{spec.storage}/{spec.name}")
+
+
+def trial(cell: Cell, **knobs: Any) -> TrialConfig:
+    return TrialConfig("t0000", 0, cell, knobs, 0)
+
+
+def history(spec: SweepSpec, stage: str) -> list[float]:
+    (entry,) = [e for e in Store(Path(spec.storage) / "store").entries() if e.stage == stage]
+    return [point["loss"] for point in entry.meta["about"]["history"]]
+
+
+def weights(spec: SweepSpec) -> dict[str, torch.Tensor]:
+    return load_file(Path(spec.storage) / spec.name / "students" / "t0000" / "model.safetensors")
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others(colours: Path, tmp_path: Path) -> None:
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        spec = small_spec(colours, tmp_path / str(number))
+        row = run_trial(context_of(spec), TrialConfig("t0000", 0, FINETUNE, {}, seed))
+        assert row["status"] == "complete", row["reason"]
+        found.append(weights(spec))
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+    assert any(not torch.equal(found[0][k], found[2][k]) for k in found[0])
+
+
+def test_a_killed_and_resumed_stage_ends_with_the_same_weights_bit_for_bit(colours: Path, tmp_path: Path) -> None:
+    train = {"steps": 10, "batch": 12, "views": 2, "checkpoint_s": 1e-9}
+    whole = small_spec(colours, tmp_path / "whole", train=train)
+    run_trial(context_of(whole), trial(KD))
+    broken = small_spec(colours, tmp_path / "broken", train=train)
+
+    def dies(job: Any, folder: Path, report: Any) -> dict[str, Any]:
+        def report_once(state: Any) -> None:
+            if state.step == 7:
+                raise KeyboardInterrupt
+
+        return run_job(job, folder, report_once)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(context_of(broken), trial(KD), runner=dies)
+    checkpoints = list((tmp_path / "broken" / "store" / ".partial").rglob("checkpoint.pt"))
+    assert [torch.load(p, weights_only=True)["step"] for p in checkpoints] == [6]
+    assert run_trial(context_of(broken), trial(KD))["status"] == "complete"
+    assert all(torch.equal(value, weights(broken)[name]) for name, value in weights(whole).items())
+    assert not list((tmp_path / "broken" / "store" / ".partial").iterdir())
+
+
+def test_fresh_views_run_the_teacher_on_every_batch_and_the_row_says_so(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path, train={"steps": 6, "batch": 12, "views": 2, "fresh": True})
+    row = run_trial(context_of(spec), trial(KD))
+    assert row["status"] == "complete", row["reason"]
+    train = len(load_task(spec.task, Store(tmp_path / "store")).train)
+    # View 0 once for the teacher's head, then 6 batches of 12 and the one that was read ahead.
+    assert row["teacher_forwards"] in (train + 6 * 12, train + 7 * 12)
+
+
+def test_a_diverging_trial_fails_with_a_reason_and_leaves_no_student(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path)
+
+    def diverges(job: Any, folder: Path, report: Any) -> dict[str, Any]:
+        raise WorkError("The loss is nan at step 3 of 6: try a smaller learning rate.")
+
+    row = run_trial(context_of(spec), trial(FINETUNE), runner=diverges)
+    assert (row["status"], row["student_path"]) == ("failed", "")
+    assert row["reason"] == "The loss is nan at step 3 of 6: try a smaller learning rate."
+    assert not [e for e in Store(tmp_path / "store").entries() if e.stage == "finetune"]
+
+
+def test_the_second_run_of_a_trial_trains_nothing_and_forwards_nothing(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path)
+    first = run_trial(context_of(spec), trial(KD))
+    again = run_trial(context_of(spec), TrialConfig("t0009", 9, KD, {}, 0))
+    assert first["status"] == again["status"] == "complete"
+    assert first["store_misses"] > 0
+    assert (again["store_misses"], again["teacher_forwards"]) == (0, 0)
+    assert again["val_metric"] == first["val_metric"]
+
+
+def test_two_trials_that_differ_in_temperature_share_everything_before_the_student(
+    colours: Path, tmp_path: Path
+) -> None:
+    spec = small_spec(colours, tmp_path)
+    first = run_trial(context_of(spec), trial(KD, temperature=2.0))
+    second = run_trial(context_of(spec), TrialConfig("t0001", 1, KD, {"temperature": 5.0}, 0))
+    assert first["teacher_forwards"] > 0
+    assert second["teacher_forwards"] == 0
+    assert second["store_misses"] == 2  # the student and its evaluation
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import ray
+
+    from orchestrator.sweep.tune import start_ray
+
+    start_ray(1)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("cell", [FINETUNE, KD], ids=lambda c: c.method)
+def test_two_gloo_workers_give_the_losses_of_one(colours: Path, tmp_path: Path, cluster: None, cell: Cell) -> None:
+    from orchestrator.train.group import GroupRunner
+
+    stage = "distil" if cell.method == "kd" else "finetune"
+    losses = []
+    for workers in (1, 2):
+        train = {"steps": 20, "batch": 12, "views": 2, "workers": workers}
+        spec = small_spec(colours, tmp_path / str(workers), train=train)
+        context = context_of(spec)
+        runner = run_job if workers == 1 else GroupRunner(context, "t0000")
+        row = run_trial(context, trial(cell), runner=runner)
+        assert row["status"] == "complete", row["reason"]
+        losses.append(history(spec, stage))
+    assert len(losses[0]) == 20
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
