@@ -1,0 +1,92 @@
+"""The search: what Optuna hears, what is proposed when, and continuing after a death."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import small_spec
+from optuna.trial import TrialState
+
+from orchestrator.errors import UserError
+from orchestrator.spec import SweepSpec
+from orchestrator.sweep.run import prepare
+from orchestrator.sweep.study import Study
+
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+def study_of(spec: SweepSpec, folder: Path) -> Study:
+    prepared = prepare(spec)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
+
+
+def row(status: str, **values: Any) -> dict[str, Any]:
+    return {"status": status, "reason": "" if status == "complete" else "because", **values}
+
+
+def test_every_method_is_tried_once_at_its_defaults_before_the_sampler_draws(colours: Path, tmp_path: Path) -> None:
+    study = study_of(small_spec(colours, tmp_path), tmp_path / "s")
+    first = [study.ask() for _ in range(3)]
+    assert [c.cell.method for c in first] == ["finetune", "kd", "wecolora"]
+    assert first[1].knobs["temperature"] == pytest.approx(4.0)
+
+
+def test_optuna_hears_complete_pruned_failed_and_incomplete_as_such(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path, objectives=["val_metric", "params_total"])
+    study = study_of(spec, tmp_path / "s")
+    for _ in range(4):
+        study.ask()
+    study.tell(0, row("complete", val_metric=0.5, params_total=10))
+    study.tell(1, row("pruned", val_metric=0.2))
+    study.tell(2, row("failed"))
+    study.tell(3, row("complete", val_metric=0.5))  # a row that lacks one of the objectives
+    trials = study._study.get_trials(deepcopy=False)
+    assert [t.state for t in trials] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL]
+    assert [t.number for t in study._study.best_trials] == [0]
+    assert trials[1].user_attrs["reason"] == "because"
+
+
+def test_a_reopened_study_continues_the_numbers_and_draws_what_it_would_have_drawn(
+    colours: Path, tmp_path: Path
+) -> None:
+    spec = small_spec(colours, tmp_path)
+
+    def run(folder: Path, reopen_after: int | None) -> list[str]:
+        study = study_of(spec, folder)
+        seen = []
+        for number in range(12):
+            if number == reopen_after:
+                study = study_of(spec, folder)
+            config = study.ask()
+            seen.append(config.to_json())
+            study.tell(number, row("complete", val_metric=(number * 7 % 5) / 10))
+        return seen
+
+    whole = run(tmp_path / "a", None)
+    assert run(tmp_path / "b", 5) == whole
+    assert len(set(whole)) == 12
+
+
+def test_a_proposal_asked_for_when_the_driver_died_is_proposed_again(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path)
+    study = study_of(spec, tmp_path / "s")
+    asked = [study.ask(), study.ask()]
+    study.tell(0, row("complete", val_metric=0.1))
+    again = study_of(spec, tmp_path / "s").proposed()
+    assert [(c.to_json(), told) for c, told in again] == [(asked[0].to_json(), True), (asked[1].to_json(), False)]
+
+
+def test_grid_is_every_combination_once_and_refuses_ranges(colours: Path, tmp_path: Path) -> None:
+    methods = {"finetune": {"lr": [0.001, 0.01]}, "wecolora": {"rank": [4, 8], "factor": [2, 3]}}
+    search = {"sampler": "grid", "trials": 50}
+    study = study_of(small_spec(colours, tmp_path, methods=methods, search=search), tmp_path / "s")
+    configs = [study.ask() for _ in range(study.size)]
+    assert len({(c.cell, tuple(sorted(c.knobs.items()))) for c in configs}) == study.size == 6
+    spec = small_spec(colours, tmp_path, methods={"finetune": {"lr": {"low": 0.001, "high": 0.1}}}, search=search)
+    with pytest.raises(UserError, match=r"methods\.finetune\.lr: search\.sampler grid needs a list"):
+        prepare(spec)
