@@ -25,6 +25,19 @@ METRICS: dict[str, Literal["max", "min"]] = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number, as everybody expects; PyYAML's own rule wants `1.0e-3`."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
@@ -264,7 +277,7 @@ def read_spec(path: str | Path, overrides: list[str] | None = None) -> SweepSpec
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UserError(f"There is no sweep file {str(path)!r}.{nearest(path.name, known)}") from None
@@ -295,7 +308,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise UserError(f"--set {override!r} is not of the form key.path=value.")
     try:
-        value = yaml.safe_load(text)
+        value = _parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"--set {path}: {text!r} is not a YAML value.") from None
     node: Any = raw

@@ -272,3 +272,10 @@ def test_documented_defaults_are_the_defaults():
         for part in key.split("."):
             value = value[part]
         assert yaml.safe_load(default) == value, key
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001", "10e-4"])
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(f"name: a\ntask: {{data: packaged/clipart}}\nmethods: {{finetune: {{lr: {text}}}}}\n")
+    assert read_spec(path).methods["finetune"]["lr"] == pytest.approx(0.001)

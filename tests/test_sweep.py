@@ -1,0 +1,130 @@
+"""Whole sweeps on a local cluster of their own: sharing, deaths, early stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import small_spec
+
+from orchestrator.data import load_task
+from orchestrator.spec import SweepSpec
+from orchestrator.store import Store
+from orchestrator.sweep.ledger import FINAL, Ledger
+
+pytestmark = pytest.mark.ray
+LIMIT_S = 400
+
+
+def command(*words: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def done(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, err[-2000:]
+    return out
+
+
+def write(spec: SweepSpec, path: Path) -> str:
+    path.write_text(spec.to_yaml())
+    return str(path)
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-2000:] if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_same_file_again_is_all_store_hits_and_the_teacher_saw_each_view_once(
+    colours: Path, tmp_path: Path
+) -> None:
+    methods = {"finetune": {}, "kd": {}, "wecolora": {"rank": [4, 8], "factor": 2, "target": "prenorm"}}
+    spec = small_spec(colours, tmp_path / "runs", methods=methods, search={"trials": 7})
+    file = write(spec, tmp_path / "spec.yaml")
+    first = json.loads(done(command("sweep", file, "--json")))
+    assert [r["status"] for r in first] == ["complete"] * 7, [r["reason"] for r in first]
+    task = load_task(spec.task, Store(tmp_path / "runs" / "store"))
+    images = len(task.train)
+    assert sum(r["teacher_forwards"] for r in first) == images * spec.train.views
+    again = json.loads(done(command("sweep", file, "--name", "again", "--json")))
+    assert [r["config"] for r in again] == [r["config"] for r in first]
+    assert [r["val_metric"] for r in again] == [r["val_metric"] for r in first]
+    assert sum(r["store_misses"] for r in again) == 0
+    assert sum(r["teacher_forwards"] for r in again) == 0
+    table = pd.read_parquet(tmp_path / "runs" / "small" / "trials.parquet")
+    assert list(table["trial_id"]) == [f"t{i:04}" for i in range(7)]
+    best = json.loads(done(command("best", str(tmp_path / "runs" / "small"), "--json")))
+    assert best["val_metric"] == table["val_metric"].max()
+    assert best["test"]["images"] == len(task.test)
+    verified = json.loads(done(command("store", "verify", str(tmp_path / "runs"), "--json")))
+    assert verified["damaged"] == []
+    assert verified["compared"] >= 4
+
+
+def test_a_killed_driver_is_resumed_without_losing_or_repeating_a_trial(colours: Path, tmp_path: Path) -> None:
+    train = {"steps": 40, "batch": 12, "views": 2}
+    spec = small_spec(colours, tmp_path / "runs", train=train, search={"trials": 8})
+    folder = tmp_path / "runs" / "small"
+    process = command("sweep", write(spec, tmp_path / "spec.yaml"))
+    wait_for(lambda: sum(r["status"] in FINAL for r in Ledger(folder).rows()) >= 3, process)
+    process.kill()
+    process.communicate()
+    before = {r["trial_id"]: r for r in Ledger(folder).rows() if r["status"] in FINAL}
+    after = {r["trial_id"]: r for r in json.loads(done(command("resume", str(folder), "--json")))}
+    assert sorted(after) == [f"t{i:04}" for i in range(8)]
+    assert {r["status"] for r in after.values()} == {"complete"}
+    for trial_id, row in before.items():
+        assert after[trial_id]["ended"] == row["ended"], f"{trial_id} was repeated"
+
+
+def test_a_killed_trial_process_is_run_again_to_one_complete_row(colours: Path, tmp_path: Path) -> None:
+    train = {"steps": 400, "batch": 12, "views": 2, "checkpoint_s": 0.5}
+    spec = small_spec(colours, tmp_path / "runs", train=train, methods={"finetune": {}}, search={"trials": 2})
+    folder = tmp_path / "runs" / "small"
+    process = command("sweep", write(spec, tmp_path / "spec.yaml"), "--json")
+    partial = tmp_path / "runs" / "store" / ".partial"
+    wait_for(lambda: list(partial.glob("*/checkpoint.pt")), process)
+    victim = next(r for r in Ledger(folder).rows() if r["status"] == "running" and r["pid"])
+    os.kill(victim["pid"], signal.SIGKILL)
+    rows = json.loads(done(process))
+    assert [(r["trial_id"], r["status"]) for r in rows] == [("t0000", "complete"), ("t0001", "complete")]
+    killed = next(r for r in rows if r["trial_id"] == victim["trial_id"])
+    assert killed["pid"] != victim["pid"]
+    assert killed["optimizer_steps"] == 400
+    assert not list((tmp_path / "runs" / "store" / ".tmp").glob("finetune-*"))
+
+
+def test_early_stopped_trials_are_pruned_with_a_reason_and_say_how_far_they_came(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(
+        colours,
+        tmp_path / "runs",
+        methods={"finetune": {"lr": [0.003, 1e-6, 2e-6, 3e-6, 4e-6]}},
+        search={"trials": 5, "sampler": "grid", "scheduler": "asha", "reduction": 2, "concurrency": 1},
+        train={"steps": 80, "batch": 12, "views": 2},
+    )
+    rows = json.loads(done(command("sweep", write(spec, tmp_path / "spec.yaml"), "--json")))
+    states = {r["status"] for r in rows}
+    assert states == {"complete", "pruned"}, [(r["status"], r["reason"]) for r in rows]
+    for row in rows:
+        if row["status"] == "pruned":
+            assert row["reason"].startswith("stopped by asha at ")
+            assert row["student_path"] == ""
