@@ -48,15 +48,13 @@ def resolved(spec: SweepSpec) -> SweepSpec:
 
 
 def check_storage(spec: SweepSpec) -> None:
-    """Refuses a storage folder that cannot be written."""
+    """Refuses a storage folder that cannot be written; makes nothing."""
     folder = Path(spec.storage)
-    probe = folder / f".write-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("x")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"storage: the folder {str(folder)!r} cannot be written ({error.strerror}).") from None
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"storage: {str(folder)!r} cannot be a folder: {str(existing)!r} is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"storage: the folder {str(folder)!r} cannot be written: no permission in {str(existing)!r}.")
 
 
 def prepare(spec: SweepSpec) -> Prepared:
