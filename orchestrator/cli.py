@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -178,8 +179,10 @@ def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     lines: Callable[[str], None] | None = None if as_json else (lambda line: out.print(line, markup=False))
     from orchestrator.sweep.live import TrialLines
 
-    run(prepared, folder, TrialLines(folder, prepared.spec, lines))
-    finish(folder)
+    # Ray prints what happens to its processes; with --json nothing but JSON may be on stdout.
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        run(prepared, folder, TrialLines(folder, prepared.spec, lines))
+        finish(folder)
     frame = read_trials(folder)
     if as_json:
         print(frame.to_json(orient="records"))

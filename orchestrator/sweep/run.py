@@ -52,9 +52,9 @@ def check_storage(spec: SweepSpec) -> None:
     folder = Path(spec.storage)
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not existing.is_dir():
-        raise UserError(f"storage: {str(folder)!r} cannot be a folder: {str(existing)!r} is a file.")
+        raise UserError(f"storage: the folder {str(folder)!r} cannot be written ({str(existing)!r} is a file).")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"storage: the folder {str(folder)!r} cannot be written: no permission in {str(existing)!r}.")
+        raise UserError(f"storage: the folder {str(folder)!r} cannot be written (no permission in {str(existing)!r}).")
 
 
 def prepare(spec: SweepSpec) -> Prepared:
