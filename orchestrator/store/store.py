@@ -133,6 +133,8 @@ class Store:
         temporary = self.root / ".tmp" / f"{stage}-{key}-{uuid.uuid4().hex[:8]}"
         target = self._folder(stage, key)
         started = time.perf_counter()
+        for abandoned in temporary.parent.glob(f"{stage}-{key}-*"):
+            shutil.rmtree(abandoned, ignore_errors=True)  # this process holds the lock, so its writer is dead
         try:
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(temporary).free
