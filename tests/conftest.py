@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from orchestrator.spec import SweepSpec, parse_spec
 
 COLOURS = {"red": (200, 60, 50), "green": (60, 180, 70), "blue": (60, 80, 200)}
 PER_CLASS = 24
@@ -34,18 +31,3 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels[top : top + 12, left : left + 12] = rng.integers(0, 255, 3)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name / f"{i:02}.png")
     return root
-
-
-def small_spec(data: Path, storage: Path, **changes: Any) -> SweepSpec:
-    """A sweep of seconds: a tiny transformer as teacher, a tiny network without batch norm as student."""
-    raw: dict[str, Any] = {
-        "name": "small",
-        "task": {"data": f"folder:{data}", "shots": 4},
-        "teachers": [{"model": "timm/test_vit", "image_size": 32, "pretrained": False}],
-        "students": [{"model": "timm/test_convnext", "image_size": 32}],
-        "methods": {"finetune": {}, "kd": {}, "wecolora": {"rank": [4, 8], "factor": 2}},
-        "search": {"trials": 5},
-        "train": {"steps": 6, "batch": 12, "views": 2},
-        "storage": str(storage),
-    }
-    return parse_spec(raw | changes)

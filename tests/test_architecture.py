@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import small_spec
+from small import small_spec
 
 import methods
 from orchestrator.sweep.run import prepare

@@ -8,8 +8,8 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import small_spec
 from optuna.trial import TrialState
+from small import small_spec
 
 from orchestrator.errors import UserError
 from orchestrator.spec import SweepSpec

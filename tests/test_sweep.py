@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import small_spec
+from small import small_spec
 
 from orchestrator.data import load_task
 from orchestrator.spec import SweepSpec

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_spec
 from safetensors.torch import load_file
+from small import small_spec
 
 from orchestrator.data import load_task
 from orchestrator.errors import WorkError

@@ -1,0 +1,23 @@
+"""A sweep of seconds, for the tests of the orchestrator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator.spec import SweepSpec, parse_spec
+
+
+def small_spec(data: Path, storage: Path, **changes: Any) -> SweepSpec:
+    """A sweep of seconds: a tiny transformer as teacher, a tiny network without batch norm as student."""
+    raw: dict[str, Any] = {
+        "name": "small",
+        "task": {"data": f"folder:{data}", "shots": 4},
+        "teachers": [{"model": "timm/test_vit", "image_size": 32, "pretrained": False}],
+        "students": [{"model": "timm/test_convnext", "image_size": 32}],
+        "methods": {"finetune": {}, "kd": {}, "wecolora": {"rank": [4, 8], "factor": 2}},
+        "search": {"trials": 5},
+        "train": {"steps": 6, "batch": 12, "views": 2},
+        "storage": str(storage),
+    }
+    return parse_spec(raw | changes)
