@@ -212,7 +212,6 @@ class StoreLimits(Section):
     pixels_gb: float = Field(default=4.0, ge=0, description="Rendered views are stored if they take at most this much.")
 
 
-Number = int | float
 Knob = Any
 
 

@@ -33,7 +33,7 @@ class Bill:
     Attributes:
         forwards_paid, forwards_shared: teacher images.
         seconds_paid, seconds_saved: of computing.
-        entries: `stage/key` of everything read.
+        hits, misses: entries that were found, and that had to be computed.
     """
 
     forwards_paid: int = 0

@@ -31,6 +31,11 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `describe`."""
+        return cls(values["size"], tuple(values["mean"]), tuple(values["std"]), values["interpolation"])
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] to normalised float32."""
         mean = torch.tensor(self.mean, device=pixels.device).view(1, -1, 1, 1) * 255

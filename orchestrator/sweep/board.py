@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.data.pixels import open_pixels
+from orchestrator.data.pixels import RenderedPixels
 from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy
 from orchestrator.errors import UserError, nearest
@@ -124,10 +124,9 @@ def _test_once(folder: Path, trial_id: str, student_path: str) -> tuple[dict[str
         network, meta = load_student(Path(folder) / student_path)
         store = Store(Path(folder).absolute().parent / "store")
         task = load_task(Task.model_validate(meta["task"]), store)
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["preprocessing"].items()}
-        preprocessing = Preprocessing(**fields)
+        preprocessing = Preprocessing.from_json(meta["preprocessing"])
         # Test pixels stay out of the store: nothing but this one look reads them.
-        pixels = open_pixels(store, task, task.test, Policy(1.0, 0.0), None, preprocessing, 0)
+        pixels = RenderedPixels(task, task.test, Policy(1.0, 0.0), preprocessing)
         torch.set_num_threads(1)
         share = accuracy(network, preprocessing, pixels, task.test)
         error = math.sqrt(share * (1 - share) / len(task.test))
@@ -161,9 +160,8 @@ def export_trial(folder: Path, out_dir: Path, trial: str | None, fmt: str) -> di
     network, meta = load_student(Path(folder) / row["student_path"])
     store = Store(Path(spec.storage) / "store")
     task = load_task(Task.model_validate(meta["task"]), store)
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["preprocessing"].items()}
-    preprocessing = Preprocessing(**fields)
-    pixels = open_pixels(store, task, task.val, Policy(1.0, 0.0), None, preprocessing, 0)
+    preprocessing = Preprocessing.from_json(meta["preprocessing"])
+    pixels = RenderedPixels(task, task.val, Policy(1.0, 0.0), preprocessing)
     rows = np.arange(min(4, len(task.val)))
     sample = preprocessing.normalise(pixels.batch(rows, np.zeros(len(rows), dtype=np.int64)))
     report = export_student(network, meta, out_dir, fmt, sample)

@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from orchestrator.data.pixels import RenderedPixels, open_pixels
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.data.views import Policy
 from orchestrator.models import Network, build_network, load_network, save_student
-from orchestrator.models.load import Preprocessing
+from orchestrator.models.load import describe
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Entry, Store
 from orchestrator.train.feed import Feeder, LiveTeacher
@@ -39,6 +39,7 @@ class TrainJob:
         inputs: store addresses of earlier stages' results by stage name.
         steps, seed, device: for how long, from where, on what.
         scratch: folder of the checkpoint.
+        policy: how views are drawn.
     """
 
     spec: SweepSpec
@@ -52,7 +53,7 @@ class TrainJob:
     seed: int
     device: str
     scratch: str
-    policy: Policy = field(default_factory=lambda: Policy(0.35, 0.0))
+    policy: Policy
 
 
 @dataclass(frozen=True)
@@ -207,15 +208,8 @@ def write_deployed(folder: Path, deployed: Deployed, base: Network, classes: int
         "role": base.role,
         "changes": dict(deployed.changes),
         "num_classes": int(outputs),
-        "preprocessing": preprocessing_json(base.preprocessing),
+        "preprocessing": describe(base.preprocessing),
     }
     deployed.network.cpu()
     save_student(folder, deployed, meta)
     (folder / "history.json").write_text(json.dumps(about), encoding="utf-8")
-
-
-def preprocessing_json(preprocessing: Preprocessing) -> dict[str, Any]:
-    """As `student.json` holds it."""
-    from orchestrator.models.load import describe
-
-    return describe(preprocessing)

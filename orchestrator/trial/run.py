@@ -27,6 +27,7 @@ from orchestrator.errors import UserError, WorkError
 from orchestrator.evaluate.accuracy import accuracy, pooled_features, probe_head
 from orchestrator.evaluate.cost import flops, latency, parameters
 from orchestrator.models import Network, load_student, save_student
+from orchestrator.models.load import describe
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Entry, Store, key_of
 from orchestrator.train.job import (
@@ -35,7 +36,6 @@ from orchestrator.train.job import (
     fresh_student,
     given_for,
     networks_of,
-    preprocessing_json,
     run_job,
     stage_results,
 )
@@ -182,7 +182,7 @@ def _run(
         reads = stage_reads(stage, spec, task, config, keys)
         key = key_of(reads)
         if isinstance(stage, FitStage):
-            entry = _fit_stage(context, stage, key, reads, networks, task, keys, config.seed, bill)
+            entry = _fit_stage(context, config, stage, key, reads, networks, task, keys, bill)
         else:
             report = _reporter(context, networks, task, stage, method.trains_head, progress, before, total)
             entry = _train_stage(context, config, stage, key, reads, networks, task, keys, bill, report, runner)
@@ -200,16 +200,17 @@ def _run(
     return facts | {"teacher_forwards": live} | scores
 
 
-def _output_addresses(
+def _output_entries(
     context: SweepContext,
+    config: TrialConfig,
     outputs: tuple[Output, ...],
     networks: Networks,
     task: TaskData,
     views: int,
-    cell: Any,
     bill: Bill,
 ) -> dict[str, list[Entry]]:
-    if not outputs:
+    teacher = config.cell.teacher
+    if not outputs or teacher is None:
         return {}
     return ensure_outputs(
         context.store,
@@ -219,7 +220,7 @@ def _output_addresses(
         policy_of(context.spec),
         range(views),
         outputs,
-        also=context.prefetch.get(cell, ()),
+        also=context.prefetch.get(teacher, ()),
         device=context.device,
         bill=bill,
     )
@@ -227,25 +228,22 @@ def _output_addresses(
 
 def _fit_stage(
     context: SweepContext,
+    config: TrialConfig,
     stage: FitStage,
     key: str,
     reads: dict[str, Any],
     networks: Networks,
     task: TaskData,
     keys: dict[str, str],
-    seed: int,
     bill: Bill,
 ) -> Entry:
     def write(folder: Path) -> dict[str, Any]:
-        teacher = next(
-            (i for i, t in enumerate(context.spec.teachers) if networks.teacher and t == networks.teacher.entry), 0
-        )
-        entries = _output_addresses(context, stage.outputs, networks, task, 1, teacher, bill)
+        entries = _output_entries(context, config, stage.outputs, networks, task, 1, bill)
         rows = list(task.labelled) if stage.images == "labelled" else list(range(len(task.train)))
         outputs = {name: open_outputs(found)[0].rows(rows).float() for name, found in entries.items()}
         began = time.perf_counter()
         inputs = stage_results(context.store, {name: keys[name] for name in stage.inputs})
-        given = given_for(stage.reads, networks, task, seed, inputs, outputs)
+        given = given_for(stage.reads, networks, task, config.seed, inputs, outputs)
         tensors = stage.fit(stage.params, given)
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
         return {"seconds": time.perf_counter() - began}
@@ -268,17 +266,11 @@ def _train_stage(
 ) -> Entry:
     spec, store = context.spec, context.store
     cell = config.cell
-    policy = policy_of(spec)
-    found = store.get(stage.name, key)
-    if found is not None:
-        return bill.add(found)
 
     def write(folder: Path) -> dict[str, Any]:
         entries: dict[str, list[Entry]] = {}
         if not spec.train.fresh:
-            entries = _output_addresses(
-                context, stage.feed.outputs, networks, task, spec.train.views, cell.teacher, bill
-            )
+            entries = _output_entries(context, config, stage.feed.outputs, networks, task, spec.train.views, bill)
         job = TrainJob(
             spec=spec,
             store_root=str(store.root),
@@ -291,7 +283,7 @@ def _train_stage(
             seed=config.seed,
             device=context.device,
             scratch=str(store.scratch(stage.name, key)),
-            policy=policy,
+            policy=policy_of(spec),
         )
         return runner(job, folder, report)
 
@@ -388,7 +380,7 @@ def _evaluate(
             "changes": changes,
             "num_classes": len(task.classes),
             "classes": list(task.classes),
-            "preprocessing": preprocessing_json(base.preprocessing),
+            "preprocessing": describe(base.preprocessing),
             "val_metric": val,
             "task": spec.task.model_dump(mode="json"),
         }
