@@ -35,8 +35,8 @@ def discover() -> dict[str, type[Method]]:
         candidates += [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
     candidates += [entry.load() for entry in entry_points(group=ENTRY_POINT_GROUP)]
     for candidate in candidates:
-        if not issubclass(candidate, Method) or inspect.isabstract(candidate):
-            continue
+        if not issubclass(candidate, Method) or inspect.isabstract(candidate) or "name" not in vars(candidate):
+            continue  # a base that methods share has no name of its own
         known = found.setdefault(candidate.name, candidate)
         if known is not candidate:
             raise ValueError(

@@ -7,19 +7,23 @@ That is why a stage's key in the store can be computed from the declaration alon
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.knobs import MethodConfig
 from methods.outputs import Output
 
 Images = Literal["labelled", "all"]
-Source = Literal["teacher", "student", "labels"]
+Kind = Literal["classification", "multilabel", "segmentation"]
+Source = Literal["teacher", "student", "labels", "vq", "diffusion", "pipeline"]
+TEACHER = "teacher"
+IGNORE = 255  # a pixel that has no class
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,20 @@ class NetworkInfo:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What planning may know of the user's data: counts, never pixels or labels."""
+    """What planning may know of the user's data: counts, never pixels or labels.
 
-    kind: Literal["classification"]
+    Attributes:
+        kind: one label an image, several, or one a pixel.
+        num_classes: of the label space.
+        labelled, unlabelled: training images.
+        upstream: which upstream generators the sweep file brings: of `vq`, `diffusion`, `pipeline`.
+    """
+
+    kind: Kind
     num_classes: int
     labelled: int
     unlabelled: int
+    upstream: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,14 +87,20 @@ class Batch:
 
     Attributes:
         images: [B, 3, S, S] float, normalised as the trained network expects.
-        labels: [B] int64, -1 where the image has none; None if the stage did not ask for labels.
+        labels: None if the stage did not ask for labels. Classification: [B] int64, -1 where the image has none.
+            Multi-label: [B, C] float32 of 0 and 1, -1 in rows without labels. Segmentation: [B, S, S] int64, 255
+            where a pixel does not count (everywhere in an image without a mask).
         outputs: teacher outputs by `Output.key`, rows aligned with `images` (same image, same view). Whether they
             were stored or computed just now cannot be told.
+        teacher_images: [B, 3, T, T] the same views as the teacher expects them, if the stage's feed asks for them.
+        generated: rows of a generated pool, without labels, if the stage's feed names one.
     """
 
     images: Tensor
     labels: Tensor | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    teacher_images: Tensor | None = None
+    generated: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -94,12 +112,22 @@ class Feed:
         labels: whether the batch carries labels. False makes the stage unsupervised: labels are not in its key.
         labelled_fraction: with `images="all"` and labels, the share of each batch drawn from labelled images.
         outputs: teacher outputs to attach.
+        of: whose outputs: the teacher's, or those of the network that the named earlier training stage made of it.
+        teacher_images: attach the views as the teacher expects them, for a learner that runs the teacher itself.
+        pool: an earlier `ImageStage` whose images come along in `Batch.generated`, with the same outputs.
+        pool_size: the first so many images of the pool are drawn from.
+        pool_ratio: generated rows for each real one.
     """
 
     images: Images = "all"
     labels: bool = False
     labelled_fraction: float = 0.25
     outputs: tuple[Output, ...] = ()
+    of: str = TEACHER
+    teacher_images: bool = False
+    pool: str = ""
+    pool_size: int = 0
+    pool_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -126,6 +154,26 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Structure:
+    """How to get a network's modules from its base's, where constructor arguments do not suffice.
+
+    Attributes:
+        build: `module:function`, called as `function(base_network, **arguments)`; returns the network with fresh
+            weights of the right shapes. The module lies in `methods/parts/` (or in a package of the method's author)
+            and imports torch and timm only: an export carries a copy of it.
+        arguments: plain JSON values.
+    """
+
+    build: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, network: nn.Module) -> nn.Module:
+        """The network with its new modules; `network` itself may be changed."""
+        module, _, function = self.build.partition(":")
+        return getattr(importlib.import_module(module), function)(network, **self.arguments)
+
+
+@dataclass(frozen=True)
 class Deployed:
     """A plain network to deploy.
 
@@ -133,11 +181,13 @@ class Deployed:
         network: adapters merged, wrappers gone; loads without this package.
         base: which network's architecture it has.
         changes: constructor arguments that differ from the base's, e.g. `{"depth": 6}`; never `num_classes`.
+        structure: what is then done to the base to get the network's modules; None where nothing is.
     """
 
     network: nn.Module
     base: Literal["teacher", "student"]
     changes: Mapping[str, Any] = field(default_factory=dict)
+    structure: Structure | None = None
 
 
 class UndeclaredInputError(LookupError):
@@ -152,6 +202,7 @@ class Given:
         results: tensors of earlier stages by stage name.
         outputs: for a `FitStage`, teacher outputs by `Output.key`, view 0, one row an image: [n, ...].
         num_classes: of the task.
+        kind: of the task.
     """
 
     def __init__(
@@ -161,11 +212,13 @@ class Given:
         num_classes: int,
         results: Mapping[str, Mapping[str, Tensor]] | None = None,
         outputs: Mapping[str, Tensor] | None = None,
+        kind: Kind = "classification",
     ) -> None:
         self._values = dict(values)
         self._results = dict(results or {})
         self._outputs = dict(outputs or {})
         self.num_classes = num_classes
+        self.kind: Kind = kind
 
     def _value(self, name: str) -> Any:
         if name not in self._values:
@@ -184,8 +237,12 @@ class Given:
 
     @property
     def labels(self) -> Tensor:
-        """[n] int64 labels of the labelled images, aligned with `output()`."""
+        """Labels of the labelled images, aligned with `output()`; shapes as in `Batch.labels`."""
         return self._value("labels")
+
+    def upstream(self, name: Literal["vq", "diffusion", "pipeline"]) -> Any:
+        """A generator that was trained upstream, as the sweep file names it under `upstream`."""
+        return self._value(name)
 
     def output(self, output: Output) -> Tensor:
         """[n, ...] a teacher output on the images of a `FitStage`."""
@@ -226,6 +283,18 @@ class Learner(nn.Module, ABC):
     def deployed(self) -> Deployed:
         """The network to deploy, as a plain module. Called once, after training."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a stage that publishes tensors leaves for later stages. Called once, after training."""
+        return {}
+
+    def lr_scale(self, name: str) -> float:
+        """Factor on the recipe's learning rate for the parameter `name`."""
+        return 1.0
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether the recipe's weight decay acts on this parameter: on tensors of two or more dimensions."""
+        return parameter.ndim >= 2
+
     def frozen(self) -> list[nn.Module]:
         """Modules that stay in evaluation mode while training (batch norm, dropout, drop path)."""
         return []
@@ -250,7 +319,9 @@ class FitStage:
         fit: module-level function `(params, given) -> {name: tensor}`; deterministic.
         params: its slice of the configuration; plain JSON values.
         outputs: teacher outputs that it reads.
+        of: whose outputs, as in `Feed.of`.
         images: on which images.
+        pool: instead of the images themselves, what the named earlier `ImageStage` made of them, one of each.
         reads: `labels`, if it needs them (then `images` must be `labelled`).
         inputs: names of earlier stages whose results it reads.
     """
@@ -260,7 +331,60 @@ class FitStage:
     fit: Callable[[Mapping[str, Any], Given], dict[str, Tensor]]
     params: Mapping[str, Any] = field(default_factory=dict)
     outputs: tuple[Output, ...] = ()
+    of: str = TEACHER
     images: Images = "labelled"
+    pool: str = ""
+    reads: tuple[Source, ...] = ()
+    inputs: tuple[str, ...] = ()
+
+
+class Maker(ABC):
+    """Makes images from images. Picklable or built anew in each process from `(params, given)`."""
+
+    @abstractmethod
+    def __init__(self, params: Mapping[str, Any], given: Given) -> None: ...
+
+    @abstractmethod
+    def __call__(self, sources: Tensor, seeds: Sequence[int]) -> Tensor:
+        """One image for each source.
+
+        Args:
+            sources: [B, 3, S, S] float in [-1, 1].
+            seeds: [B] what each image is drawn from; the same seed and source give the same image in any batch.
+
+        Returns:
+            [B, 3, S, S] float in [-1, 1].
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageStage:
+    """A stage whose result is a pool of images made from training images (view 0), without labels.
+
+    Image i is made from source `i % n`, n the number of sources, with a seed drawn from the trial's seed and i. The
+    pool is kept in shards, and `count` is in no key: a smaller pool is the beginning of a bigger one.
+
+    Attributes:
+        name: unique within the method.
+        version: raise it whenever the code of the maker changes what it computes.
+        maker: a module-level `Maker` class.
+        params: its slice of the configuration; plain JSON values.
+        count: images that are wanted; 0 for one of each source.
+        size: side of sources and images, in pixels.
+        images: which training images are the sources.
+        seeded: False for a maker that draws nothing: the seed is then not in the key.
+        reads: `vq`, `diffusion` or `pipeline`: the upstream generators that it is built from.
+        inputs: names of earlier stages whose results it reads.
+    """
+
+    name: str
+    version: int
+    maker: type[Maker]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    count: int = 0
+    size: int
+    images: Images = "labelled"
+    seeded: bool = True
     reads: tuple[Source, ...] = ()
     inputs: tuple[str, ...] = ()
 
@@ -279,6 +403,8 @@ class TrainStage:
         trains: whose preprocessing and size the batch's images follow.
         reads: `teacher` and/or `student`, if the learner is built from them.
         inputs: names of earlier stages whose results it reads.
+        publishes: a `network` (`Learner.deployed`), or `tensors` (`Learner.tensors`) for later stages only.
+        live_teacher: whether the learner runs the pre-trained teacher on every image it sees; its row counts these.
     """
 
     name: str
@@ -290,9 +416,11 @@ class TrainStage:
     trains: Literal["teacher", "student"]
     reads: tuple[Source, ...] = ()
     inputs: tuple[str, ...] = ()
+    publishes: Literal["network", "tensors"] = "network"
+    live_teacher: bool = False
 
 
-Stage = FitStage | TrainStage
+Stage = FitStage | ImageStage | TrainStage
 
 
 class Method(ABC):
@@ -308,6 +436,8 @@ class Method(ABC):
         needs_labels: whether a stage of its own trains on labels.
         trains_head: False if the deployed network's head is not trained by a stage: the common probe then fits it.
         teacher_kinds: kinds of teacher that it can serve.
+        tasks: kinds of task that it can serve.
+        upstream: upstream generators without which it cannot run at all.
     """
 
     name: ClassVar[str]
@@ -319,11 +449,18 @@ class Method(ABC):
     needs_labels: ClassVar[bool] = True
     trains_head: ClassVar[bool] = True
     teacher_kinds: ClassVar[tuple[str, ...]] = ("vit", "cnn", "other")
+    tasks: ClassVar[tuple[Kind, ...]] = ("classification", "multilabel")
+    upstream: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def refuses(cls, setting: Setting) -> str | None:
         """Why this method cannot serve this task, teacher and student; None if it can."""
-        teacher = setting.teacher
+        task, teacher = setting.task, setting.teacher
+        if task.kind not in cls.tasks:
+            return f"{cls.name} serves {' and '.join(cls.tasks)}, and the task is {task.kind}"
+        missing = [name for name in cls.upstream if name not in task.upstream]
+        if missing:
+            return f"{cls.name} needs an upstream generator, and the sweep file has no `upstream.{missing[0]}`"
         if cls.uses_teacher and teacher is not None and teacher.kind not in cls.teacher_kinds:
             kinds = " or ".join(cls.teacher_kinds)
             return f"{cls.name} needs a {kinds} teacher, and {teacher.name} is of kind {teacher.kind}"
@@ -351,9 +488,26 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def masked_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the rows that have a label (label >= 0); 0 with a graph where no row has one."""
+def supervised_loss(logits: Tensor, labels: Tensor, kind: Kind, label_smoothing: float = 0.0) -> Tensor:
+    """The task's own loss of logits on the rows (pixels) that have a label; 0 with a graph where none has.
+
+    Cross-entropy of logits [B, C], or [B, C, h, w] brought to the labels' size; for multi-label the mean binary
+    cross-entropy over rows and classes. Labels as in `Batch.labels`.
+    """
+    logits = logits.float()
+    if kind == "multilabel":
+        known = labels[:, 0] >= 0
+        if not bool(known.any()):
+            return logits.sum() * 0.0
+        target = labels[known] * (1 - label_smoothing) + label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits[known], target)
+    if kind == "segmentation":
+        if not bool((labels != IGNORE).any()):
+            return logits.sum() * 0.0
+        if logits.shape[-2:] != labels.shape[-2:]:
+            logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, label_smoothing=label_smoothing)
     known = labels >= 0
     if not bool(known.any()):
         return logits.sum() * 0.0
-    return torch.nn.functional.cross_entropy(logits[known], labels[known])
+    return F.cross_entropy(logits[known], labels[known], label_smoothing=label_smoothing)

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from methods.contract import Batch, Deployed, Feed, Given, Learner, Method, Recipe, Setting, Stage, TrainStage
+from methods.contract import (
+    Batch,
+    Deployed,
+    Feed,
+    Given,
+    Learner,
+    Method,
+    Recipe,
+    Setting,
+    Stage,
+    TrainStage,
+    supervised_loss,
+)
 from methods.knobs import Choice, MethodConfig, Range, knob
 
 
@@ -31,12 +42,12 @@ class FineTuneLearner(Learner):
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
         self.student = given.student
+        self.kind = given.kind
         self.label_smoothing: float = params["label_smoothing"]
 
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         assert batch.labels is not None
-        logits = self.student(batch.images).float()
-        ce = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        ce = supervised_loss(self.student(batch.images), batch.labels, self.kind, self.label_smoothing)
         return {"loss": ce, "ce": ce}
 
     def deployed(self) -> Deployed:

@@ -95,7 +95,7 @@ class FitNet(KD):
         teacher, student = setting.teacher, setting.student
         assert teacher is not None
         assert student is not None
-        head, distil = super().stages(config, setting)
+        *earlier, distil = super().stages(config, setting)
         assert isinstance(distil, TrainStage)
         theirs = layer_at(config.hint_layer, teacher.intermediates)
         params = {
@@ -107,4 +107,7 @@ class FitNet(KD):
             "student_layer": layer_at(config.hint_layer, student.intermediates),
         }
         outputs = (*distil.feed.outputs, Output("map", layer=theirs, grid=config.grid))
-        return [head, replace(distil, learner=FitNetLearner, params=params, feed=replace(distil.feed, outputs=outputs))]
+        return [
+            *earlier,
+            replace(distil, learner=FitNetLearner, params=params, feed=replace(distil.feed, outputs=outputs)),
+        ]

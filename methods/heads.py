@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.contract import FitStage, Given
+from methods.contract import FitStage, Given, Kind
 from methods.outputs import Output
 
 POOLED = Output("pooled")
@@ -149,8 +149,12 @@ def fit_teacher_head(params: Mapping[str, Any], given: Given) -> dict[str, Tenso
     return {"weight": weight, "bias": bias}
 
 
-def teacher_head_stage() -> FitStage:
-    """The stage that gives a teacher the task's classes. It has no knobs, so every method and trial shares it."""
+def teacher_head_stage(kind: Kind = "classification") -> FitStage:
+    """The stage that gives a teacher the task's classes. It has no knobs, so every method and trial shares it.
+
+    Args:
+        kind: of the task.
+    """
     return FitStage(
         name=TEACHER_HEAD,
         version=1,

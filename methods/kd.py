@@ -14,16 +14,17 @@ from methods.contract import (
     Deployed,
     Feed,
     Given,
+    Kind,
     Learner,
     Method,
     Recipe,
     Setting,
     Stage,
     TrainStage,
-    masked_cross_entropy,
+    supervised_loss,
 )
-from methods.heads import POOLED, TEACHER_HEAD, teacher_head_stage
 from methods.knobs import Choice, MethodConfig, Range, knob
+from methods.tuning import SoftTeacher, TeacherTuning, soft_targets, tuning_knob, tuning_refuses
 
 
 class KDConfig(MethodConfig):
@@ -38,6 +39,7 @@ class KDConfig(MethodConfig):
     labelled_fraction: float = knob(
         0.25, "Share of each batch that has labels.", search=Choice(values=(0.25, 0.5, 0.75)), ge=0, le=1
     )
+    teacher_tuning: TeacherTuning = tuning_knob()
     lr: float = knob(1e-3, "Peak learning rate.", search=Range(low=1e-4, high=1e-2, log=True), gt=0, le=1)
     weight_decay: float = knob(
         0.05, "AdamW's weight decay.", search=Choice(values=(0.0, 1e-4, 1e-3, 1e-2, 5e-2)), ge=0, le=1
@@ -45,12 +47,18 @@ class KDConfig(MethodConfig):
     budget: float = knob(1.0, "Share of the sweep's steps; above 1 costs more than the other methods.", gt=0, le=4)
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, kind: Kind = "classification") -> Tensor:
     """`T² · KL(teacher ‖ student)` of logits [B, C] at temperature T, the mean over rows.
 
-    T² keeps the size of its gradient about the same for any T (Hinton et al., §2.1 [memory]).
+    T² keeps the size of its gradient about the same for any T (Hinton et al., §2.1 [memory]). For multi-label each
+    class is a distribution of its own (yes or no), and the mean is over rows and classes [inferred].
     """
     student, teacher = student.float() / temperature, teacher.float() / temperature
+    if kind == "multilabel":
+        student, teacher = (
+            torch.stack([student, -student], -1).flatten(0, 1) / 2,
+            (torch.stack([teacher, -teacher], -1).flatten(0, 1) / 2),
+        )
     divergence = F.kl_div(
         F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1), reduction="batchmean", log_target=True
     )
@@ -61,25 +69,16 @@ class KDLearner(Learner):
     """A student that trains on `(1 - λ) · CE + λ · T² · KL(teacher ‖ student)`.
 
     CE sees the rows with a label, KL every row. The teacher's logits [B, C] are `teacher_head` on its stored pooled
-    features [B, D].
+    features [B, D], or a tuned teacher's own.
     """
-
-    head_weight: Tensor
-    head_bias: Tensor
 
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
         self.student = given.student
         self.temperature: float = params["temperature"]
         self.weight: float = params["weight"]
-        head = given.result(TEACHER_HEAD)
-        self.register_buffer("head_weight", head["weight"].clone(), persistent=False)
-        self.register_buffer("head_bias", head["bias"].clone(), persistent=False)
-
-    @torch.no_grad()
-    def teacher_logits(self, batch: Batch) -> Tensor:
-        """[B, C] float32."""
-        return F.linear(batch.outputs[POOLED.key].to(self.head_weight.dtype), self.head_weight, self.head_bias)
+        self.kind: Kind = given.kind
+        self.soft_teacher = SoftTeacher(params, given)
 
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         return self.distillation(self.student(batch.images), batch)
@@ -87,8 +86,8 @@ class KDLearner(Learner):
     def distillation(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The loss of the student's logits [B, C] on `batch`."""
         assert batch.labels is not None
-        ce = masked_cross_entropy(logits.float(), batch.labels)
-        kl = distillation_loss(logits, self.teacher_logits(batch), self.temperature)
+        ce = supervised_loss(logits, batch.labels, self.kind)
+        kl = distillation_loss(logits, self.soft_teacher(batch.outputs), self.temperature, self.kind)
         return {"loss": (1 - self.weight) * ce + self.weight * kl, "ce": ce, "kd": kl}
 
     def deployed(self) -> Deployed:
@@ -99,7 +98,7 @@ class KD(Method):
     """Logit distillation: `(1 - λ) · CE + λ · T² · KL(teacher ‖ student)`.
 
     The teacher has no classes of the task, so it first gets a linear head on the labelled images (`teacher_head`,
-    shared by all trials) [inferred]; with it, unlabelled images teach too.
+    shared by all trials) [inferred], or is first tuned (`teacher_tuning`); with it, unlabelled images teach too.
     """
 
     name = "kd"
@@ -108,18 +107,30 @@ class KD(Method):
     Config = KDConfig
 
     @classmethod
+    def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:
+        assert isinstance(config, KDConfig)
+        return tuning_refuses(config.teacher_tuning, setting)
+
+    @classmethod
     def stages(cls, config: KDConfig, setting: Setting) -> list[Stage]:
+        targets = soft_targets(config.teacher_tuning, setting)
         return [
-            teacher_head_stage(),
+            *targets.stages,
             TrainStage(
                 name="distil",
-                version=1,
+                version=2,
                 learner=KDLearner,
-                params=config.model_dump(include={"temperature", "weight"}, mode="json"),
-                feed=Feed(images="all", labels=True, labelled_fraction=config.labelled_fraction, outputs=(POOLED,)),
+                params={"temperature": config.temperature, "weight": config.weight, **targets.params},
+                feed=Feed(
+                    images="all",
+                    labels=True,
+                    labelled_fraction=config.labelled_fraction,
+                    outputs=targets.outputs,
+                    of=targets.of,
+                ),
                 recipe=Recipe(lr=config.lr, weight_decay=config.weight_decay, budget=config.budget),
                 trains="student",
                 reads=("student",),
-                inputs=(TEACHER_HEAD,),
+                inputs=targets.inputs,
             ),
         ]

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from methods.contract import (
-    Batch,
-    Deployed,
-    Feed,
-    Given,
-    Learner,
-    Method,
-    Recipe,
-    Setting,
-    Stage,
-    TrainStage,
-    masked_cross_entropy,
-)
-from methods.heads import TEACHER_HEAD, load_head, teacher_head_stage
-from methods.knobs import Choice, MethodConfig, Range, knob
+from methods.contract import Setting
+from methods.knobs import Choice, MethodConfig, knob
+from methods.tuning import TunedTeacher, TuningConfig, TuningLearner
 
 Targets = Literal["qkv", "attn", "mlp", "all"]
 BLOCK_MAPS: dict[str, str] = {
@@ -34,7 +21,7 @@ BLOCK_MAPS: dict[str, str] = {
 }
 
 
-class LoRAConfig(MethodConfig):
+class LoRAConfig(TuningConfig):
     """Knobs of LoRA."""
 
     variant: Literal["lora", "rslora", "dora"] = knob(
@@ -50,16 +37,6 @@ class LoRAConfig(MethodConfig):
         search=Choice(values=("qkv", "attn", "mlp", "all")),
     )
     dropout: float = knob(0.0, "Dropout before the low-rank maps.", search=Choice(values=(0.0, 0.1)), ge=0, lt=1)
-    head_init: Literal["probe", "zero"] = knob(
-        "probe",
-        "The head starts as a fitted linear probe, or at zero.",
-        search=Choice(values=("probe", "zero")),
-    )
-    lr: float = knob(1e-3, "Peak learning rate.", search=Range(low=1e-5, high=1e-2, log=True), gt=0, le=1)
-    weight_decay: float = knob(
-        1e-2, "AdamW's weight decay.", search=Choice(values=(0.0, 1e-4, 1e-3, 1e-2, 5e-2)), ge=0, le=1
-    )
-    budget: float = knob(0.5, "Share of the sweep's steps; above 1 costs more than the other methods.", gt=0, le=4)
 
 
 def target_modules(network: nn.Module, targets: Targets) -> list[str]:
@@ -89,25 +66,16 @@ def target_modules(network: nn.Module, targets: Targets) -> list[str]:
     return names
 
 
-class LoRALearner(Learner):
+class LoRALearner(TuningLearner):
     """The frozen teacher with low-rank updates and a trained head, under cross-entropy; logits [B, C].
 
     `y = W x + b + s · B A x`, s = alpha/rank (`lora`, `dora`) or alpha/√rank (`rslora`). The fused qkv has one A for
     all three parts: rank · (D + 3D) scalars, not three independent pairs. Batch norm stays in evaluation mode.
     """
 
-    def __init__(self, params: Mapping[str, Any], given: Given) -> None:
+    def adapt(self, network: nn.Module, params: Mapping[str, Any]) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        super().__init__(params, given)
-        network = given.teacher
-        if params["head_init"] == "probe":
-            head = given.result(TEACHER_HEAD)
-            load_head(network, head["weight"], head["bias"])
-        else:
-            network.reset_classifier(given.num_classes)  # type: ignore[operator]
-            for tensor in network.get_classifier().parameters():  # type: ignore[operator]
-                nn.init.zeros_(tensor)
         config = LoraConfig(
             r=params["rank"],
             lora_alpha=params["alpha_ratio"] * params["rank"],  # type: ignore[arg-type]
@@ -116,21 +84,10 @@ class LoRALearner(Learner):
             use_rslora=params["variant"] == "rslora",
             use_dora=params["variant"] == "dora",
         )
-        classifier = network.get_classifier()  # type: ignore[operator]
-        self.student = get_peft_model(network, config)  # type: ignore[arg-type]
-        classifier.requires_grad_(True)
+        return get_peft_model(network, config)  # type: ignore[arg-type]
 
-    def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        assert batch.labels is not None
-        ce = masked_cross_entropy(self.student(batch.images).float(), batch.labels)
-        return {"loss": ce, "ce": ce}
-
-    def deployed(self) -> Deployed:
-        network = copy.deepcopy(self.student).merge_and_unload()  # type: ignore[operator]
-        return Deployed(network=network.eval(), base="teacher")
-
-    def frozen(self) -> list[nn.Module]:
-        return [self.student]
+    def fold(self, network: nn.Module) -> nn.Module:
+        return network.merge_and_unload()  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> LoRALearner:
         super().train(mode)
@@ -140,7 +97,7 @@ class LoRALearner(Learner):
         return self
 
 
-class LoRA(Method):
+class LoRA(TunedTeacher):
     """Low-rank adaptation of the teacher on the labelled images; the merged teacher is deployed.
 
     The head is not among peft's targets: it is a plain linear layer, fitted first (`teacher_head`, as in linear probing
@@ -151,7 +108,8 @@ class LoRA(Method):
     family = "parameter"
     paper = "Hu et al., LoRA, ICLR 2022; Kalajdzievski, rsLoRA, 2023; Liu et al., DoRA, ICML 2024"
     Config = LoRAConfig
-    deploys = "teacher"
+    learner = LoRALearner
+    version = 2
 
     @classmethod
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:
@@ -163,25 +121,6 @@ class LoRA(Method):
                 f"targets {targets!r} names parts of a transformer block, and {setting.teacher.name} is of kind {kind}"
             )
         return None
-
-    @classmethod
-    def stages(cls, config: LoRAConfig, setting: Setting) -> list[Stage]:
-        from_probe = config.head_init == "probe"
-        params = config.model_dump(
-            include={"variant", "rank", "alpha_ratio", "targets", "dropout", "head_init"}, mode="json"
-        )
-        train = TrainStage(
-            name="adapt",
-            version=1,
-            learner=LoRALearner,
-            params=params,
-            feed=Feed(images="labelled", labels=True),
-            recipe=Recipe(lr=config.lr, weight_decay=config.weight_decay, budget=config.budget),
-            trains="teacher",
-            reads=("teacher",),
-            inputs=(TEACHER_HEAD,) if from_probe else (),
-        )
-        return [teacher_head_stage(), train] if from_probe else [train]
 
 
 def _mixes(module: nn.Module, pointwise: bool) -> bool:

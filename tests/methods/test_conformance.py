@@ -7,8 +7,9 @@ import json
 import math
 import pickle
 import random
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -16,21 +17,35 @@ from pydantic import ValidationError
 from tiny import (
     CLASSES,
     Case,
+    Chain,
+    build_optimizer,
     draw,
     fitted,
     given_for,
     make_case,
     make_images,
-    optimizer_for,
+    prepare,
+    publish,
     run_chain,
-    teacher_outputs,
     tensor_hash,
 )
 from torch import nn
 
 from methods import discover
-from methods.contract import Batch, FitStage, Given, Learner, Method, TrainStage, UndeclaredInputError
+from methods.contract import (
+    TEACHER,
+    Batch,
+    FitStage,
+    Given,
+    ImageStage,
+    Learner,
+    Method,
+    Stage,
+    TrainStage,
+    UndeclaredInputError,
+)
 from methods.knobs import Choice, MethodConfig, Range, default_space
+from methods.outputs import Output
 
 METHODS = discover()
 pytestmark = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -78,24 +93,45 @@ def other_values(method: type[Method], name: str) -> list[Any]:
     return [v for v in choices if v != default] if choices else [default / 2]
 
 
-def built(method: type[Method], config: MethodConfig, case: Case, seed: int = 0) -> list[tuple[TrainStage, Learner]]:
-    """Every training stage with its learner; earlier training stages publish nothing that the tests need."""
+class Built(NamedTuple):
+    stage: TrainStage
+    learner: Learner
+    chain: Chain
+
+
+def walk(method: type[Method], config: MethodConfig, case: Case, seed: int = 0) -> Iterator[tuple[Stage, Chain]]:
+    """Every stage with what the stages before it left (of those that train: untrained networks)."""
     images, labels = make_images()
     known = case.setting.task.labelled
-    results: dict[str, dict[str, torch.Tensor]] = {}
-    learners = []
+    chain = Chain(deployed=None)
     for stage in method.stages(config, case.setting):
         torch.manual_seed(seed)
-        if isinstance(stage, FitStage):
-            results[stage.name] = fitted(stage, case, images, labels, results)
+        yield stage, chain
+        if isinstance(stage, TrainStage):
+            publish(stage, stage.learner(stage.params, given_for(stage, case, labels[:known], chain.results)), chain)
         else:
-            learners.append((stage, stage.learner(stage.params, given_for(stage, case, labels[:known], results))))
-    return learners
+            prepare(stage, case, images, labels, chain)
 
 
-def batch_for(stage: TrainStage, case: Case, seed: int = 0) -> Batch:
+def built(method: type[Method], config: MethodConfig, case: Case, seed: int = 0) -> list[Built]:
+    """Every training stage with its learner."""
+    labels = make_images()[1][: case.setting.task.labelled]
+    return [
+        Built(stage, stage.learner(stage.params, given_for(stage, case, labels, chain.results)), chain)
+        for stage, chain in walk(method, config, case, seed)
+        if isinstance(stage, TrainStage)
+    ]
+
+
+def outputs_of(stage: Stage) -> tuple[Output, ...]:
+    if isinstance(stage, ImageStage):
+        return ()
+    return stage.outputs if isinstance(stage, FitStage) else stage.feed.outputs
+
+
+def batch_for(one: Built, case: Case, seed: int = 0) -> Batch:
     torch.manual_seed(seed)
-    return draw(stage, case, *make_images(), 8)
+    return draw(one.stage, case, *make_images(), 8, one.chain)
 
 
 # Configuration
@@ -130,7 +166,7 @@ def test_every_knob_is_described_and_bounded(method):
         assert "default" in schema, name
         low = {"minimum", "exclusiveMinimum"} & set(schema)
         high = {"maximum", "exclusiveMaximum"} & set(schema)
-        finite = "enum" in schema or "const" in schema or schema.get("type") == "boolean"
+        finite = {"enum", "const", "pattern"} & set(schema) or schema.get("type") == "boolean"
         assert finite or (low and high), name
 
 
@@ -174,20 +210,12 @@ def test_stages_are_deterministic(method):
 
 def test_fits_are_deterministic(method):
     case = case_for(method)
-    images, labels = make_images()
-    known = case.setting.task.labelled
-    results: dict[str, dict[str, torch.Tensor]] = {}
-    for stage in method.stages(method.Config(), case.setting):
+    for stage, chain in walk(method, method.Config(), case):
         if not isinstance(stage, FitStage):
             continue
-        shown = images[:known] if stage.images == "labelled" else images
-        outputs = teacher_outputs(case.teacher, shown, stage.outputs)
-        one, other = (
-            stage.fit(stage.params, given_for(stage, case, labels[:known], results, outputs)) for _ in range(2)
-        )
+        one, other = (fitted(stage, case, *make_images(), chain.results, chain, fresh=True) for _ in range(2))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
-        results[stage.name] = one
 
 
 def test_stages_pickle(method):
@@ -208,21 +236,29 @@ def test_stages_are_well_formed(method):
     assert len({s.name for s in stages}) == len(stages)
     for i, stage in enumerate(stages):
         assert set(stage.inputs) <= {s.name for s in stages[:i]}
+        trained_before = {s.name for s in stages[:i] if isinstance(s, TrainStage) and s.publishes == "network"}
+        pools_before = {s.name for s in stages[:i] if isinstance(s, ImageStage)}
         if isinstance(stage, FitStage):
             assert set(stage.reads) <= {"labels"}
             assert "labels" not in stage.reads or stage.images == "labelled"
+            assert stage.of in (TEACHER, *trained_before)
+            assert not stage.pool or stage.pool in pools_before
+        elif isinstance(stage, ImageStage):
+            assert set(stage.reads) <= {"vq", "diffusion", "pipeline"}
         else:
+            assert stage.feed.of in (TEACHER, *trained_before)
+            assert not stage.feed.pool or stage.feed.pool in pools_before
             assert set(stage.reads) <= {"teacher", "student"}
             assert not (stage.feed.images == "labelled" and not stage.feed.labels)
             assert stage.recipe.lr > 0
             assert stage.recipe.budget > 0
         if not method.uses_teacher:
             assert "teacher" not in stage.reads
-            assert not (stage.outputs if isinstance(stage, FitStage) else stage.feed.outputs)
-    uses_labels = any(s.feed.labels if isinstance(s, TrainStage) else "labels" in s.reads for s in stages)
+            assert not outputs_of(stage)
+    uses_labels = any("labels" in s.reads or (isinstance(s, TrainStage) and s.feed.labels) for s in stages)
     assert uses_labels == method.needs_labels
     trained = [s for s in stages if isinstance(s, TrainStage)]
-    assert not trained or trained[-1].trains == method.deploys
+    assert not trained or (trained[-1].trains, trained[-1].publishes) == (method.deploys, "network")
 
 
 def test_every_knob_changes_a_stage(method):
@@ -249,8 +285,9 @@ def test_undeclared_inputs_are_refused(method):
         if not asked:
             continue
         nothing = Given(values={}, num_classes=CLASSES)
+        code = {FitStage: "fit", ImageStage: "maker", TrainStage: "learner"}[type(stage)]
         with pytest.raises(UndeclaredInputError):
-            stage.fit(stage.params, nothing) if isinstance(stage, FitStage) else stage.learner(stage.params, nothing)
+            getattr(stage, code)(stage.params, nothing)
 
 
 # Learning
@@ -260,9 +297,10 @@ def test_the_loss_is_a_scalar_with_a_graph_and_parts(method):
     case = case_for(method)
     for seed in range(3):
         config = method.Config() if seed == 0 else sampled(method, case, seed)
-        for stage, learner in built(method, config, case):
+        for one in built(method, config, case):
+            learner = one.learner
             learner.train()
-            batch = batch_for(stage, case)
+            batch = batch_for(one, case)
             for progress in (0.0, 0.5, 0.99):
                 parts = learner(batch, progress)
                 assert parts["loss"].shape == ()
@@ -274,9 +312,10 @@ def test_the_loss_is_a_scalar_with_a_graph_and_parts(method):
 
 def test_every_trained_tensor_learns_at_some_time(method):
     case = case_for(method)
-    for stage, learner in built(method, method.Config(), case):
+    for one in built(method, method.Config(), case):
+        learner = one.learner
         learner.train()
-        batch = batch_for(stage, case)
+        batch = batch_for(one, case)
         for progress in (0.0, 0.99):
             learner(batch, progress)["loss"].backward()
         for name, parameter in learner.named_parameters():
@@ -286,13 +325,14 @@ def test_every_trained_tensor_learns_at_some_time(method):
 def test_training_leaves_the_teacher_and_the_frozen_alone(method):
     case = case_for(method)
     before = tensor_hash(case.teacher), tensor_hash(case.student)
-    for stage, learner in built(method, method.Config(), case):
+    for one in built(method, method.Config(), case):
+        stage, learner, _ = one
         parameters = {n: p.detach().clone() for n, p in learner.named_parameters() if not p.requires_grad}
         buffers = {id(b): b.clone() for m in learner.frozen() for b in m.buffers()}
-        optimizer = optimizer_for(learner, stage.recipe)
+        optimizer = build_optimizer(learner, stage.recipe)
         learner.train()
         for step in range(3):
-            learner(batch_for(stage, case, step), step / 3)["loss"].backward()
+            learner(batch_for(one, case, step), step / 3)["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
         for name, parameter in learner.named_parameters():
@@ -305,7 +345,7 @@ def test_training_leaves_the_teacher_and_the_frozen_alone(method):
 
 
 def test_frozen_modules_stay_in_evaluation_mode(method):
-    for _, learner in built(method, method.Config(), case_for(method)):
+    for _, learner, _ in built(method, method.Config(), case_for(method)):
         learner.train()
         assert all(not m.training for frozen in learner.frozen() for m in frozen.modules())
         learner.eval()
@@ -324,11 +364,10 @@ def test_a_seed_fixes_the_loss_curve(method):
 
 def test_only_stages_with_labels_see_them(method):
     case = case_for(method)
-    for stage in method.stages(method.Config(), case.setting):
-        if isinstance(stage, TrainStage):
-            batch = batch_for(stage, case)
-            assert (batch.labels is None) == (not stage.feed.labels)
-            assert stage.feed.labels or "labels" not in stage.reads
+    for one in built(method, method.Config(), case):
+        batch = batch_for(one, case)
+        assert (batch.labels is None) == (not one.stage.feed.labels)
+        assert one.stage.feed.labels or "labels" not in one.stage.reads
 
 
 def test_labels_matter_only_where_declared(method):
@@ -344,14 +383,15 @@ def test_a_learner_is_restored_from_its_state(method):
     """What a checkpoint holds, trained tensors and all buffers, is enough to go on."""
     case = case_for(method)
     pairs = zip(built(method, method.Config(), case), built(method, method.Config(), case, seed=1), strict=True)
-    for (stage, learner), (_, fresh) in pairs:
-        optimizer = optimizer_for(learner, stage.recipe)
+    for one, (_, fresh, _) in pairs:
+        stage, learner, _ = one
+        optimizer = build_optimizer(learner, stage.recipe)
         learner.train()
-        learner(batch_for(stage, case), 0.0)["loss"].backward()
+        learner(batch_for(one, case), 0.0)["loss"].backward()
         optimizer.step()
         fixed = {n for n, p in learner.named_parameters() if not p.requires_grad}
         fresh.load_state_dict({n: t for n, t in learner.state_dict().items() if n not in fixed}, strict=False)
-        batch = batch_for(stage, case)
+        batch = batch_for(one, case)
         losses = [net.eval()(batch, 0.99)["loss"] for net in (learner, fresh)]
         assert torch.equal(losses[0], losses[1])
 
@@ -370,11 +410,16 @@ def test_what_it_deploys_is_a_plain_network(method):
         network = chain.deployed.network
         assert chain.deployed.base == method.deploys
         assert not any(isinstance(m, Learner) for m in network.modules())
-        assert not any(type(m).__module__.startswith(("peft", "methods")) for m in network.modules())
+        for module in (type(m).__module__ for m in network.modules()):
+            assert not module.startswith("peft")
+            assert not module.startswith("methods") or module.startswith("methods.parts.")
         assert not any(m.training for m in network.modules())
         assert "num_classes" not in chain.deployed.changes  # every deployed network has the task's
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
         fresh = case.build[chain.deployed.base](num_classes=CLASSES, **chain.deployed.changes)
+        if chain.deployed.structure is not None:
+            assert json.loads(json.dumps(chain.deployed.structure.arguments)) == chain.deployed.structure.arguments
+            fresh = chain.deployed.structure.apply(fresh)
         fresh.load_state_dict(network.state_dict(), strict=True)
         images, _ = make_images(8)
         torch.testing.assert_close(fresh.eval()(images), network(images), rtol=0, atol=0)
@@ -383,11 +428,12 @@ def test_what_it_deploys_is_a_plain_network(method):
 def test_what_it_deploys_equals_what_it_trained(method):
     case = case_for(method)
     images, _ = make_images(8)
-    for stage, learner in built(method, method.Config(), case):
-        optimizer = optimizer_for(learner, stage.recipe)
+    for one in built(method, method.Config(), case):
+        stage, learner, _ = one
+        optimizer = build_optimizer(learner, stage.recipe)
         learner.train()
         for step in range(3):
-            learner(batch_for(stage, case, step), 0.9)["loss"].backward()
+            learner(batch_for(one, case, step), 0.9)["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
         learner.eval()
@@ -424,11 +470,12 @@ def test_it_works_with_only_the_declared_networks(method):
 def test_a_copy_of_a_learner_trains_alike(method):
     """Learners hold no state outside their tensors, so they can be copied to another process."""
     case = case_for(method)
-    for stage, learner in built(method, method.Config(), case):
+    for one in built(method, method.Config(), case):
+        learner = one.learner
         twin = copy.deepcopy(learner)
-        batch = batch_for(stage, case)
+        batch = batch_for(one, case)
         losses = []
-        for one in (learner.train(), twin.train()):
+        for which in (learner.train(), twin.train()):
             torch.manual_seed(0)
-            losses.append(one(batch, 0.0)["loss"])
+            losses.append(which(batch, 0.0)["loss"])
         assert torch.equal(losses[0], losses[1])

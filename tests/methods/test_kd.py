@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny import CLASSES, draw, fitted, given_for, make_case, make_images, run_chain, teacher_outputs
 
-from methods.contract import Batch, masked_cross_entropy
+from methods.contract import Batch, supervised_loss
 from methods.finetune import FineTune, FineTuneConfig, FineTuneLearner
 from methods.fitnet import FitNet, FitNetConfig, FitNetLearner, layer_at
 from methods.heads import POOLED, TEACHER_HEAD
@@ -65,7 +65,7 @@ def test_vt_10_weight_0_is_cross_entropy_bit_for_bit(labelled):
     labels = torch.where(torch.arange(16) < labelled, labels, -1)
     batch = Batch(images, labels, teacher_outputs(case.teacher, images, (POOLED,)))
     plain = copy.deepcopy(case.student).train()
-    expected = masked_cross_entropy(plain(images), labels)
+    expected = supervised_loss(plain(images), labels, "classification")
     expected.backward()
     loss = kd(batch, 0.0)["loss"]
     loss.backward()
@@ -255,15 +255,16 @@ def test_fitnet_refuses_networks_without_maps():
 
 def test_cross_entropy_of_no_labels_is_0():
     logits = torch.randn(4, CLASSES, requires_grad=True)
-    loss = masked_cross_entropy(logits, torch.full((4,), -1))
+    loss = supervised_loss(logits, torch.full((4,), -1), "classification")
     loss.backward()
     assert loss.item() == 0.0
-    mixed = masked_cross_entropy(logits, torch.tensor([1, -1, 2, -1]))
+    mixed = supervised_loss(logits, torch.tensor([1, -1, 2, -1]), "classification")
     torch.testing.assert_close(mixed, F.cross_entropy(logits[[0, 2]], torch.tensor([1, 2])))
 
 
 def test_kd_learner_has_no_teacher_inside():
     learner, _, _ = learner_of(make_case())
     assert isinstance(learner, KDLearner)
-    assert set(dict(learner.named_children())) == {"student"}
+    assert set(dict(learner.named_children())) == {"student", "soft_teacher"}
+    assert not list(learner.soft_teacher.parameters())
     assert not any("head_" in name for name in learner.state_dict())

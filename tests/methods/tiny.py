@@ -12,15 +12,18 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from methods.contract import (
+    TEACHER,
     Batch,
     Deployed,
     FitStage,
     Given,
+    ImageStage,
     Learner,
     Method,
     NetworkInfo,
@@ -88,6 +91,7 @@ class Case:
     student: nn.Module
     setting: Setting
     build: Mapping[str, Callable[..., nn.Module]]
+    upstream: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_case(teacher: str = "vit", student: str = "cnn", unlabelled: int = 12, labelled: int = 20) -> Case:
@@ -130,22 +134,25 @@ class Chain:
     parts: list[dict[str, float]] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     results: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    networks: dict[str, nn.Module] = field(default_factory=dict)
+    pools: dict[str, Tensor] = field(default_factory=dict)
 
 
 def given_for(
-    stage: FitStage | TrainStage,
+    stage: FitStage | ImageStage | TrainStage,
     case: Case,
     labels: Tensor,
     results: Mapping[str, Mapping[str, Tensor]],
     outputs: Mapping[str, Tensor] | None = None,
 ) -> Given:
     """Copies of exactly what the stage declares."""
-    sources: dict[str, Any] = {"teacher": case.teacher, "student": case.student, "labels": labels}
+    sources: dict[str, Any] = {"teacher": case.teacher, "student": case.student, "labels": labels, **case.upstream}
     return Given(
         values={name: copy.deepcopy(sources[name]) for name in stage.reads},
         num_classes=case.setting.task.num_classes,
         results={name: results[name] for name in stage.inputs},
         outputs=outputs,
+        kind=case.setting.task.kind,
     )
 
 
@@ -153,11 +160,21 @@ _FITS: dict[str, dict[str, Tensor]] = {}
 
 
 def fitted(
-    stage: FitStage, case: Case, images: Tensor, labels: Tensor, results: Mapping[str, Mapping[str, Tensor]]
+    stage: FitStage,
+    case: Case,
+    images: Tensor,
+    labels: Tensor,
+    results: Mapping[str, Mapping[str, Tensor]],
+    chain: Chain | None = None,
+    fresh: bool = False,
 ) -> dict[str, Tensor]:
-    """The result of a `FitStage`, computed once for the same declaration and inputs."""
+    """The result of a `FitStage`, computed once for the same declaration and inputs unless `fresh`."""
     known = case.setting.task.labelled
-    outputs = teacher_outputs(case.teacher, images[:known] if stage.images == "labelled" else images, stage.outputs)
+    images = images[:known] if stage.images == "labelled" else images
+    if stage.pool:
+        assert chain is not None
+        images = chain.pools[stage.pool]
+    outputs = teacher_outputs(_whose(stage.of, case, chain), images, stage.outputs)
     inputs = {**outputs, "labels": labels[:known]}
     for name in stage.inputs:
         inputs.update({f"{name}.{k}": v for k, v in results[name].items()})
@@ -165,9 +182,27 @@ def fitted(
     for name, tensor in sorted(inputs.items()):
         digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
     key = digest.hexdigest()
-    if key not in _FITS:
+    if fresh or key not in _FITS:
         _FITS[key] = stage.fit(stage.params, given_for(stage, case, labels[:known], results, outputs))
     return {name: tensor.clone() for name, tensor in _FITS[key].items()}
+
+
+def _whose(of: str, case: Case, chain: Chain | None) -> nn.Module:
+    if of == TEACHER:
+        return case.teacher
+    assert chain is not None
+    return chain.networks[of]
+
+
+def made(stage: ImageStage, case: Case, images: Tensor, results: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    """The pool of an `ImageStage`, [count, 3, S, S] in [-1, 1], at the size of the images."""
+    sources = images[: case.setting.task.labelled] if stage.images == "labelled" else images
+    count = stage.count or len(sources)
+    rows = torch.arange(count) % len(sources)
+    maker = stage.maker(stage.params, given_for(stage, case, torch.empty(0), results))
+    small = F.interpolate(sources, size=stage.size, mode="bilinear", antialias=True).clamp(-1, 1)
+    pool = maker(small[rows], list(range(count)))
+    return F.interpolate(pool, size=images.shape[-1], mode="bilinear", antialias=True)
 
 
 @torch.no_grad()
@@ -175,11 +210,11 @@ def teacher_outputs(teacher: nn.Module, images: Tensor, outputs: tuple[Output, .
     return {k: v.clone() for k, v in read_outputs(teacher.eval(), images, outputs).items()} if outputs else {}
 
 
-def optimizer_for(learner: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    trained = [p for p in learner.parameters() if p.requires_grad]
+def build_optimizer(learner: Learner, recipe: Recipe) -> torch.optim.Optimizer:
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p], "scale": learner.lr_scale(n), "weight_decay": recipe.weight_decay * learner.decays(n, p)}
+        for n, p in learner.named_parameters()
+        if p.requires_grad
     ]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
@@ -214,20 +249,20 @@ def run_chain(
     known = case.setting.task.labelled
     for stage in method.stages(config, case.setting):
         torch.manual_seed(seed)
-        if isinstance(stage, FitStage):
-            chain.results[stage.name] = fitted(stage, case, images, labels, chain.results)
+        if not isinstance(stage, TrainStage):
+            prepare(stage, case, images, labels, chain)
             continue
         learner = stage.learner(stage.params, given_for(stage, case, labels[:known], chain.results))
         chain.learner = learner
         chain.frozen_before = {n: p.detach().clone() for n, p in learner.named_parameters() if not p.requires_grad}
-        optimizer = optimizer_for(learner, stage.recipe)
+        optimizer = build_optimizer(learner, stage.recipe)
         total = max(1, round(steps * stage.recipe.budget))
         learner.train()
         for step in range(total):
             for group in optimizer.param_groups:
-                group["lr"] = stage.recipe.lr * schedule(stage.recipe, step, total)
+                group["lr"] = stage.recipe.lr * group["scale"] * schedule(stage.recipe, step, total)
             torch.manual_seed(seed * 1_000_003 + step)
-            one = draw(stage, case, images, labels, batch)
+            one = draw(stage, case, images, labels, batch, chain)
             parts = learner(one, step / total)
             parts["loss"].backward()
             optimizer.step()
@@ -236,19 +271,48 @@ def run_chain(
             chain.losses.append(parts["loss"].item())
             chain.parts.append({k: v.item() for k, v in parts.items()})
         learner.eval()
-        chain.deployed = learner.deployed()
+        publish(stage, learner, chain)
     return chain
 
 
-def draw(stage: TrainStage, case: Case, images: Tensor, labels: Tensor, batch: int) -> Batch:
+def prepare(stage: FitStage | ImageStage, case: Case, images: Tensor, labels: Tensor, chain: Chain) -> None:
+    """Runs a stage that trains nothing and keeps its result in the chain."""
+    if isinstance(stage, FitStage):
+        chain.results[stage.name] = fitted(stage, case, images, labels, chain.results, chain)
+    else:
+        chain.pools[stage.name] = made(stage, case, images, chain.results)
+
+
+def publish(stage: TrainStage, learner: Learner, chain: Chain) -> None:
+    """Keeps what a training stage leaves for later ones."""
+    if stage.publishes == "tensors":
+        chain.results[stage.name] = learner.tensors()
+        return
+    chain.deployed = learner.deployed()
+    chain.networks[stage.name] = chain.deployed.network
+    chain.results[stage.name] = {k: v.clone() for k, v in chain.deployed.network.state_dict().items()}
+
+
+def draw(
+    stage: TrainStage, case: Case, images: Tensor, labels: Tensor, batch: int, chain: Chain | None = None
+) -> Batch:
     """A random batch as the stage's feed describes it, with live teacher outputs."""
     known = case.setting.task.labelled
-    if stage.feed.images == "labelled":
+    feed = stage.feed
+    if feed.images == "labelled":
         rows = torch.randperm(known)[:batch]
-    elif stage.feed.labels and known < len(images):
-        share = round(batch * stage.feed.labelled_fraction)
+    elif feed.labels and known < len(images):
+        share = round(batch * feed.labelled_fraction)
         rows = torch.cat([torch.randperm(known)[:share], torch.randint(known, len(images), (batch - share,))])
     else:
         rows = torch.randperm(len(images))[:batch]
-    shown = torch.where(rows < known, labels[rows], -1) if stage.feed.labels else None
-    return Batch(images[rows], shown, teacher_outputs(case.teacher, images[rows], stage.feed.outputs))
+    shown = torch.where(rows < known, labels[rows], -1) if feed.labels else None
+    teacher = _whose(feed.of, case, chain) if feed.outputs else case.teacher
+    generated = None
+    if feed.pool:
+        assert chain is not None
+        pool = chain.pools[feed.pool][: feed.pool_size or None]
+        drawn = pool[torch.randint(0, len(pool), (round(batch * feed.pool_ratio),))]
+        generated = Batch(drawn, None, teacher_outputs(teacher, drawn, feed.outputs))
+    live = images[rows] if feed.teacher_images else None
+    return Batch(images[rows], shown, teacher_outputs(teacher, images[rows], feed.outputs), live, generated)

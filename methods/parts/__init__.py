@@ -1,0 +1,1 @@
+"""Pieces of networks that a deployed student may be made of: torch and timm only, copied into an export as they are."""
