@@ -222,7 +222,9 @@ def _read_names(folder: Path) -> tuple[str, ...] | None:
         names.pop()
     for index, name in enumerate(names):
         if not name or name in names[:index]:
-            raise UserError(f"task.data: line {index + 1} of {str(path)!r} is {'empty' if not name else 'a repetition'}.")
+            raise UserError(
+                f"task.data: line {index + 1} of {str(path)!r} is {'empty' if not name else 'a repetition'}."
+            )
     return tuple(names)
 
 

@@ -89,9 +89,7 @@ class TaskData:
 
     @property
     def info(self) -> TaskInfo:
-        return TaskInfo(
-            self.spec.kind, len(self.classes), len(self.labelled), len(self.train) - len(self.labelled)
-        )
+        return TaskInfo(self.spec.kind, len(self.classes), len(self.labelled), len(self.train) - len(self.labelled))
 
     @property
     def labels_hash(self) -> str:
