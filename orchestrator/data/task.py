@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,6 +65,18 @@ class Split:
         )
 
 
+class ImageSet(Protocol):
+    """Images of a split, wherever they come from."""
+
+    def image(self, split: Split, row: int) -> Tensor:
+        """uint8 [3, H, W]."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What finds these images again; plain JSON."""
+        ...
+
+
 @dataclass
 class TaskData:
     """The user's data, split.
@@ -109,6 +121,10 @@ class TaskData:
         """uint8 [H, W]: the class of each pixel, 255 where it does not count."""
         mask = decode_mask(self.source.read_mask(split.where[row]))
         return mask.masked_fill(mask == self.spec.ignore_index, IGNORE)
+
+    def identity(self) -> dict[str, Any]:
+        """What finds these images again."""
+        return {"task": self.spec.model_dump(mode="json")}
 
 
 def load_task(task: Task, store: Store) -> TaskData:

@@ -1,0 +1,181 @@
+"""What a trial's deployed network scores and costs: one protocol for every method, through the store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from methods.contract import Deployed, Method
+from methods.dense import structure_of
+from orchestrator.data.labels import Labels, open_labels
+from orchestrator.data.outputs import Bill
+from orchestrator.data.pixels import Pixels, open_pixels
+from orchestrator.data.task import Split, TaskData
+from orchestrator.errors import WorkError
+from orchestrator.evaluate.cost import flops, latency, parameters
+from orchestrator.evaluate.metrics import score
+from orchestrator.evaluate.probe import Probe, fit_probe
+from orchestrator.models import Network, load_student, save_student
+from orchestrator.models.load import describe
+from orchestrator.models.load import structure_of as stored_structure
+from orchestrator.store import Entry, key_of
+from orchestrator.train.job import Networks, fresh_student
+from orchestrator.trial.context import SweepContext
+from orchestrator.trial.plan import TrialConfig, policy_of
+
+EVALUATION_VERSION = 1
+
+
+def val_metric(context: SweepContext, task: TaskData, network: nn.Module, base: Network, has_head: bool) -> float:
+    """What a network scores on val, under the common probe where it has no trained head; nothing is stored.
+
+    Args:
+        network: at any moment of its training.
+        base: whose preprocessing it has.
+        has_head: whether its own head is trained.
+    """
+    scored = network if has_head else _probe(context, task, network, base).over(network)
+    size = base.preprocessing.size
+    labels = _labels(context, task, task.val, range(len(task.val)), size)
+    pixels = _pixels(context, task, task.val, base)
+    return score(scored, base.preprocessing, pixels, labels, len(task.val), task.spec.kind, len(task.classes)).value
+
+
+def _pixels(context: SweepContext, task: TaskData, split: Split, base: Network) -> Pixels:
+    limit = context.spec.store.pixels_gb
+    return open_pixels(context.store, task, split, policy_of(context.spec), 1, base.preprocessing, limit)
+
+
+def _labels(context: SweepContext, task: TaskData, split: Split, rows: Sequence[int], size: int) -> Labels:
+    limit = context.spec.store.pixels_gb
+    return open_labels(context.store, task, split, rows, policy_of(context.spec), 1, size, limit)
+
+
+def _probe(context: SweepContext, task: TaskData, network: nn.Module, base: Network) -> Probe:
+    return fit_probe(
+        network,
+        base.preprocessing,
+        _pixels(context, task, task.train, base),
+        _labels(context, task, task.train, task.labelled, base.preprocessing.size),
+        np.asarray(task.labelled),
+        task.spec.kind,
+        len(task.classes),
+        task.spec.decoder,
+    )
+
+
+def evaluate(
+    context: SweepContext,
+    config: TrialConfig,
+    method: type[Method],
+    networks: Networks,
+    task: TaskData,
+    last: Entry | None,
+    bill: Bill,
+) -> dict[str, Any]:
+    """The deployed network: a head if it has none yet, then val, size, FLOPs and latency; all through the store."""
+    store, spec = context.store, context.spec
+    base = networks.trained(method.deploys)
+    reads = {
+        "network": f"{last.stage}/{last.key}" if last else {"base": base.weights_hash, "seed": config.seed},
+        "labels": task.labels_hash,
+        "val": [task.val.images_hash, list(task.val.labels)],
+        "version": EVALUATION_VERSION,
+        "probe": not method.trains_head,
+    }
+    if task.spec.kind != "classification":
+        reads |= {"kind": task.spec.kind, "decoder": task.spec.decoder}
+
+    def write(folder: Path) -> dict[str, Any]:
+        changes: dict[str, Any] = {}
+        structure = None
+        if last is not None:
+            network, stored = load_student(last.path)
+            changes, structure = stored["changes"], stored_structure(stored)
+        else:
+            torch.manual_seed(config.seed)
+            network = fresh_student(base, len(task.classes)).eval()
+        fitted = 0
+        if not method.trains_head:
+            probe = _probe(context, task, network, base)
+            network, fitted = probe.attached(network), probe.parameters
+            if structure is not None and structure_of(network) is not None:
+                raise WorkError(f"{method.name} leaves a network with modules of its own: no decoder can be put on it.")
+            structure = structure or structure_of(network)
+        val = val_metric(context, task, network, base, has_head=True)
+        meta = {
+            "model": base.entry.model_dump(mode="json"),
+            "role": base.role,
+            "changes": changes,
+            "num_classes": len(task.classes),
+            "classes": list(task.classes),
+            "preprocessing": describe(base.preprocessing),
+            "val_metric": val,
+            "task": spec.task.model_dump(mode="json"),
+        }
+        save_student(folder, Deployed(network, method.deploys, changes, structure), meta)
+        return {
+            "val_metric": val,
+            "params_total": parameters(network),
+            "probe_parameters": fitted,
+            "flops": flops(network, base.preprocessing.size),
+        }
+
+    entry = bill.add(store.compute("evaluate", key_of(reads), write, reads=reads))
+    about = entry.meta["about"]
+    student = Path(context.folder) / "students" / config.trial_id
+    if not (student / "student.json").is_file():
+        temporary = student.with_name(f".{config.trial_id}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(entry.path, temporary, ignore=shutil.ignore_patterns("meta.json"))
+        meta = json.loads((temporary / "student.json").read_text(encoding="utf-8"))
+        teacher = config.cell.teacher
+        meta |= {
+            "method": config.cell.method,
+            "trial_id": config.trial_id,
+            "teacher": spec.teachers[teacher].model if teacher is not None else None,
+            "config": config.to_json(),
+        }
+        (temporary / "student.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        shutil.rmtree(student, ignore_errors=True)
+        temporary.rename(student)
+    timing = _latency(context, entry, base)
+    return {
+        "val_metric": about["val_metric"],
+        "params_total": about["params_total"],
+        "probe_parameters": about["probe_parameters"],
+        "flops": about["flops"],
+        "student_path": f"students/{config.trial_id}",
+        **timing,
+    }
+
+
+def _latency(context: SweepContext, entry: Entry, base: Network) -> dict[str, Any]:
+    """Latency belongs to the architecture, the device and the threads: measured once for each, then shared."""
+    meta = json.loads((entry.path / "student.json").read_text(encoding="utf-8"))
+    train = context.spec.train
+    reads = {
+        "model": meta["model"],
+        "changes": meta["changes"],
+        "structure": meta["structure"],
+        "classes": meta["num_classes"],
+        "size": base.preprocessing.size,
+        "device": context.device,
+        "threads": train.threads,
+    }
+
+    def write(folder: Path) -> dict[str, Any]:
+        network, _ = load_student(entry.path)
+        measured = latency(network, base.preprocessing.size, device=context.device, threads=train.threads)
+        return {"median": measured.median_ms, "iqr": measured.iqr_ms, "batch": measured.batch}
+
+    about = context.store.compute("latency", key_of(reads), write, reads=reads).meta["about"]
+    setup = f"{context.device}, {train.threads} thread{'s' if train.threads > 1 else ''}, batch {about['batch']}"
+    return {"latency_ms": about["median"], "latency_iqr_ms": about["iqr"], "latency_setup": setup}
