@@ -248,7 +248,8 @@ def margin_note(
         return None
     return (
         f"The best trial of another method, {second['trial_id']} ({second['method']}), is {difference:.3f} away: less "
-        f"than one standard error ({error:.3f}{as_accuracy(kind)} on {images:,} val images), so their order may be chance."
+        f"than one standard error ({error:.3f}{as_accuracy(kind)} on {images:,} val images), so their order may be "
+        "chance."
     )
 
 
