@@ -89,8 +89,12 @@ def other_values(method: type[Method], name: str) -> list[Any]:
     domain = default_space(method.Config).get(name)
     if domain is not None:
         return [v for v in corners(domain) if v != default]
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, int):
+        return [default + 1]
     choices = get_args(method.Config.model_fields[name].annotation)
-    return [v for v in choices if v != default] if choices else [default / 2]
+    return [v for v in choices if v != default] if choices else [default / 2 or 0.5]
 
 
 class Built(NamedTuple):
