@@ -140,8 +140,7 @@ def save_upstream(
         UserError: if the folder exists and is no upstream package.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
-        raise UserError(f"{str(folder)!r} exists and is no upstream package; name a folder that does not exist yet.")
+    check_free(folder)
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     try:
@@ -150,12 +149,23 @@ def save_upstream(
         dtype = torch.float16 if half else torch.float32
         state = {k: v.detach().cpu().to(dtype).contiguous().clone() for k, v in module.state_dict().items()}
         save_file(state, temporary / WEIGHTS)
+        (temporary / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone, and this is to be published
         if folder.exists():
             os.replace(folder, temporary / "replaced")
         os.replace(temporary, folder)
         shutil.rmtree(folder / "replaced", ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(folder: Path) -> None:
+    """Refuses to write a package where something else is.
+
+    Raises:
+        UserError: if the folder exists, is not empty and is no upstream package.
+    """
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
+        raise UserError(f"{str(folder)!r} exists and is no upstream package; name a folder that does not exist yet.")
 
 
 def _folder(entry_model: str, key: str) -> Path:
