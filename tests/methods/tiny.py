@@ -99,7 +99,7 @@ class Case:
 
 @functools.cache
 def tiny_upstream(name: str) -> nn.Module:
-    """An untrained upstream generator of 16 pixels: `vq` (4 x 4 codes of 32, which random images use) or `diffusion`."""
+    """An untrained upstream generator of 16 pixels: `vq` (4 x 4 codes of 32, many of them in use) or `diffusion`."""
     torch.manual_seed(5)
     if name == "diffusion":
         return DiffusionPackage.build({"size": 16, "channels": [8, 8], "attention": [], "groups": 4})
