@@ -192,15 +192,15 @@ class WeCoLoRALearner(Learner):
         depth = len(teacher.blocks)  # type: ignore[arg-type]
         self.student = truncated(teacher, kept_blocks(depth, params["factor"], params["offset"]))
         if params["init"] == "random":
-            for module in self.student.blocks.modules():
+            for module in self.student.get_submodule("blocks").modules():
                 if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+                    module.reset_parameters()  # type: ignore[operator]
         self.pairs_only = params["train"] == "pairs"
         if self.pairs_only:
             adapt(self.student, params["rank"], params["targets"])
         else:
             freeze(self.student)
-            self.student.blocks.requires_grad_(True)
+            self.student.get_submodule("blocks").requires_grad_(True)
         self.distance: Loss = params["loss"]
         self.multi_block: float = params["multi_block"]
         self.last, earlier = _compared(depth, params)

@@ -31,7 +31,7 @@ def make_on_actors(job: PoolJob, shards: list[int]) -> None:
         resources["num_gpus"] = generate.gpus
     rows = ray.data.from_items([{"shard": i} for i in shards], override_num_blocks=len(shards))
     made = rows.map(
-        _ShardActor,
+        _ShardActor,  # type: ignore[arg-type]
         fn_constructor_args=[job],
         compute=ActorPoolStrategy(min_size=1, max_size=min(generate.actors, len(shards))),
         # Its trial's placement group has no room for a generator of its own, and ends at that trial's node.
