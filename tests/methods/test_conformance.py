@@ -374,7 +374,8 @@ def test_labels_matter_only_where_declared(method):
     case = case_for(method)
     images, labels = make_images()
     one = run_chain(method, method.Config(), case, images, labels, steps=2)
-    other = run_chain(method, method.Config(), case, images, (labels + 1) % CLASSES, steps=2)
+    merged = labels.clamp_min(1)  # renamed classes would leave the loss as it is
+    other = run_chain(method, method.Config(), case, images, merged, steps=2)
     if one.losses:
         assert (one.losses != other.losses) == method.needs_labels
 
