@@ -1,4 +1,4 @@
-"""WeCoLoRA's idea: copying blocks does most of it, and six low-rank pairs a block do better than two or than all weights.
+"""WeCoLoRA: copying blocks does most of it, and six low-rank pairs a block do better than two or than all weights.
 
     python -m benchmarks.ablations.wecolora
 
