@@ -56,7 +56,8 @@ class TuningLearner(Learner):
     """The teacher with some of it trained, and a head, under the task's own loss; logits [B, C].
 
     Subclasses say what is trained in `adapt`, and with `fold` and `structure` how a plain network comes out of it. All
-    of the teacher stays in evaluation mode (batch norm, dropout, drop path).
+    of the teacher stays in evaluation mode (batch norm, dropout, drop path). With `head_init: probe` the head starts
+    as the stage `head` of the parameters fitted it (`teacher_head` where they name none).
     """
 
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
@@ -65,7 +66,7 @@ class TuningLearner(Learner):
         self.params: Mapping[str, Any] = params
         network = given.teacher
         if params["head_init"] == "probe":
-            head = given.result(TEACHER_HEAD)
+            head = given.result(params.get("head", TEACHER_HEAD))
             load_head(network, head["weight"], head["bias"])
         else:
             zero_head(network, given.num_classes)
