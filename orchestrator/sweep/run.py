@@ -15,8 +15,8 @@ from orchestrator.models.names import Role
 from orchestrator.spec import SweepSpec, read_spec
 from orchestrator.store import Store
 from orchestrator.sweep.space import Space, check_cell, grid, method_space, wanted_outputs
+from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, feasible_cells
-from orchestrator.trial.run import SweepContext
 
 
 @dataclass
@@ -69,6 +69,10 @@ def prepare(spec: SweepSpec) -> Prepared:
         for entry in entries:
             unchecked += check_model(entry, role)
             plan_network(entry, role)
+    if spec.upstream.given:
+        from orchestrator.models.upstream import check_section
+
+        check_section(spec.upstream)
     spaces = {name: method_space(spec, name) for name in spec.methods}
     task = load_task(spec.task, Store(Path(spec.storage) / "store"))
     images = len(task.labelled)

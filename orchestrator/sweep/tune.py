@@ -22,8 +22,9 @@ from ray.tune.search import Searcher
 
 from orchestrator.sweep.ledger import FINAL, Ledger
 from orchestrator.sweep.study import Study
+from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
-from orchestrator.trial.run import SweepContext, blank_row, run_trial
+from orchestrator.trial.run import blank_row, run_trial
 
 RESTARTS = 2  # of a trial whose process died; a trial that fails by itself is not repeated
 
@@ -126,6 +127,8 @@ class _Bridge(Searcher):
 
 
 def _trainable(config: dict[str, Any], context: SweepContext) -> None:
+    from orchestrator.data.actors import make_on_actors
+
     trial = TrialConfig.from_json(config["trial"])
     ledger = Ledger(context.folder)
     known = ledger.read(trial.trial_id)
@@ -145,9 +148,9 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
     if context.spec.train.workers > 1:
         from orchestrator.train.group import GroupRunner
 
-        row = run_trial(context, trial, None, GroupRunner(context, trial.trial_id))
+        row = run_trial(context, trial, None, GroupRunner(context, trial.trial_id), make_on_actors)
     else:
-        row = run_trial(context, trial, progress)
+        row = run_trial(context, trial, progress, mapper=make_on_actors)
     # A worker that died was a trial's misfortune, and its row already says so; writing it makes it final.
     ledger.write(row)
     metric = row["val_metric"]
