@@ -28,7 +28,7 @@ from methods.contract import (
     TrainStage,
     supervised_loss,
 )
-from methods.heads import POOLED, TEACHER_HEAD, load_head, teacher_head_stage
+from methods.heads import POOLED, TEACHER_HEAD, load_head, teacher_head_stage, zero_head
 from methods.knobs import Choice, MethodConfig, Range, knob
 from methods.outputs import Output
 
@@ -69,9 +69,7 @@ class TuningLearner(Learner):
             head = given.result(params.get("head", TEACHER_HEAD))
             load_head(network, head["weight"], head["bias"])
         else:
-            network.reset_classifier(given.num_classes)  # type: ignore[operator]
-            for tensor in network.get_classifier().parameters():  # type: ignore[operator]
-                nn.init.zeros_(tensor)
+            zero_head(network, given.num_classes)
         network.requires_grad_(False)
         classifier = network.get_classifier()  # type: ignore[operator]
         self.student = self.adapt(network, params)
@@ -104,6 +102,16 @@ class TuningLearner(Learner):
 
     def frozen(self) -> list[nn.Module]:
         return [self.student]
+
+    def dropouts(self) -> list[nn.Module]:
+        """Dropout of the method's own: it acts while training, unlike the teacher's."""
+        return []
+
+    def train(self, mode: bool = True) -> TuningLearner:
+        super().train(mode)
+        for module in self.dropouts():
+            module.train(mode)
+        return self
 
 
 class TunedTeacher(Method):

@@ -27,6 +27,8 @@ from methods.generators.diffusion import DiffusionConfig, DiffusionPackage
 from methods.generators.vq import VQConfig, VQPackage
 from orchestrator.errors import UserError, listed, nearest
 from orchestrator.models.load import _first_line
+from orchestrator.models.pipelines import pipeline_hash, pipeline_package
+from orchestrator.spec import Upstream
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KINDS: dict[str, Any] = {"vq": VQPackage, "diffusion": DiffusionPackage}
@@ -39,8 +41,8 @@ class UpstreamPackage:
 
     Attributes:
         name: as in the sweep file.
-        kind: `vq` or `diffusion`.
-        module: a `VQPackage` or `DiffusionPackage` in evaluation mode; copy it before you change it.
+        kind: `vq`, `diffusion` or `pipeline`.
+        module: a `VQPackage`, `DiffusionPackage` (in evaluation mode; copy it before you change it) or `PipelinePackage`.
         weights_hash: of its configuration and weights, for keys of the store.
         facts: what is known of its training.
     """
@@ -50,6 +52,29 @@ class UpstreamPackage:
     module: Any
     weights_hash: str
     facts: Mapping[str, Any]
+
+
+def check_section(section: Upstream) -> None:
+    """Checks every generator that a sweep file names, without loading weights.
+
+    Raises:
+        UserError: as `check_upstream` and `pipeline_package`.
+    """
+    for kind in section.given:
+        entry = getattr(section, kind)
+        if kind == "pipeline":
+            pipeline_package(entry)
+        else:
+            check_upstream(entry, kind)
+
+
+def upstream_of(section: Upstream, kind: str) -> UpstreamPackage:
+    """The generator that a sweep file names under `upstream.KIND`; a pipeline is loaded when it is first used."""
+    entry = getattr(section, kind)
+    if kind != "pipeline":
+        return load_upstream(entry, kind)
+    package = pipeline_package(entry)
+    return UpstreamPackage(package.model, kind, package, pipeline_hash(package), {})
 
 
 def check_upstream(entry_model: str, kind: str) -> dict[str, Any]:

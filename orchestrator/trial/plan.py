@@ -122,9 +122,9 @@ UPSTREAM = ("vq", "diffusion", "pipeline")
 
 def upstream_hash(spec: SweepSpec, name: str) -> str:
     """What identifies an upstream generator of the sweep file."""
-    from orchestrator.models.upstream import load_upstream
+    from orchestrator.models.upstream import upstream_of  # brings diffusers, which most sweeps do not need
 
-    return load_upstream(getattr(spec.upstream, name), name).weights_hash
+    return upstream_of(spec.upstream, name).weights_hash
 
 
 def stage_reads(
