@@ -347,12 +347,12 @@ def draw(
     else:
         rows = torch.randperm(len(images))[:batch]
     shown = torch.where(rows < known, labels[rows], -1) if feed.labels else None
-    teacher = _whose(feed.of, case, chain) if feed.outputs else case.teacher
+    teacher = _whose(feed.of, case, chain) if feed.outputs or feed.pool_outputs else case.teacher
     generated = None
     if feed.pool:
         assert chain is not None
         pool = chain.pools[feed.pool][: feed.pool_size or None]
         drawn = pool[torch.randint(0, len(pool), (round(batch * feed.pool_ratio),))]
-        generated = Batch(drawn, None, teacher_outputs(teacher, drawn, feed.outputs))
+        generated = Batch(drawn, None, teacher_outputs(teacher, drawn, feed.pool_outputs))
     live = images[rows] if feed.teacher_images else None
     return Batch(images[rows], shown, teacher_outputs(teacher, images[rows], feed.outputs), live, generated)
