@@ -271,3 +271,18 @@ def load_head(network: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
         head.weight.copy_(weight)
         head.bias.copy_(bias)
     return network
+
+
+def zero_head(network: nn.Module, num_classes: int) -> nn.Module:
+    """Gives a timm network a new classifier of zeros and returns the network.
+
+    Raises:
+        ValueError: if its classifier is not one linear layer.
+    """
+    network.reset_classifier(num_classes)  # type: ignore[operator]
+    head = network.get_classifier()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"The network's classifier is not one linear layer: {head}.")
+    for tensor in head.parameters():
+        nn.init.zeros_(tensor)
+    return network

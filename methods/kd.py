@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from methods.contract import (
     Batch,
@@ -79,11 +79,15 @@ class KDLearner(Learner):
 
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
-        self.student = given.student
+        self.student = self.network(params, given)
         self.temperature: float = params["temperature"]
         self.weight: float = params["weight"]
         self.kind: Kind = given.kind
         self.soft_teacher = SoftTeacher(params, given)
+
+    def network(self, params: Mapping[str, Any], given: Given) -> nn.Module:
+        """What is trained: the student as it comes, unless a subclass starts it otherwise."""
+        return given.student
 
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         return self.distillation(self.student(batch.images), batch)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from methods.by_peft import PeftLearner, Targets, exactly, target_modules
 from methods.contract import Setting
 from methods.knobs import Choice, MethodConfig, knob
-from methods.tuning import TunedTeacher, TuningConfig, TuningLearner
+from methods.tuning import TunedTeacher, TuningConfig
 
-Targets = Literal["qkv", "attn", "mlp", "all"]
-BLOCK_MAPS: dict[str, str] = {
-    "qkv": r"attn\.qkv",
-    "attn": r"attn\.(qkv|proj)",
-    "mlp": r"mlp\.(fc1|fc2)",
-    "all": r"(attn\.(qkv|proj)|mlp\.(fc1|fc2))",
-}
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class LoRAConfig(TuningConfig):
@@ -39,62 +34,27 @@ class LoRAConfig(TuningConfig):
     dropout: float = knob(0.0, "Dropout before the low-rank maps.", search=Choice(values=(0.0, 0.1)), ge=0, lt=1)
 
 
-def target_modules(network: nn.Module, targets: Targets) -> list[str]:
-    """Full names of the modules of a timm network (its classifier already linear) that are adapted.
+class LoRALearner(PeftLearner):
+    """The frozen teacher with low-rank updates and a trained head, under the task's loss; logits [B, C].
 
-    In a transformer only maps inside `blocks`: peft's own matching by suffix would take the patch embedding's `proj`
-    for an attention output. Elsewhere linear maps and convolutions, but not grouped ones, the first one (the stem) or
-    the classifier.
+    `y = W x + b + s · B A x`, s = alpha/rank (`lora`, `dora`) or alpha/√rank (`rslora`); A Kaiming, B zero.
 
-    Raises:
-        ValueError: if there are none.
-    """
-    names: list[str]
-    if hasattr(network, "blocks") and any(re.search(r"\.attn\.qkv$", name) for name, _ in network.named_modules()):
-        pattern = re.compile(rf"blocks\.\d+\.{BLOCK_MAPS[targets]}")
-        names = [name for name, _ in network.named_modules() if pattern.fullmatch(name)]
-    elif targets in ("qkv", "attn"):
-        names = []
-    else:
-        head = network.get_classifier()  # type: ignore[operator]
-        maps = [
-            (name, m) for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and m is not head
-        ]
-        names = [name for name, m in maps[1:] if isinstance(m, nn.Linear) or _mixes(m, pointwise=targets == "mlp")]
-    if not names:
-        raise ValueError(f"The network has no module for the LoRA targets {targets!r}.")
-    return names
-
-
-class LoRALearner(TuningLearner):
-    """The frozen teacher with low-rank updates and a trained head, under cross-entropy; logits [B, C].
-
-    `y = W x + b + s · B A x`, s = alpha/rank (`lora`, `dora`) or alpha/√rank (`rslora`). The fused qkv has one A for
-    all three parts: rank · (D + 3D) scalars, not three independent pairs. Batch norm stays in evaluation mode.
+    Trained: rank · (inputs + outputs) for each map. The fused qkv has one A for all three parts, so `qkv` trains
+    rank · (D + 3D) a block. That is the paper's count for independent pairs on q and v, 2 · rank · (D + D), but not
+    the paper's parametrisation: peft cannot adapt slices of a fused map.
     """
 
-    def adapt(self, network: nn.Module, params: Mapping[str, Any]) -> nn.Module:
-        from peft import LoraConfig, get_peft_model
+    def peft_config(self, network: nn.Module, params: Mapping[str, Any]) -> PeftConfig:
+        from peft import LoraConfig
 
-        config = LoraConfig(
+        return LoraConfig(
             r=params["rank"],
             lora_alpha=params["alpha_ratio"] * params["rank"],  # type: ignore[arg-type]
             lora_dropout=params["dropout"],
-            target_modules="|".join(map(re.escape, target_modules(network, params["targets"]))),
+            target_modules=exactly(target_modules(network, params["targets"])),
             use_rslora=params["variant"] == "rslora",
             use_dora=params["variant"] == "dora",
         )
-        return get_peft_model(network, config)  # type: ignore[arg-type]
-
-    def fold(self, network: nn.Module) -> nn.Module:
-        return network.merge_and_unload()  # type: ignore[operator]
-
-    def train(self, mode: bool = True) -> LoRALearner:
-        super().train(mode)
-        for name, module in self.student.named_modules():
-            if "lora_dropout" in name and isinstance(module, nn.Dropout):  # ours, unlike the teacher's own
-                module.train(mode)
-        return self
 
 
 class LoRA(TunedTeacher):
@@ -121,7 +81,3 @@ class LoRA(TunedTeacher):
                 f"targets {targets!r} names parts of a transformer block, and {setting.teacher.name} is of kind {kind}"
             )
         return None
-
-
-def _mixes(module: nn.Module, pointwise: bool) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == 1 and (not pointwise or module.kernel_size == (1, 1))

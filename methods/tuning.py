@@ -28,7 +28,7 @@ from methods.contract import (
     TrainStage,
     supervised_loss,
 )
-from methods.heads import DENSE, POOLED, TEACHER_HEAD, load_head, teacher_head_stage
+from methods.heads import DENSE, POOLED, TEACHER_HEAD, load_head, teacher_head_stage, zero_head
 from methods.knobs import Choice, MethodConfig, Range, knob
 from methods.outputs import Output
 
@@ -56,7 +56,8 @@ class TuningLearner(Learner):
     """The teacher with some of it trained, and a head, under the task's own loss; logits [B, C].
 
     Subclasses say what is trained in `adapt`, and with `fold` and `structure` how a plain network comes out of it. All
-    of the teacher stays in evaluation mode (batch norm, dropout, drop path).
+    of the teacher stays in evaluation mode (batch norm, dropout, drop path). With `head_init: probe` the head starts
+    as the stage `head` of the parameters fitted it (`teacher_head` where they name none).
     """
 
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
@@ -65,12 +66,10 @@ class TuningLearner(Learner):
         self.params: Mapping[str, Any] = params
         network = given.teacher
         if params["head_init"] == "probe":
-            head = given.result(TEACHER_HEAD)
+            head = given.result(params.get("head", TEACHER_HEAD))
             load_head(network, head["weight"], head["bias"])
         else:
-            network.reset_classifier(given.num_classes)  # type: ignore[operator]
-            for tensor in network.get_classifier().parameters():  # type: ignore[operator]
-                nn.init.zeros_(tensor)
+            zero_head(network, given.num_classes)
         network.requires_grad_(False)
         classifier = network.get_classifier()  # type: ignore[operator]
         self.student = self.adapt(network, params)
@@ -103,6 +102,16 @@ class TuningLearner(Learner):
 
     def frozen(self) -> list[nn.Module]:
         return [self.student]
+
+    def dropouts(self) -> list[nn.Module]:
+        """Dropout of the method's own: it acts while training, unlike the teacher's."""
+        return []
+
+    def train(self, mode: bool = True) -> TuningLearner:
+        super().train(mode)
+        for module in self.dropouts():
+            module.train(mode)
+        return self
 
 
 class TunedTeacher(Method):

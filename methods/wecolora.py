@@ -42,6 +42,12 @@ class WeCoLoRAConfig(MethodConfig):
         "Adapted maps: q,v / q,k,v / these and the attention output / these and both MLP layers (the paper's six).",
         search=Choice(values=("qv", "qkv", "attn", "all")),
     )
+    init: Literal["copy", "random"] = knob(
+        "copy", "Kept blocks start as the teacher's, or anew (the paper's control without weight copy)."
+    )
+    train: Literal["pairs", "all"] = knob(
+        "pairs", "What is trained: the low-rank pairs, or every weight without pairs (the paper's control WeCo+KD)."
+    )
     target: Literal["prenorm", "postnorm"] = knob(
         "prenorm",
         "Compare the last tokens before or after the final norm.",
@@ -185,7 +191,16 @@ class WeCoLoRALearner(Learner):
         teacher = given.teacher
         depth = len(teacher.blocks)  # type: ignore[arg-type]
         self.student = truncated(teacher, kept_blocks(depth, params["factor"], params["offset"]))
-        adapt(self.student, params["rank"], params["targets"])
+        if params["init"] == "random":
+            for module in self.student.get_submodule("blocks").modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()  # type: ignore[operator]
+        self.pairs_only = params["train"] == "pairs"
+        if self.pairs_only:
+            adapt(self.student, params["rank"], params["targets"])
+        else:
+            freeze(self.student)
+            self.student.get_submodule("blocks").requires_grad_(True)
         self.distance: Loss = params["loss"]
         self.multi_block: float = params["multi_block"]
         self.last, earlier = _compared(depth, params)
@@ -238,6 +253,8 @@ class WeCoLoRA(Method):
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:
         assert isinstance(config, WeCoLoRAConfig)
         assert setting.teacher is not None
+        if config.init == "random" and config.train == "pairs":
+            return "init: random freezes random weights under train: pairs; use train: all"
         name, blocks = setting.teacher.name, setting.teacher.blocks
         if config.factor > blocks:
             return f"factor {config.factor} is larger than the {blocks} blocks of {name}"
@@ -246,14 +263,12 @@ class WeCoLoRA(Method):
     @classmethod
     def stages(cls, config: WeCoLoRAConfig, setting: Setting) -> list[Stage]:
         assert setting.teacher is not None
-        params = config.model_dump(
-            include={"factor", "offset", "rank", "targets", "target", "loss", "multi_block"}, mode="json"
-        )
+        params = config.model_dump(exclude={"lr", "weight_decay", "warmup", "budget"}, mode="json")
         last, earlier = _compared(setting.teacher.blocks, params)
         return [
             TrainStage(
                 name="distil",
-                version=1,
+                version=2,
                 learner=WeCoLoRALearner,
                 params=params,
                 feed=Feed(images="all", labels=False, outputs=(last, *earlier)),

@@ -24,6 +24,10 @@ app = typer.Typer(
     help="Turns a vision foundation model into the best small student for your own data.",
     pretty_exceptions_enable=False,
 )
+store_app = typer.Typer(
+    no_args_is_help=True, help="Look at, verify or shrink the shared store, or prime it with an upstream package."
+)
+app.add_typer(store_app, name="store")
 out = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -31,6 +35,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 SetFlag = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the file.")
 ]
+StoreDir = Annotated[Path, typer.Argument(help="A sweep's folder, a storage folder, or a store.")]
 SweepDir = Annotated[Path, typer.Argument(help="A sweep's folder: <storage>/<name>.")]
 
 
@@ -39,14 +44,6 @@ class Format(str, Enum):
 
     safetensors = "safetensors"
     onnx = "onnx"
-
-
-class StoreAction(str, Enum):
-    """What `store` does."""
-
-    ls = "ls"
-    verify = "verify"
-    gc = "gc"
 
 
 def main() -> None:
@@ -262,30 +259,26 @@ def methods(
     )
 
 
-@app.command()
-def store(
-    action: Annotated[StoreAction, typer.Argument(help="List, check against files and live teacher, or free disk.")],
-    where: Annotated[Path, typer.Argument(help="A sweep's folder, a storage folder, or a store.")],
-    max_gb: Annotated[float | None, typer.Option(help="gc: shrink to this; default: the sweep's store.max_gb.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Look at, verify or shrink the shared store."""
-    from orchestrator.sweep.stock import collect, inventory, verify
+@store_app.command("ls")
+def store_ls(where: StoreDir, as_json: JsonFlag = False) -> None:
+    """What lies in the store, by stage."""
+    from orchestrator.sweep.stock import inventory
 
-    if action is StoreAction.ls:
-        rows = inventory(where)
-        if as_json:
-            print(json.dumps(rows))
-        else:
-            _table(
-                ["stage", "entries", "MB", "seconds"],
-                [[r["stage"], r["entries"], f"{r['bytes'] / 1e6:.1f}", f"{r['seconds']:.1f}"] for r in rows],
-            )
+    rows = inventory(where)
+    if as_json:
+        print(json.dumps(rows))
         return
-    if action is StoreAction.gc:
-        answer = collect(where, max_gb)
-        print(json.dumps(answer)) if as_json else out.print(answer["sentence"], markup=False)
-        return
+    _table(
+        ["stage", "entries", "MB", "seconds"],
+        [[r["stage"], r["entries"], f"{r['bytes'] / 1e6:.1f}", f"{r['seconds']:.1f}"] for r in rows],
+    )
+
+
+@store_app.command("verify")
+def store_verify(where: StoreDir, as_json: JsonFlag = False) -> None:
+    """Check the store against its files and the live teacher."""
+    from orchestrator.sweep.stock import verify
+
     answer = verify(where)
     if as_json:
         print(json.dumps(answer))
@@ -296,6 +289,47 @@ def store(
         raise WorkError(
             f"{len(answer['damaged'])} entries of the store are damaged; `store gc --max-gb 0` removes all."
         )
+
+
+@store_app.command("gc")
+def store_gc(
+    where: StoreDir,
+    max_gb: Annotated[float | None, typer.Option(help="Shrink to this; default: the sweep's store.max_gb.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Free disk: leftovers of dead processes, and what was not used for longest."""
+    from orchestrator.sweep.stock import collect
+
+    answer = collect(where, max_gb)
+    print(json.dumps(answer)) if as_json else out.print(answer["sentence"], markup=False)
+
+
+@store_app.command("prime")
+def store_prime(
+    where: StoreDir,
+    data: Annotated[
+        str, typer.Option(help="Upstream images, without labels: folder:PATH, parquet:PATH or packaged/clipart.")
+    ],
+    kind: Annotated[str, typer.Option(help="vq (codes and their prior) or diffusion.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="The folder to write; it will hold no image.")],
+    size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 64,
+    steps: Annotated[int, typer.Option(help="Training steps; a VQ's prior takes as many again.")] = 10_000,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Shape or training; a wrong key lists all.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """For a provider: train the upstream package that OTA's users need instead of upstream images."""
+    from orchestrator.sweep.prime import prime
+
+    tell: Callable[[str], None] = (lambda line: None) if as_json else (lambda line: out.print(line, markup=False))
+    facts = prime(where, data, kind, size, steps, out_dir, overrides or [], tell)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    measured = [name for name in facts if name not in ("out", "kind", "sentence", "images_hash")]
+    _table(["fact", "value"], [[name, facts[name]] for name in measured])
+    out.print(facts["sentence"], markup=False, soft_wrap=True)
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> None:

@@ -6,6 +6,7 @@ The descriptions below are the documentation of the keys: `orchestrator check --
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -367,6 +368,14 @@ def parse_spec(raw: dict[str, Any], where: str = "the sweep file") -> SweepSpec:
         return SweepSpec.model_validate(raw)
     except ValidationError as error:
         raise UserError(explain(error, SweepSpec, where)) from None
+
+
+def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """The values of `key=value` pairs by key, read as in a sweep file."""
+    raw: dict[str, Any] = {}
+    for override in overrides:
+        _override(raw, override)
+    return raw
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

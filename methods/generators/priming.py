@@ -68,6 +68,10 @@ class VQPriming(Priming):
         self.gan_start: float = params.get("gan_start", 0.5)
         self.critic = PatchDiscriminator() if self.gan_weight > 0 else None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The state without the prior's, which is not trained here."""
+        return {k: v for k, v in self.student.state_dict().items() if k.startswith("vq.")}
+
     def frozen(self) -> list[nn.Module]:
         return [self.features] if self.features is not None else []
 
@@ -118,7 +122,7 @@ class PriorPriming(Priming):
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
         self.student = VQPackage.build(params["config"])
-        state = {k: v for k, v in given.result(params["vq"]).items() if k.startswith("vq.")}
+        state = given.result(params["vq"])
         self.student.vq.load_state_dict({k.removeprefix("vq."): v for k, v in state.items()})
         freeze(self.student.vq)
         self.pkeep: float = params["pkeep"]

@@ -21,6 +21,7 @@ from methods.generators.prior import LatentPrior
 from methods.knobs import MethodConfig, knob
 
 BETA = 0.25
+CHANNELS = (24, 48, 64, 96, 128)
 
 
 class VQConfig(MethodConfig):
@@ -30,7 +31,7 @@ class VQConfig(MethodConfig):
     f: Literal[2, 4, 8, 16] = knob(8, "One code stands for a square of this side, in pixels.")
     codes: int = knob(512, "K, the number of codes.", ge=2, le=65536)
     dim: int = knob(32, "Length of a code.", ge=1, le=1024)
-    channels: tuple[int, ...] = knob((24, 48, 64, 96), "Channels at each resolution; one more than halvings.")
+    channels: tuple[int, ...] = knob(CHANNELS[:4], "Channels at each resolution; by default as many as f needs.")
     layers: int = knob(1, "Residual layers at each resolution.", ge=1, le=4)
     groups: int = knob(8, "Groups of the group norms; divides all channels.", ge=1, le=64)
     attention: bool = knob(False, "Self-attention at the lowest resolution.")
@@ -38,11 +39,20 @@ class VQConfig(MethodConfig):
     prior_layers: int = knob(4, "Its blocks.", ge=1, le=48)
     prior_heads: int = knob(4, "Its heads; divides the width.", ge=1, le=64)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_channels(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        channels = values.get("channels")
+        if channels is None and values.get("f") in (2, 4, 8, 16):
+            channels = CHANNELS[: values["f"].bit_length()]
+        return values if channels is None else {**values, "channels": _as_tuple(channels)}
+
     @model_validator(mode="after")
     def _fits(self) -> VQConfig:
-        halvings = self.f.bit_length() - 1
-        if len(self.channels) != halvings + 1:
-            raise ValueError(f"f = {self.f} needs {halvings + 1} channels, and channels = {list(self.channels)}")
+        if len(self.channels) != self.f.bit_length():
+            raise ValueError(f"f = {self.f} needs {self.f.bit_length()} channels, and channels = {list(self.channels)}")
         if any(c < 1 or c % self.groups for c in self.channels):
             raise ValueError(f"channels = {list(self.channels)} must all be multiples of groups = {self.groups}")
         if self.size % self.f:
@@ -50,6 +60,10 @@ class VQConfig(MethodConfig):
         if self.prior_width % self.prior_heads:
             raise ValueError(f"prior_width = {self.prior_width} must be a multiple of prior_heads = {self.prior_heads}")
         return self
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class VQPackage(nn.Module):
@@ -114,24 +128,23 @@ class VQPackage(nn.Module):
     def nearest(self, latents: Tensor) -> Tensor:
         """[B, n] the code that is nearest to each latent [B, dim, side, side]."""
         flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
-        return torch.cdist(flat, self.codebook).argmin(1).view(len(latents), -1)
+        return torch.cdist(flat, self.codebook).argmin(1).view(len(latents), self.side**2)
 
     def entries(self, indices: Tensor) -> Tensor:
         """[B, dim, side, side] the codebook's vectors."""
-        return self.codebook[indices].view(len(indices), self.side, self.side, -1).permute(0, 3, 1, 2)
+        return self.codebook[indices].view(len(indices), self.side, self.side, self.config.dim).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def indices(self, images: Tensor) -> Tensor:
         """[B, n] int64 the codes of images."""
         self._check(images)
-        rows = [self.nearest(self.vq.encode(row).latents) for row in images.split(1)]
-        return torch.cat(rows) if rows else torch.zeros(0, self.side**2, dtype=torch.int64, device=images.device)
+        return torch.cat([self.nearest(self.vq.encode(row).latents) for row in images.split(1)])
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """[B, 3, size, size] in [-1, 1] what codes [B, n] stand for."""
         rows = [self.vq.decode(self.entries(row), force_not_quantize=True).sample for row in indices.split(1)]
-        return torch.cat(rows).clamp(-1, 1) if rows else self.codebook.new_zeros(0, 3, self.size, self.size)
+        return torch.cat(rows).clamp(-1, 1)
 
     def rerepresent(self, images: Tensor) -> Tensor:
         """The images in the upstream's codes, decoded: the paper's transferred images [fig]."""

@@ -81,7 +81,7 @@ class ShardMaker:
     """Makes shards of one pool; the generator is loaded once."""
 
     def __init__(self, job: PoolJob) -> None:
-        from orchestrator.models.upstream import load_upstream  # brings diffusers, which most trials do not need
+        from orchestrator.models.upstream import upstream_of  # brings diffusers, which most trials do not need
 
         self.job = job
         torch.set_num_threads(job.spec.train.threads)
@@ -90,7 +90,7 @@ class ShardMaker:
         self.sources = Sources(task, stage, job.store)
         values: dict[str, Any] = {}
         for name in (n for n in UPSTREAM if n in stage.reads):
-            module = load_upstream(getattr(job.spec.upstream, name), name).module
+            module = upstream_of(job.spec.upstream, name).module
             values[name] = module.to(job.device) if hasattr(module, "to") else module
         torch.manual_seed(job.seed)
         given = Given(values=values, num_classes=len(task.classes), results=job.inputs, kind=task.info.kind)

@@ -1,7 +1,7 @@
 """Upstream packages by name: `packaged/NAME` or `local:FOLDER`, a folder with `config.json` and `model.safetensors`.
 
-`config.json` holds `kind` (`vq` or `diffusion`), `config` (what `build` of that kind's class takes), and `facts` about
-the training. It holds no image, and neither do the weights' files: that is what makes such a folder publishable.
+`config.json` holds `kind` (`vq` or `diffusion`), `config` (what `build` of that kind's class takes), `weights` (SHA-256
+of the other file) and `facts` about the training. There is no image in either, which makes such a folder publishable.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import nn
 
 from methods.generators import read_config
 from methods.generators.diffusion import DiffusionConfig, DiffusionPackage
 from methods.generators.vq import VQConfig, VQPackage
 from orchestrator.errors import UserError, listed, nearest
-from orchestrator.models.load import _first_line, hash_weights
+from orchestrator.models.load import _first_line
+from orchestrator.models.pipelines import pipeline_hash, pipeline_package
+from orchestrator.spec import Upstream
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KINDS: dict[str, Any] = {"vq": VQPackage, "diffusion": DiffusionPackage}
@@ -39,8 +41,9 @@ class UpstreamPackage:
 
     Attributes:
         name: as in the sweep file.
-        kind: `vq` or `diffusion`.
-        module: a `VQPackage` or `DiffusionPackage` in evaluation mode; copy it before you change it.
+        kind: `vq`, `diffusion` or `pipeline`.
+        module: a `VQPackage` or `DiffusionPackage` (in evaluation mode; copy it before you change it), or a
+            `PipelinePackage`.
         weights_hash: of its configuration and weights, for keys of the store.
         facts: what is known of its training.
     """
@@ -50,6 +53,29 @@ class UpstreamPackage:
     module: Any
     weights_hash: str
     facts: Mapping[str, Any]
+
+
+def check_section(section: Upstream) -> None:
+    """Checks every generator that a sweep file names, without loading weights.
+
+    Raises:
+        UserError: as `check_upstream` and `pipeline_package`.
+    """
+    for kind in section.given:
+        entry = getattr(section, kind)
+        if kind == "pipeline":
+            pipeline_package(entry)
+        else:
+            check_upstream(entry, kind)
+
+
+def upstream_of(section: Upstream, kind: str) -> UpstreamPackage:
+    """The generator that a sweep file names under `upstream.KIND`; a pipeline is loaded when it is first used."""
+    entry = getattr(section, kind)
+    if kind != "pipeline":
+        return load_upstream(entry, kind)
+    package = pipeline_package(entry)
+    return UpstreamPackage(package.model, kind, package, pipeline_hash(package), {})
 
 
 def check_upstream(entry_model: str, kind: str) -> dict[str, Any]:
@@ -70,7 +96,7 @@ def check_upstream(entry_model: str, kind: str) -> dict[str, Any]:
     folder = _folder(entry_model, key)
     try:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        found, config = content["kind"], content["config"]
+        found, config, _ = content["kind"], content["config"], content["weights"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{key}: {str(folder / CONFIG)!r} is no readable upstream package: {_first_line(error)}"
@@ -105,32 +131,32 @@ def load_upstream(entry_model: str, kind: str) -> UpstreamPackage:
 def _load(entry_model: str, kind: str, folder: Path, stamp: tuple[int, ...]) -> UpstreamPackage:
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     module: nn.Module = KINDS[kind].build(content["config"])
+    data = (folder / WEIGHTS).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != content["weights"]:
+        raise UserError(
+            f"upstream.{kind}: {str(folder / WEIGHTS)!r} is not the file that its {CONFIG} was written for."
+        )
     try:
-        state = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
-        module.load_state_dict(state, strict=True)
+        module.load_state_dict({name: tensor.float() for name, tensor in load(data).items()}, strict=True)
     except Exception as error:  # safetensors' errors and torch's share no base class
         raise UserError(
             f"upstream.{kind}: the weights in {str(folder / WEIGHTS)!r} cannot be read or do not fit its {CONFIG}: "
             f"{_first_line(error)}"
         ) from None
     module.requires_grad_(False)
-    module.eval()
-    return UpstreamPackage(entry_model, kind, module, package_hash(module), content.get("facts", {}))
-
-
-def package_hash(module: Any) -> str:
-    """SHA-256 of a package's kind, configuration and weights."""
-    about = json.dumps([module.kind, module.config.model_dump(mode="json")], sort_keys=True)
-    return hashlib.sha256(f"{about}|{hash_weights(module)}".encode()).hexdigest()
+    about = json.dumps([kind, content["config"], digest], sort_keys=True)
+    weights_hash = hashlib.sha256(about.encode()).hexdigest()
+    return UpstreamPackage(entry_model, kind, module.eval(), weights_hash, content.get("facts", {}))
 
 
 def save_upstream(
     folder: Path, module: nn.Module, config: Mapping[str, Any], facts: Mapping[str, Any], *, half: bool = False
 ) -> None:
-    """Writes a package's folder at once: beside it, then renamed into place.
+    """Writes a package's two files beside their folder, then renames them into place.
 
     Args:
-        folder: must not exist, or be an upstream package, which is then replaced.
+        folder: must not exist, be empty, or be an upstream package, whose two files are then replaced.
         module: a `VQPackage` or `DiffusionPackage`.
         config: what `build` of its class takes.
         facts: plain JSON values about its training.
@@ -140,22 +166,38 @@ def save_upstream(
         UserError: if the folder exists and is no upstream package.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
-        raise UserError(f"{str(folder)!r} exists and is no upstream package; name a folder that does not exist yet.")
+    check_free(folder)
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     try:
-        content = {"kind": module.kind, "config": dict(config), "facts": dict(facts)}
-        (temporary / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         dtype = torch.float16 if half else torch.float32
         state = {k: v.detach().cpu().to(dtype).contiguous().clone() for k, v in module.state_dict().items()}
-        save_file(state, temporary / WEIGHTS)
-        if folder.exists():
-            os.replace(folder, temporary / "replaced")
-        os.replace(temporary, folder)
-        shutil.rmtree(folder / "replaced", ignore_errors=True)
+        data = save(state)
+        (temporary / WEIGHTS).write_bytes(data)
+        content = {
+            "kind": module.kind,
+            "config": dict(config),
+            "weights": hashlib.sha256(data).hexdigest(),
+            "facts": dict(facts),
+        }
+        (temporary / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if folder.is_dir():  # a model card may lie beside them; `weights` tells a torn pair
+            for name in (WEIGHTS, CONFIG):
+                os.replace(temporary / name, folder / name)
+        else:
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(folder: Path) -> None:
+    """Refuses to write a package where something else is.
+
+    Raises:
+        UserError: if the folder exists, is not empty and is no upstream package.
+    """
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
+        raise UserError(f"{str(folder)!r} exists and is no upstream package; name a folder that does not exist yet.")
 
 
 def _folder(entry_model: str, key: str) -> Path:

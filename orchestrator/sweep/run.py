@@ -69,6 +69,10 @@ def prepare(spec: SweepSpec) -> Prepared:
         for entry in entries:
             unchecked += check_model(entry, role)
             plan_network(entry, role)
+    if spec.upstream.given:
+        from orchestrator.models.upstream import check_section
+
+        check_section(spec.upstream)
     spaces = {name: method_space(spec, name) for name in spec.methods}
     task = load_task(spec.task, Store(Path(spec.storage) / "store"))
     images = len(task.labelled)

@@ -127,6 +127,8 @@ class _Bridge(Searcher):
 
 
 def _trainable(config: dict[str, Any], context: SweepContext) -> None:
+    from orchestrator.data.actors import make_on_actors
+
     trial = TrialConfig.from_json(config["trial"])
     ledger = Ledger(context.folder)
     known = ledger.read(trial.trial_id)
@@ -146,9 +148,9 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
     if context.spec.train.workers > 1:
         from orchestrator.train.group import GroupRunner
 
-        row = run_trial(context, trial, None, GroupRunner(context, trial.trial_id))
+        row = run_trial(context, trial, None, GroupRunner(context, trial.trial_id), make_on_actors)
     else:
-        row = run_trial(context, trial, progress)
+        row = run_trial(context, trial, progress, mapper=make_on_actors)
     # A worker that died was a trial's misfortune, and its row already says so; writing it makes it final.
     ledger.write(row)
     metric = row["val_metric"]

@@ -299,7 +299,7 @@ class _Trial:
             if not self.spec.train.fresh:
                 entries = self._outputs(feed.outputs, feed.of, views)
                 if feed.pool:
-                    generated = self._pool_outputs(feed.pool, feed.outputs, feed.of, views, feed.pool_size)
+                    generated = self._pool_outputs(feed.pool, feed.pool_outputs, feed.of, views, feed.pool_size)
             shards = self._shards(feed.pool, feed.pool_size) if feed.pool else []
             job = TrainJob(
                 spec=self.spec,

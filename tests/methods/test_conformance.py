@@ -48,12 +48,15 @@ from methods.knobs import Choice, MethodConfig, Range, default_space
 from methods.outputs import Output
 
 METHODS = discover()
+UPSTREAM = ("vq", "diffusion")
 pytestmark = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
-def case_for(method: type[Method]) -> Case:
-    kind = "vit" if "vit" in method.teacher_kinds else "cnn"
-    return make_case(kind, "cnn")
+def case_for(method: type[Method], kind: str | None = None) -> Case:
+    """A teacher of one of its kinds, and a student of another kind unless it needs a relative of the teacher."""
+    kind = kind or ("vit" if "vit" in method.teacher_kinds else "cnn")
+    case = make_case(kind, "cnn", upstream=UPSTREAM)
+    return case if method.refuses(case.setting) is None else make_case(kind, kind, upstream=UPSTREAM)
 
 
 def sampled(method: type[Method], case: Case, seed: int) -> MethodConfig:
@@ -89,8 +92,16 @@ def other_values(method: type[Method], name: str) -> list[Any]:
     domain = default_space(method.Config).get(name)
     if domain is not None:
         return [v for v in corners(domain) if v != default]
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, int):
+        return [default + 1]
     choices = get_args(method.Config.model_fields[name].annotation)
-    return [v for v in choices if v != default] if choices else [default / 2]
+    if choices:
+        return [v for v in choices if v != default]
+    if isinstance(default, str):
+        return ["none"]  # a name of something that may be left out
+    return [default / 2 or 0.5]
 
 
 class Built(NamedTuple):
@@ -126,7 +137,7 @@ def built(method: type[Method], config: MethodConfig, case: Case, seed: int = 0)
 def outputs_of(stage: Stage) -> tuple[Output, ...]:
     if isinstance(stage, ImageStage):
         return ()
-    return stage.outputs if isinstance(stage, FitStage) else stage.feed.outputs
+    return stage.outputs if isinstance(stage, FitStage) else stage.feed.outputs + stage.feed.pool_outputs
 
 
 def batch_for(one: Built, case: Case, seed: int = 0) -> Batch:
@@ -186,13 +197,13 @@ def test_sampled_configs_are_valid(method):
 def test_its_defaults_suit_its_own_kinds_of_teacher(method):
     for kind in ("vit", "cnn"):
         if kind in method.teacher_kinds:
-            case = make_case(kind, "cnn")
+            case = case_for(method, kind)
             assert method.refuses(case.setting) is None
             assert method.invalid(method.Config(), case.setting) is None
 
 
 def test_it_refuses_other_kinds_of_teacher(method):
-    case = make_case()
+    case = make_case(upstream=UPSTREAM)
     for kind in {"vit", "cnn", "other"} - set(method.teacher_kinds):
         setting = replace(case.setting, teacher=replace(case.setting.teacher, kind=kind))
         assert not method.uses_teacher or kind in method.refuses(setting)
@@ -262,11 +273,18 @@ def test_stages_are_well_formed(method):
 
 
 def test_every_knob_changes_a_stage(method):
+    """With the other knobs at their defaults, or with one of them set to another of its values."""
     case = case_for(method)
-    defaults = method.stages(method.Config(), case.setting)
-    for name in method.Config.model_fields:
-        changed = [method.stages(method.Config(**{name: v}), case.setting) for v in other_values(method, name)]
-        assert any(stages != defaults for stages in changed), f"{name} changes nothing"
+    fields = method.Config.model_fields
+    others = [{other: value} for other in fields for value in other_values(method, other)]
+    for name in fields:
+        changes = [{name: value} for value in other_values(method, name)]
+        assert any(
+            method.stages(method.Config(**base | change), case.setting)
+            != method.stages(method.Config(**base), case.setting)
+            for base in ({}, *others)
+            for change in changes
+        ), f"{name} changes nothing"
 
 
 def test_a_change_of_recipe_leaves_the_fits_before_it(method):
@@ -374,7 +392,8 @@ def test_labels_matter_only_where_declared(method):
     case = case_for(method)
     images, labels = make_images()
     one = run_chain(method, method.Config(), case, images, labels, steps=2)
-    other = run_chain(method, method.Config(), case, images, (labels + 1) % CLASSES, steps=2)
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    other = run_chain(method, method.Config(), case, images, shuffled, steps=2)
     if one.losses:
         assert (one.losses != other.losses) == method.needs_labels
 

@@ -13,9 +13,10 @@ from peft.tuners.lora import LoraLayer
 from tiny import CLASSES, cnn, given_for, hybrid_vit, make_case, make_images, run_chain, tensor_hash, vit
 from torch import nn
 
+from methods.by_peft import target_modules
 from methods.contract import Batch, Given, trainable_parameters
 from methods.heads import TEACHER_HEAD, load_head
-from methods.lora import LoRA, LoRAConfig, LoRALearner, target_modules
+from methods.lora import LoRA, LoRAConfig, LoRALearner
 
 VARIANTS = ["lora", "rslora", "dora"]
 BUILDERS = [vit, hybrid_vit, cnn, lambda: cnn("test_resnet"), lambda: cnn("test_convnext")]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,6 +33,8 @@ from methods.contract import (
     TaskInfo,
     TrainStage,
 )
+from methods.generators.diffusion import DiffusionPackage
+from methods.generators.vq import VQPackage
 from methods.knobs import MethodConfig
 from methods.outputs import Output, intermediate_channels, read_outputs
 
@@ -94,17 +97,52 @@ class Case:
     upstream: Mapping[str, Any] = field(default_factory=dict)
 
 
-def make_case(teacher: str = "vit", student: str = "cnn", unlabelled: int = 12, labelled: int = 20) -> Case:
+@functools.cache
+def tiny_upstream(name: str) -> nn.Module:
+    """An untrained upstream generator of 16 pixels: `vq` (4 x 4 codes of 32, many of them in use) or `diffusion`."""
+    torch.manual_seed(5)
+    if name == "diffusion":
+        return DiffusionPackage.build({"size": 16, "channels": [8, 8], "attention": [], "groups": 4})
+    package = VQPackage.build(
+        {
+            "size": 16,
+            "f": 4,
+            "codes": 32,
+            "dim": 4,
+            "channels": [8, 8, 8],
+            "groups": 4,
+            "prior_width": 16,
+            "prior_layers": 1,
+            "prior_heads": 2,
+        }
+    )
+    with torch.no_grad():
+        package.codebook.normal_()
+    return package
+
+
+def make_case(
+    teacher: str = "vit",
+    student: str = "cnn",
+    unlabelled: int = 12,
+    labelled: int = 20,
+    upstream: Sequence[str] = (),
+) -> Case:
     builders: dict[str, Callable[..., nn.Module]] = {"vit": vit, "hybrid": hybrid_vit, "cnn": cnn}
     kinds = {"vit": "vit", "hybrid": "vit", "cnn": "cnn"}
     networks = {"teacher": builders[teacher](seed=1), "student": builders[student](seed=2)}
-    task = TaskInfo(kind="classification", num_classes=CLASSES, labelled=labelled, unlabelled=unlabelled)
+    task = TaskInfo("classification", CLASSES, labelled, unlabelled, upstream=tuple(upstream))
     setting = Setting(
         task=task,
         teacher=describe(networks["teacher"], kinds[teacher]),
         student=describe(networks["student"], kinds[student]),
     )
-    return Case(**networks, setting=setting, build={"teacher": builders[teacher], "student": builders[student]})
+    return Case(
+        **networks,
+        setting=setting,
+        build={"teacher": builders[teacher], "student": builders[student]},
+        upstream={name: tiny_upstream(name) for name in upstream},
+    )
 
 
 def make_images(n: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -202,6 +240,8 @@ def made(stage: ImageStage, case: Case, images: Tensor, results: Mapping[str, Ma
     maker = stage.maker(stage.params, given_for(stage, case, torch.empty(0), results))
     small = F.interpolate(sources, size=stage.size, mode="bilinear", antialias=True).clamp(-1, 1)
     pool = maker(small[rows], list(range(count)))
+    assert pool.shape == small[rows].shape
+    assert pool.abs().max() <= 1
     return F.interpolate(pool, size=images.shape[-1], mode="bilinear", antialias=True)
 
 
@@ -307,12 +347,12 @@ def draw(
     else:
         rows = torch.randperm(len(images))[:batch]
     shown = torch.where(rows < known, labels[rows], -1) if feed.labels else None
-    teacher = _whose(feed.of, case, chain) if feed.outputs else case.teacher
+    teacher = _whose(feed.of, case, chain) if feed.outputs or feed.pool_outputs else case.teacher
     generated = None
     if feed.pool:
         assert chain is not None
         pool = chain.pools[feed.pool][: feed.pool_size or None]
         drawn = pool[torch.randint(0, len(pool), (round(batch * feed.pool_ratio),))]
-        generated = Batch(drawn, None, teacher_outputs(teacher, drawn, feed.outputs))
+        generated = Batch(drawn, None, teacher_outputs(teacher, drawn, feed.pool_outputs))
     live = images[rows] if feed.teacher_images else None
     return Batch(images[rows], shown, teacher_outputs(teacher, images[rows], feed.outputs), live, generated)

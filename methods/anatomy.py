@@ -1,0 +1,54 @@
+"""Where the parts of a timm network lie, for the methods that change or train some of them."""
+
+from __future__ import annotations
+
+from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
+from timm.layers.norm_act import FrozenBatchNorm2d, FrozenBatchNormAct2d
+from timm.models import group_parameters
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)
+FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)  # their affine part is no parameter
+
+
+def is_transformer(network: nn.Module) -> bool:
+    """Whether it has a patch embedding, uniform blocks and a final norm: what planning calls a `vit`."""
+    return all(hasattr(network, name) for name in ("patch_embed", "blocks", "norm"))
+
+
+def plain_blocks(network: nn.Module, method: str) -> list[Block]:
+    """The blocks of a timm vision transformer, all of them `x + ls1(attn(norm1 x))`, then `x + ls2(mlp(norm2 x))`.
+
+    Args:
+        network: a timm network.
+        method: for the message.
+
+    Raises:
+        ValueError: if its blocks are of another kind (norms after the branches, parallel branches, ...).
+    """
+    blocks = getattr(network, "blocks", None)
+    found = list(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else []
+    plain = [block for block in found if isinstance(block, Block) and type(block).forward is Block.forward]
+    if not found or len(plain) < len(found):
+        kinds = sorted({type(block).__name__ for block in found}) or ["none"]
+        raise ValueError(
+            f"{method} serves timm's pre-norm transformer blocks (Block), and the blocks of {type(network).__name__} "
+            f"are {', '.join(kinds)}."
+        )
+    return plain
+
+
+def distance_to_head(network: nn.Module) -> dict[str, int]:
+    """For each parameter, how many groups of layers lie between it and the end: 0 for the head's own group.
+
+    The groups are timm's: stem, each transformer block (stage of a CNN), head; a final norm belongs to the last block.
+
+    Raises:
+        ValueError: if timm does not know the network's groups.
+    """
+    if not hasattr(network, "group_matcher"):
+        raise ValueError(f"timm does not say how the layers of {type(network).__name__} are grouped.")
+    group = group_parameters(network, network.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
+    return {name: max(group.values()) - number for name, number in group.items()}

@@ -1,0 +1,124 @@
+"""Relational knowledge distillation: the student keeps the distances and angles among the teacher's features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from methods.contract import Batch, Given, Setting, Stage, TrainStage
+from methods.heads import POOLED
+from methods.kd import KD, KDConfig, KDLearner
+from methods.knobs import Choice, Range, knob
+from methods.outputs import read_outputs
+from methods.tuning import LOGITS
+
+
+class RKDConfig(KDConfig):
+    """Knobs of relational distillation: those of the class scores are logit distillation's."""
+
+    weight: float = knob(
+        0.5,
+        "λ: share of the teacher's class scores against the labels; 0 leaves labels and relations.",
+        search=Choice(values=(0.0, 0.5, 0.9)),
+        ge=0,
+        le=1,
+    )
+    distance: float = knob(25.0, "Weight of the distances.", search=Range(low=1, high=100, log=True), ge=0, le=1000)
+    angle: float = knob(50.0, "Weight of the angles.", search=Range(low=1, high=200, log=True), ge=0, le=1000)
+
+
+def distances(features: Tensor) -> Tensor:
+    """[B, B] Euclidean distances of features [B, D], in units of their mean over different rows (Eq. 4, 5 [memory])."""
+    raw = torch.cdist(features.float(), features.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    pairs = len(raw) * (len(raw) - 1)
+    return raw / (raw.sum() / max(pairs, 1)).clamp_min(1e-12)
+
+
+def angles(features: Tensor) -> Tensor:
+    """[B, B, B] of features [B, D]: entry (j, i, k) is the cosine of the angle at j between i and k (Eq. 8 [memory]).
+
+    0 where one of the sides has no length. Takes B² · D numbers.
+    """
+    rows = features.float()
+    sides = rows[None] - rows[:, None]
+    lengths = sides.norm(dim=-1, keepdim=True)
+    # A side that is all but 0 has no direction: without a floor its gradient would be without bounds.
+    floor = (1e-3 * lengths.detach().mean()).clamp_min(1e-12)
+    directions = sides / torch.maximum(lengths, floor)
+    return directions @ directions.transpose(1, 2)
+
+
+def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean Huber distance (δ = 1) of the two networks' `distances`, over pairs of different rows.
+
+    Args:
+        student, teacher: [B, D] and [B, E]; 0 with a graph for a single row.
+    """
+    different = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
+    return _huber(distances(student)[different], distances(teacher)[different], student)
+
+
+def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean Huber distance (δ = 1) of the two networks' `angles`, over triples of three different rows.
+
+    Args:
+        student, teacher: [B, D] and [B, E]; 0 with a graph for fewer than three rows.
+    """
+    same = torch.eye(len(student), dtype=torch.bool, device=student.device)
+    different = ~(same[:, :, None] | same[:, None, :] | same[None])
+    return _huber(angles(student)[different], angles(teacher)[different], student)
+
+
+def _huber(student: Tensor, teacher: Tensor, source: Tensor) -> Tensor:
+    return F.smooth_l1_loss(student, teacher.detach()) if student.numel() else source.float().sum() * 0.0
+
+
+class RKDLearner(KDLearner):
+    """Logit distillation + `distance` · L_D + `angle` · L_A of the pooled features [B, D] of a batch's rows.
+
+    On several workers the relations are those of a worker's own rows.
+    """
+
+    def __init__(self, params: Mapping[str, Any], given: Given) -> None:
+        super().__init__(params, given)
+        self.distance: float = params["distance"]
+        self.angle: float = params["angle"]
+
+    def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        own = read_outputs(self.student, batch.images, [POOLED, LOGITS])
+        parts = self.distillation(own[LOGITS.key], batch)
+        mine, theirs = own[POOLED.key], batch.outputs[POOLED.key]
+        distance, angle = distance_loss(mine, theirs), angle_loss(mine, theirs)
+        total = parts["loss"] + self.distance * distance + self.angle * angle
+        return {**parts, "loss": total, "distance": distance, "angle": angle}
+
+
+class RKD(KD):
+    """Relations among the pooled features of a batch: distances of pairs and angles of triples, beside class scores.
+
+    Features of any two widths compare, so there is no regressor. The paper adds the relations to the task's loss with
+    weights 25 and 50 for classification, penultimate features, Huber distance with δ = 1 [memory]; means are over
+    different rows only (the diagonal is 0 in both networks) [inferred], and the teacher's class scores come along
+    as in logit distillation [inferred]: `weight: 0` is the paper's. Relations need no label.
+    """
+
+    name = "rkd"
+    paper = "Park et al., Relational Knowledge Distillation, CVPR 2019"
+    Config = RKDConfig
+
+    @classmethod
+    def stages(cls, config: KDConfig, setting: Setting) -> list[Stage]:
+        assert isinstance(config, RKDConfig)
+        *earlier, distil = super().stages(config, setting)
+        assert isinstance(distil, TrainStage)
+        outputs = tuple(dict.fromkeys((*distil.feed.outputs, POOLED)))
+        params = {**distil.params, "distance": config.distance, "angle": config.angle}
+        return [
+            *earlier,
+            replace(distil, version=1, learner=RKDLearner, params=params, feed=replace(distil.feed, outputs=outputs)),
+        ]

@@ -1,0 +1,1 @@
+"""The packaged upstream package: codes of clip art and emoji, and their prior."""
