@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from orchestrator.select.export import export_student
 from orchestrator.select.results import choose, margin_note, read_trials
 from orchestrator.spec import METRICS, Task
 from orchestrator.store import Store
-from orchestrator.sweep.ledger import Ledger
+from orchestrator.sweep.ledger import Ledger, at_once
 from orchestrator.sweep.run import open_sweep
 from orchestrator.trial.plan import TrialConfig
 
@@ -131,9 +130,7 @@ def _test_once(folder: Path, trial_id: str, student_path: str) -> tuple[dict[str
         share = accuracy(network, preprocessing, pixels, task.test)
         error = math.sqrt(share * (1 - share) / len(task.test))
         known[trial_id] = {"accuracy": share, "images": len(task.test), "standard_error": error}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        os.replace(temporary, path)
+        at_once(path, lambda temporary: temporary.write_text(json.dumps(known), encoding="utf-8"))
     return known[trial_id], len(known)
 
 

@@ -23,7 +23,7 @@ from methods.outputs import Output
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
 from orchestrator.data.pixels import open_pixels
 from orchestrator.data.task import Split, TaskData, load_task
-from orchestrator.errors import UserError, WorkError
+from orchestrator.errors import FullDiskError, UserError, WorkError, disk_full
 from orchestrator.evaluate.accuracy import accuracy, pooled_features, probe_head
 from orchestrator.evaluate.cost import flops, latency, parameters
 from orchestrator.models import Network, load_student, save_student
@@ -86,12 +86,18 @@ Progress = Callable[[float, float | None], None]  # (share of the whole budget, 
 def run_trial(
     context: SweepContext, config: TrialConfig, progress: Progress | None = None, runner: Runner = run_job
 ) -> dict[str, Any]:
-    """Runs one trial to its row. Whatever goes wrong inside becomes a row with status `failed` and a reason."""
+    """Runs one trial to its row. Whatever goes wrong inside becomes a row with status `failed` and a reason.
+
+    Raises:
+        FullDiskError: which is no fault of the trial.
+    """
     started = time.time()
     row = blank_row(context.spec, config) | {"started": started, "pid": os.getpid(), "node": platform.node()}
     bill = Bill()
     try:
         row |= _run(context, config, bill, progress, runner) | {"status": "complete"}
+    except FullDiskError:
+        raise
     except (UserError, WorkError) as error:
         row |= {"status": "failed", "reason": str(error)}
     except torch.OutOfMemoryError:
@@ -100,6 +106,8 @@ def run_trial(
         )
         row |= {"status": "failed", "reason": reason}
     except Exception as error:  # one trial's defect must not end the sweep; its traceback is kept beside the row
+        if disk_full(error):
+            raise FullDiskError(f"The disk of {context.folder!r} is full.") from error
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         row |= {"status": "failed", "reason": f"{type(error).__name__} at {where}: {error}"[:500]}
