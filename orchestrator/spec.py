@@ -29,9 +29,14 @@ class _Loader(yaml.SafeLoader):
     """YAML in which `1e-3` is a number, as everybody expects; PyYAML's own rule wants `1.0e-3`."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that `_Loader` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+    )
 
 
 def _parse_yaml(text: str) -> Any:
@@ -202,6 +207,32 @@ class Train(Section):
         return self.steps if self.steps is not None else 1000
 
 
+class Upstream(Section):
+    """Generators that were trained on upstream images, by whoever had these."""
+
+    vq: str | None = Field(
+        default=None,
+        description="VQ model and latent transformer: `packaged/vq_clipart`, or `local:FOLDER` of `store prime`.",
+    )
+    diffusion: str | None = Field(default=None, description="A diffusion model: `local:FOLDER` of `store prime`.")
+    pipeline: str | dict[str, Any] | None = Field(
+        default=None, description="A diffusers pipeline by hub id or folder, or `{model: ID, ...}` with its options."
+    )
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Which of them there are."""
+        return tuple(name for name in Upstream.model_fields if getattr(self, name) is not None)
+
+
+class Generate(Section):
+    """The actors that generate images (Ray Data)."""
+
+    actors: int = Field(default=1, ge=1, le=1024, description="At most this many generate at the same time.")
+    cpus: float = Field(default=0.0, ge=0, description="CPUs that each reserves; 0 shares those of its trial.")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs that each reserves; leave as many free of trials.")
+
+
 class StoreLimits(Section):
     """Limits of the shared store."""
 
@@ -227,6 +258,7 @@ class SweepSpec(Section):
         description="Method name -> its knobs: a fixed value, a list to choose from, or {low, high, log, int}. "
         "An empty mapping means the method's own default space. `orchestrator methods` lists them.",
     )
+    upstream: Upstream = Field(default_factory=Upstream, description="Generators trained on upstream images.")
     objectives: list[Annotated[Objective, BeforeValidator(_as_objective)]] = Field(
         default_factory=lambda: [Objective()],
         min_length=1,
@@ -234,6 +266,7 @@ class SweepSpec(Section):
     )
     search: Search = Field(default_factory=Search, description="How trials are proposed and stopped.")
     train: Train = Field(default_factory=Train, description="The budget that all methods share.")
+    generate: Generate = Field(default_factory=Generate, description="The actors that generate images.")
     store: StoreLimits = Field(default_factory=StoreLimits, description="Limits of the shared store.")
     storage: str = Field(default="runs", description="Folder for sweeps and the store; a shared one on a cluster.")
 
@@ -265,7 +298,7 @@ class SweepSpec(Section):
 
     def to_yaml(self) -> str:
         """The whole file with every default written out; reading it gives an equal spec."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_spec(path: str | Path, overrides: list[str] | None = None) -> SweepSpec:

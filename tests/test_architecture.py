@@ -10,8 +10,9 @@ from small import small_spec
 
 import methods
 from orchestrator.sweep.run import prepare
+from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
-from orchestrator.trial.run import SweepContext, run_trial
+from orchestrator.trial.run import run_trial
 
 ROOT = Path(__file__).parent.parent
 ONLY = {

@@ -16,6 +16,7 @@ from methods.knobs import Choice, Range, default_space
 from orchestrator.errors import UserError
 from orchestrator.spec import (
     METRICS,
+    Generate,
     Model,
     Search,
     Splits,
@@ -23,6 +24,7 @@ from orchestrator.spec import (
     SweepSpec,
     Task,
     Train,
+    Upstream,
     documented_keys,
     parse_spec,
     read_spec,
@@ -102,6 +104,13 @@ SPECS = section_of(
     objectives=st.lists(OBJECTIVE, min_size=1, max_size=1),
     search=section_of(Search),
     train=section_of(Train).map(one_budget),
+    upstream=section_of(
+        Upstream,
+        vq=st.none() | MODELS,
+        diffusion=st.none() | MODELS,
+        pipeline=st.none() | TEXT | st.dictionaries(TEXT, PLAIN, max_size=2),
+    ),
+    generate=section_of(Generate),
     store=section_of(StoreLimits),
     storage=TEXT,
 )
@@ -252,7 +261,7 @@ def test_every_key_is_documented_once_and_has_a_description():
     rows = documented_keys()
     keys = [key for key, _, _ in rows]
     assert len(set(keys)) == len(keys)
-    sections = [SweepSpec, Task, Splits, Model, Model, Search, Train, StoreLimits]
+    sections = [SweepSpec, Task, Splits, Model, Model, Upstream, Search, Train, Generate, StoreLimits]
     assert len(rows) == sum(map(fields_of, sections)) + 2  # and metric and mode of objectives
     for top in SweepSpec.model_fields:
         assert any(key.split(".")[0].removesuffix("[]") == top for key in keys), top

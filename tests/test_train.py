@@ -16,8 +16,9 @@ from orchestrator.errors import WorkError
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store
 from orchestrator.train.job import run_job
+from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
-from orchestrator.trial.run import SweepContext, run_trial
+from orchestrator.trial.run import run_trial
 
 FINETUNE = Cell("finetune", None, 0)
 KD = Cell("kd", 0, 0)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from methods.outputs import Output, read_outputs
 from orchestrator.data.pixels import rendered_view
-from orchestrator.data.task import Split, TaskData
+from orchestrator.data.task import ImageSet, Split
 from orchestrator.data.views import Policy, stored_view, view_parameters
 from orchestrator.models import Network
 from orchestrator.models.load import describe
-from orchestrator.store import Entry, Records, Store, key_of, write_records
+from orchestrator.store import Entry, JoinedRecords, Records, Store, key_of, write_records
 from orchestrator.store.store import BusyError
 
 VERSION = 1
@@ -71,7 +71,7 @@ def output_reads(teacher: Network, parameters_key: str, output: Output) -> dict[
 
 def ensure_outputs(
     store: Store,
-    task: TaskData,
+    images: ImageSet,
     split: Split,
     teacher: Network,
     policy: Policy,
@@ -88,7 +88,7 @@ def ensure_outputs(
     the teacher sees each view once. Views that another trial is computing are left to it while others remain.
 
     Args:
-        store, task, split: what is read, and where results go.
+        store, images, split: what is read, and where results go.
         teacher: loaded; its module is run in inference mode.
         policy, views: which views.
         wanted, also: see above. `also` is in no key.
@@ -106,7 +106,7 @@ def ensure_outputs(
         before = len(waiting)
         for view in list(waiting):
             last_resort = before == len(waiting) and view == waiting[-1]
-            found = _ensure_view(store, task, split, teacher, policy, view, wanted, also, device, wait=last_resort)
+            found = _ensure_view(store, images, split, teacher, policy, view, wanted, also, device, wait=last_resort)
             if found is not None:
                 entries[view] = found
                 waiting.remove(view)
@@ -121,7 +121,7 @@ def ensure_outputs(
 
 def _ensure_view(
     store: Store,
-    task: TaskData,
+    images: ImageSet,
     split: Split,
     teacher: Network,
     policy: Policy,
@@ -159,7 +159,7 @@ def _ensure_view(
             folder = store.scratch("pass", flight)
             shutil.rmtree(folder, ignore_errors=True)  # of a pass that was killed
             try:
-                found.update(_pass(store, task, split, teacher, parameters, view, missing, device, folder))
+                found.update(_pass(store, images, split, teacher, parameters, view, missing, device, folder))
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return {o.key: found[o.key] for o in wanted}
@@ -169,7 +169,7 @@ def _ensure_view(
 
 def _pass(
     store: Store,
-    task: TaskData,
+    images: ImageSet,
     split: Split,
     teacher: Network,
     parameters: Entry,
@@ -184,7 +184,7 @@ def _pass(
     raw = {o.key: (folder / f"{o.key}.raw").open("wb") for o in outputs}
     shapes: dict[str, tuple[int, ...]] = {}
     try:
-        for pixels in rendered_view(task, split, view_parameters(parameters), teacher.preprocessing):
+        for pixels in rendered_view(images, split, view_parameters(parameters), teacher.preprocessing):
             results = live_outputs(teacher, module, pixels.to(device), outputs)
             for key, value in results.items():
                 half = value.half().cpu().contiguous()
@@ -210,7 +210,7 @@ def _pass(
                 "seconds": seconds if number == 0 else 0.0,
                 "pass_forwards": len(split),
                 "teacher": teacher.entry.model_dump(mode="json"),
-                "task": task.spec.model_dump(mode="json"),
+                **images.identity(),
                 "view": view,
                 "output": asdict(output),
             }
@@ -232,3 +232,8 @@ def live_outputs(
 def open_outputs(entries: Sequence[Entry]) -> list[Records]:
     """The memory maps of the entries of one output, one for each view."""
     return [Records(entry.path / "records.arrow") for entry in entries]
+
+
+def open_pool_outputs(views: Sequence[Sequence[Entry]]) -> list[JoinedRecords]:
+    """The same for a pool, whose views have an entry for each shard."""
+    return [JoinedRecords(open_outputs(shards)) for shards in views]

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.data.task import Split, TaskData
+from orchestrator.data.task import ImageSet, Split
 from orchestrator.data.views import Policy, draw, render, stored_view, view_parameters
 from orchestrator.models.load import Preprocessing
-from orchestrator.store import Records, Store, key_of, write_records
+from orchestrator.store import JoinedRecords, Records, Store, key_of, write_records
 
 VERSION = 1
 READ_THREADS = 2
@@ -31,15 +31,15 @@ class Pixels(Protocol):
 class RenderedPixels:
     """Rendered from the encoded images at each call."""
 
-    def __init__(self, task: TaskData, split: Split, policy: Policy, preprocessing: Preprocessing) -> None:
-        self.task = task
+    def __init__(self, images: ImageSet, split: Split, policy: Policy, preprocessing: Preprocessing) -> None:
+        self.images = images
         self.split = split
         self.policy = policy
         self.preprocessing = preprocessing
 
     def _one(self, row: int, view: int) -> Tensor:
         parameters = draw(self.policy, self.split.ids[row], self.split.sizes[row], view)
-        image = self.task.image(self.split, row)
+        image = self.images.image(self.split, row)
         return render(image, parameters, self.preprocessing.size, self.preprocessing.interpolation)
 
     def batch(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
@@ -50,7 +50,7 @@ class RenderedPixels:
 class StoredPixels:
     """Read from the store by memory map."""
 
-    def __init__(self, tables: Sequence[Records]) -> None:
+    def __init__(self, tables: Sequence[Records | JoinedRecords]) -> None:
         self.tables = tables
 
     def batch(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
@@ -63,12 +63,12 @@ class StoredPixels:
 
 
 def rendered_view(
-    task: TaskData, split: Split, parameters: np.ndarray, preprocessing: Preprocessing, batch: int = 64
+    images: ImageSet, split: Split, parameters: np.ndarray, preprocessing: Preprocessing, batch: int = 64
 ) -> Iterator[Tensor]:
     """uint8 [b, 3, S, S] batches of one view of every image, in order."""
 
     def one(row: int) -> Tensor:
-        return render(task.image(split, row), parameters[row], preprocessing.size, preprocessing.interpolation)
+        return render(images.image(split, row), parameters[row], preprocessing.size, preprocessing.interpolation)
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for start in range(0, len(split), batch):
@@ -76,7 +76,7 @@ def rendered_view(
 
 
 def stored_pixels(
-    store: Store, task: TaskData, split: Split, policy: Policy, view: int, preprocessing: Preprocessing
+    store: Store, images: ImageSet, split: Split, policy: Policy, view: int, preprocessing: Preprocessing
 ) -> Records:
     """One view of every image at one size, from the store."""
     parameters = stored_view(store, split, policy, view)
@@ -88,7 +88,7 @@ def stored_pixels(
     }
 
     def write(folder: Path) -> dict[str, Any]:
-        batches = rendered_view(task, split, view_parameters(parameters), preprocessing)
+        batches = rendered_view(images, split, view_parameters(parameters), preprocessing)
         write_records(folder / "pixels.arrow", len(split), batches, "uint8")
         return {}
 
@@ -98,7 +98,7 @@ def stored_pixels(
 
 def open_pixels(
     store: Store,
-    task: TaskData,
+    images: ImageSet,
     split: Split,
     policy: Policy,
     views: int | None,
@@ -107,5 +107,5 @@ def open_pixels(
 ) -> Pixels:
     """Pixels of the first `views` views; None: any number of fresh ones. Stored where they take at most `limit_gb`."""
     if views is None or len(split) * views * 3 * preprocessing.size**2 > limit_gb * 1e9:
-        return RenderedPixels(task, split, policy, preprocessing)
-    return StoredPixels([stored_pixels(store, task, split, policy, v, preprocessing) for v in range(views)])
+        return RenderedPixels(images, split, policy, preprocessing)
+    return StoredPixels([stored_pixels(store, images, split, policy, v, preprocessing) for v in range(views)])

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from methods.contract import TaskInfo
@@ -60,6 +62,18 @@ class Split:
         )
 
 
+class ImageSet(Protocol):
+    """Images of a split, wherever they come from."""
+
+    def image(self, split: Split, row: int) -> Tensor:
+        """uint8 [3, H, W]."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What finds these images again; plain JSON."""
+        ...
+
+
 @dataclass
 class TaskData:
     """The user's data, split.
@@ -91,12 +105,27 @@ class TaskData:
         """Of which train images are labelled, and how."""
         return key_of([[self.train.ids[i], self.train.labels[i]] for i in self.labelled] + [list(self.classes)])
 
+    @functools.cached_property
+    def _labels(self) -> np.ndarray:
+        labels = np.full(len(self.train), -1, dtype=np.int64)
+        known = np.asarray(self.labelled, dtype=np.int64)
+        labels[known] = np.asarray(self.train.labels, dtype=np.int64)[known]
+        return labels
+
+    def label_rows(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
+        """Labels of the train images `rows` [B] under the views `views` [B], as `Batch.labels` has them."""
+        return torch.from_numpy(self._labels[rows])
+
     def split(self, name: str) -> Split:
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
     def image(self, split: Split, row: int) -> Tensor:
         """uint8 [3, H, W]."""
         return decode(self.source.read(split.where[row]))
+
+    def identity(self) -> dict[str, Any]:
+        """What finds these images again."""
+        return {"task": self.spec.model_dump(mode="json")}
 
 
 def load_task(task: Task, store: Store) -> TaskData:

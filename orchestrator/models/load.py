@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from methods.contract import Deployed, NetworkInfo
+from methods.contract import Deployed, NetworkInfo, Structure
 from methods.outputs import intermediate_channels
 from orchestrator.errors import UserError
 from orchestrator.models.names import Role, local_weights, timm_name, wants_weights
@@ -210,16 +210,33 @@ def _plan(key: str, role: Role) -> tuple[NetworkInfo, Preprocessing]:
     return info, preprocessing
 
 
+def tuned_network(folder: Path, address: str, base: Network) -> Network:
+    """The network that a training stage made of the teacher `base`, to be read like a teacher.
+
+    Args:
+        folder: where the stage's result lies.
+        address: of that result; identifies the weights.
+    """
+    module, _ = load_student(folder)
+    return Network(base.entry, "teacher", module.requires_grad_(False), base.preprocessing, address)
+
+
 def plan_network(entry: Model, role: Role) -> tuple[NetworkInfo, Preprocessing]:
     """What planning needs, without loading weights."""
     return _plan(entry.model_dump_json(), role)
 
 
 def deploy_network(
-    entry: Model, num_classes: int, changes: Mapping[str, Any], state: Mapping[str, Tensor]
+    entry: Model,
+    num_classes: int,
+    changes: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    structure: Structure | None = None,
 ) -> nn.Module:
     """The plain network of a stored student, in evaluation mode."""
     network = build_network(entry, num_classes=num_classes, changes=changes)
+    if structure is not None:
+        network = structure.apply(network)
     network.load_state_dict(dict(state), strict=True)
     return network.eval()
 
@@ -227,6 +244,7 @@ def deploy_network(
 def save_student(folder: Path, deployed: Deployed, meta: Mapping[str, Any]) -> None:
     """Writes `model.safetensors` and `student.json`; `meta` must hold model, role, changes, num_classes."""
     folder.mkdir(parents=True, exist_ok=True)
+    meta = {**meta, "structure": asdict(deployed.structure) if deployed.structure is not None else None}
     state = {k: v.detach().cpu().contiguous().clone() for k, v in deployed.network.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     (folder / "student.json").write_text(json.dumps(meta, indent=1, sort_keys=True), encoding="utf-8")
@@ -245,7 +263,12 @@ def load_student(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise UserError(f"There is no readable student in {str(folder)!r}: {_first_line(error)}") from error
     entry = Model.model_validate(meta["model"])
-    return deploy_network(entry, meta["num_classes"], meta["changes"], state), meta
+    return deploy_network(entry, meta["num_classes"], meta["changes"], state, structure_of(meta)), meta
+
+
+def structure_of(meta: Mapping[str, Any]) -> Structure | None:
+    """The structure that a `student.json` names."""
+    return Structure(**meta["structure"]) if meta.get("structure") else None
 
 
 def describe(preprocessing: Preprocessing) -> dict[str, Any]:

@@ -6,7 +6,7 @@ is a seek, and the whole column is one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,11 @@ class Records:
         """Of one record."""
         return self._values.shape[1:]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return TYPES[str(self._values.dtype)]
+
     def rows(self, indices: Tensor | np.ndarray | list[int]) -> Tensor:
         """[n, ...] the records at `indices`, copied out of the map."""
         return torch.from_numpy(self._values[np.asarray(indices, dtype=np.int64)])
@@ -83,6 +88,37 @@ class Records:
     def all(self) -> Tensor:
         """[N, ...] every record, copied out of the map."""
         return torch.from_numpy(self._values.copy())
+
+
+class JoinedRecords:
+    """Several files of records of one shape, read as one."""
+
+    def __init__(self, tables: Sequence[Records]) -> None:
+        self._tables = tables
+        self._starts = np.cumsum([0, *(len(t) for t in tables)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one record."""
+        return self._tables[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self._tables[0].dtype
+
+    def rows(self, indices: Tensor | np.ndarray | list[int]) -> Tensor:
+        """[n, ...] the records at `indices`, copied out of the maps."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        owners = np.searchsorted(self._starts, wanted, side="right") - 1
+        result = torch.empty((len(wanted), *self.shape), dtype=self.dtype)
+        for owner in np.unique(owners):
+            where = np.flatnonzero(owners == owner)
+            result[torch.from_numpy(where)] = self._tables[owner].rows(wanted[where] - self._starts[owner])
+        return result
 
 
 def _size(shape: tuple[int, ...]) -> int:

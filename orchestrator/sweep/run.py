@@ -17,8 +17,8 @@ from orchestrator.models.names import Role
 from orchestrator.spec import SweepSpec, read_spec
 from orchestrator.store import Store
 from orchestrator.sweep.space import Space, check_cell, grid, method_space, wanted_outputs
+from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, feasible_cells
-from orchestrator.trial.run import SweepContext
 
 
 @dataclass

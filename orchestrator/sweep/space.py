@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from methods.contract import TrainStage
+from methods.contract import TEACHER, Feed, FitStage, TrainStage
 from methods.knobs import Choice, Range, default_space
 from methods.outputs import Output
 from orchestrator.errors import UserError, listed, nearest
@@ -187,6 +187,7 @@ def wanted_outputs(
             if method.invalid(config, setting) is not None:
                 continue
             for stage in method.stages(config, setting):
-                found = stage.feed.outputs if isinstance(stage, TrainStage) else stage.outputs
-                wanted.setdefault(cell.teacher, {}).update(dict.fromkeys(found))
+                feed = stage.feed if isinstance(stage, TrainStage) else stage
+                if isinstance(feed, Feed | FitStage) and feed.of == TEACHER and not (feed is stage and feed.pool):
+                    wanted.setdefault(cell.teacher, {}).update(dict.fromkeys(feed.outputs))
     return {teacher: tuple(sorted(outputs, key=lambda o: o.key)) for teacher, outputs in wanted.items()}

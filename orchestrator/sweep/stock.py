@@ -9,9 +9,11 @@ import torch
 
 from methods.outputs import Output
 from orchestrator.data.outputs import live_outputs, open_outputs
-from orchestrator.data.task import load_task
+from orchestrator.data.pool import PoolShard
+from orchestrator.data.task import ImageSet, load_task
 from orchestrator.data.views import render, view_parameters
 from orchestrator.models import load_network
+from orchestrator.models.load import tuned_network
 from orchestrator.spec import Model, Task, read_spec
 from orchestrator.store import Entry, Store
 from orchestrator.store.store import open_store
@@ -73,17 +75,31 @@ def verify(where: Path) -> dict[str, Any]:
 def _against_live(store: Store, entry: Entry) -> float | None:
     """Largest difference to the live teacher, relative to the largest value; None if the data or teacher is gone."""
     about, reads = entry.meta["about"], entry.meta["reads"]
-    task = load_task(Task.model_validate(about["task"]), store)
+    images: ImageSet
+    if "pool" in about:
+        made = store.get(*about["pool"].split("/"))
+        if made is None:
+            return None
+        images = PoolShard(made)
+        split = images.split
+    else:
+        images = load_task(Task.model_validate(about["task"]), store)
+        split = images.train
     teacher = load_network(Model.model_validate(about["teacher"]), "teacher")
+    if "/" in reads["weights"]:  # of a tuned teacher: the address of the stage that tuned it
+        tuned = store.get(*reads["weights"].split("/"))
+        if tuned is None:
+            return None
+        teacher = tuned_network(tuned.path, reads["weights"], teacher)
     views = store.get("views", reads["parameters"])
     stored = open_outputs([entry])[0]
-    if views is None or teacher.weights_hash != reads["weights"] or len(stored) != len(task.train):
+    if views is None or teacher.weights_hash != reads["weights"] or len(stored) != len(split):
         return None
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(stored), generator=generator)[:SAMPLE].numpy()
     parameters = view_parameters(views)
     size, mode = teacher.preprocessing.size, teacher.preprocessing.interpolation
-    pixels = torch.stack([render(task.image(task.train, int(i)), parameters[i], size, mode) for i in rows])
+    pixels = torch.stack([render(images.image(split, int(i)), parameters[i], size, mode) for i in rows])
     output = Output(**about["output"])
     live = live_outputs(teacher, teacher.module, pixels, [output])[output.key]
     return float((live - stored.rows(rows).float()).abs().max() / live.abs().max().clamp_min(1e-9))

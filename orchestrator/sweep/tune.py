@@ -23,8 +23,9 @@ from ray.tune.search import Searcher
 from orchestrator.errors import FullDiskError
 from orchestrator.sweep.ledger import FINAL, Clock, Ledger
 from orchestrator.sweep.study import Study
+from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
-from orchestrator.trial.run import SweepContext, blank_row, run_trial
+from orchestrator.trial.run import blank_row, run_trial
 
 RESTARTS = 2  # of a trial whose process died; a trial that fails by itself is not repeated
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,9 +15,8 @@ from methods.contract import Batch, Feed
 from methods.outputs import Output
 from orchestrator.data.outputs import live_outputs
 from orchestrator.data.pixels import Pixels
-from orchestrator.data.task import TaskData
 from orchestrator.models.load import Network, Preprocessing
-from orchestrator.store import Records
+from orchestrator.store import JoinedRecords, Records
 
 
 @dataclass
@@ -59,55 +59,67 @@ class Order:
         return items, epochs
 
 
+Tables = Mapping[str, Sequence[Records | JoinedRecords]]
+Labels = Callable[[np.ndarray, np.ndarray], Tensor]
+
+
 class Feeder:
     """Batches by step. Rank r of w reads every w-th row of the global batch, so that all ranks together read it once.
 
     Args:
         feed: what the stage declared.
-        task: the data.
-        pixels: of the train split, at the trained network's size.
+        count: images that there are.
+        pixels: of these, at the trained network's size.
         preprocessing: the trained network's.
+        labelled: which of them are labelled.
+        labels: gives the labels of (rows, views); rows without one included.
         tables: by output key, one table for each stored view; or
         live: the teacher, for fresh views.
+        teacher: pixels and preprocessing of the teacher, if its own images are asked for.
+        generated: feeds what comes along from a pool.
         batch: global batch size.
         views: stored views; None for fresh ones, a new view each epoch.
         seed: decides order and views.
+        stream: tells the draws of two feeders of one stage apart.
         rank, world: this process among how many.
     """
 
     def __init__(
         self,
         feed: Feed,
-        task: TaskData,
+        count: int,
         pixels: Pixels,
         preprocessing: Preprocessing,
         *,
-        tables: dict[str, list[Records]] | None = None,
+        labelled: Sequence[int] = (),
+        labels: Labels | None = None,
+        tables: Tables | None = None,
         live: LiveTeacher | None = None,
+        teacher: tuple[Pixels, Preprocessing] | None = None,
+        generated: Feeder | None = None,
         batch: int,
         views: int | None,
         seed: int,
+        stream: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.feed, self.task, self.pixels, self.preprocessing = feed, task, pixels, preprocessing
-        self.tables, self.live = tables or {}, live
+        self.feed, self.pixels, self.preprocessing, self.labels = feed, pixels, preprocessing, labels
+        self.tables, self.live, self.teacher, self.generated = tables or {}, live, teacher, generated
         self.batch, self.views, self.seed, self.rank, self.world = batch, views, seed, rank, world
-        labelled = np.asarray(task.labelled, dtype=np.int64)
-        everything = np.arange(len(task.train), dtype=np.int64)
-        unlabelled = np.setdiff1d(everything, labelled)
+        known = np.asarray(labelled, dtype=np.int64)
+        everything = np.arange(count, dtype=np.int64)
+        unlabelled = np.setdiff1d(everything, known)
         if feed.images == "labelled":
-            self.pools = [(labelled, batch)]
+            self.pools = [(known, batch)]
         elif feed.labels and len(unlabelled):
             # A multiple of this unit gives every rank of 2, 4 or 8 as many labelled rows, whatever their number.
             unit = math.gcd(max(batch // 2, 1), 8)
             share = min(max(round(batch * feed.labelled_fraction / unit), 1), batch // unit - 1) * unit
-            self.pools = [(labelled, share), (unlabelled, batch - share)]
+            self.pools = [(known, share), (unlabelled, batch - share)]
         else:
             self.pools = [(everything, batch)]
-        self.orders = [Order(len(pool), seed, stream) for stream, (pool, _) in enumerate(self.pools)]
-        self.labels = np.full(len(task.train), -1, dtype=np.int64)
-        self.labels[labelled] = np.asarray(task.train.labels, dtype=np.int64)[labelled]
+        self.orders = [Order(len(pool), seed, stream + i) for i, (pool, _) in enumerate(self.pools)]
         self._reader = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future[Batch]] | None = None
 
@@ -128,15 +140,17 @@ class Feeder:
         rows, views = self.rows(step)
         outputs: dict[str, Tensor] = {}
         for key, tables in self.tables.items():
-            values = torch.empty((len(rows), *tables[0].shape), dtype=torch.float16)
+            values = torch.empty((len(rows), *tables[0].shape), dtype=tables[0].dtype)
             for view in np.unique(views):
                 where = np.flatnonzero(views == view)
                 values[torch.from_numpy(where)] = tables[int(view)].rows(rows[where])
             outputs[key] = values.float()
         if self.live is not None:
             outputs |= {k: v.float() for k, v in self.live.rows(rows, views).items()}
-        labels = torch.from_numpy(self.labels[rows]) if self.feed.labels else None
-        return Batch(self.pixels.batch(rows, views), labels, outputs)
+        labels = self.labels(rows, views) if self.feed.labels and self.labels is not None else None
+        theirs = self.teacher[0].batch(rows, views) if self.teacher is not None else None
+        more = self.generated._read(step) if self.generated is not None else None
+        return Batch(self.pixels.batch(rows, views), labels, outputs, theirs, more)
 
     def __call__(self, step: int, device: str) -> Batch:
         """The batch of `step` on `device`; the next one is read meanwhile."""
@@ -146,15 +160,36 @@ class Feeder:
             batch = self._read(step)
         self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
 
+        return self._prepared(batch, device)
+
+    def _prepared(self, batch: Batch, device: str) -> Batch:
+        """On `device`, pixels normalised."""
+
         def move(tensor: Tensor) -> Tensor:
             if device == "cpu":
                 return tensor
             return tensor.pin_memory().to(device, non_blocking=True) if tensor.device.type == "cpu" else tensor
 
-        images = self.preprocessing.normalise(move(batch.images))
-        labels = move(batch.labels) if batch.labels is not None else None
-        return Batch(images, labels, {k: move(v) for k, v in batch.outputs.items()})
+        return Batch(
+            self.preprocessing.normalise(move(batch.images)),
+            move(batch.labels) if batch.labels is not None else None,
+            {k: move(v) for k, v in batch.outputs.items()},
+            self.teacher[1].normalise(move(batch.teacher_images))
+            if self.teacher is not None and batch.teacher_images is not None
+            else None,
+            self.generated._prepared(batch.generated, device)
+            if self.generated is not None and batch.generated is not None
+            else None,
+        )
+
+    @property
+    def live_forwards(self) -> int:
+        """Images that this rank's live teacher has seen."""
+        own = self.live.forwards if self.live is not None else 0
+        return own + (self.generated.live_forwards if self.generated is not None else 0)
 
     def close(self) -> None:
         """Waits for the read-ahead and stops it."""
+        if self.generated is not None:
+            self.generated.close()
         self._reader.shutdown(wait=True, cancel_futures=True)

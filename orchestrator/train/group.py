@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.errors import WorkError
 from orchestrator.train.job import TrainJob, run_job
 from orchestrator.train.loop import Report
-from orchestrator.trial.run import SweepContext
+from orchestrator.trial.context import SweepContext
 
 RESULT = "group.json"
 

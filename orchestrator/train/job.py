@@ -6,22 +6,23 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from methods.contract import Deployed, Given, TrainStage, trainable_parameters
-from orchestrator.data.outputs import open_outputs
-from orchestrator.data.pixels import RenderedPixels, open_pixels
-from orchestrator.data.task import TaskData, load_task
+from methods.contract import Deployed, Feed, Given, TrainStage, trainable_parameters
+from orchestrator.data.outputs import open_outputs, open_pool_outputs
+from orchestrator.data.pixels import Pixels, RenderedPixels, StoredPixels, open_pixels, stored_pixels
+from orchestrator.data.pool import JoinedImages, PoolShard
+from orchestrator.data.task import ImageSet, Split, TaskData, load_task
 from orchestrator.data.views import Policy
 from orchestrator.models import Network, build_network, load_network, save_student
-from orchestrator.models.load import describe
+from orchestrator.models.load import Preprocessing, describe, tuned_network
 from orchestrator.spec import SweepSpec
-from orchestrator.store import Entry, Store
+from orchestrator.store import Entry, JoinedRecords, Store
 from orchestrator.train.feed import Feeder, LiveTeacher
 from orchestrator.train.loop import Checkpoint, Report, fit
 
@@ -37,6 +38,9 @@ class TrainJob:
         teacher, student: positions in the sweep file, or None.
         outputs: store addresses of teacher outputs, by output key, one for each view; empty for a live teacher.
         inputs: store addresses of earlier stages' results by stage name.
+        of: store address of the tuned teacher whose outputs are read; None for the teacher itself.
+        pool: store addresses of the shards of generated images that come along.
+        pool_outputs: store addresses of teacher outputs on these, by output key, for each view one for each shard.
         steps, seed, device: for how long, from where, on what.
         scratch: folder of the checkpoint.
         policy: how views are drawn.
@@ -54,6 +58,9 @@ class TrainJob:
     device: str
     scratch: str
     policy: Policy
+    of: str | None = None
+    pool: list[str] = field(default_factory=list)
+    pool_outputs: dict[str, list[list[str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def given_for(
         values["student"] = fresh_student(networks.trained("student"), classes)
     if "labels" in reads:
         values["labels"] = torch.tensor([task.train.labels[i] for i in task.labelled])
-    return Given(values=values, num_classes=classes, results=results, outputs=outputs)
+    return Given(values=values, num_classes=classes, results=results, outputs=outputs, kind=task.info.kind)
 
 
 def _thawed(module: torch.nn.Module) -> torch.nn.Module:
@@ -106,10 +113,10 @@ def _thawed(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def fresh_student(network: Network, classes: int) -> torch.nn.Module:
-    """A student with `classes` outputs: its pre-trained weights, or else ones drawn from torch's seed."""
+    """A network with `classes` outputs: its pre-trained weights, or else (a student) ones drawn from torch's seed."""
     from orchestrator.models.names import wants_weights
 
-    if wants_weights(network.entry, "student"):
+    if network.role == "teacher" or wants_weights(network.entry, "student"):
         module = _thawed(network.module)
         module.reset_classifier(classes)  # type: ignore[operator]
         return module
@@ -150,26 +157,7 @@ def run_job(
     trained = networks.trained(stage.trains)
     given = given_for(stage.reads, networks, task, job.seed, stage_results(store, job.inputs))
     learner = stage.learner(stage.params, given)
-    views = None if spec.train.fresh else spec.train.views
-    pixels = open_pixels(store, task, task.train, job.policy, views, trained.preprocessing, spec.store.pixels_gb)
-    live = None
-    if stage.feed.outputs and spec.train.fresh:
-        teacher = networks.trained("teacher")
-        teacher_pixels = RenderedPixels(task, task.train, job.policy, teacher.preprocessing)
-        live = LiveTeacher(teacher, teacher_pixels, stage.feed.outputs, device)
-    feeder = Feeder(
-        stage.feed,
-        task,
-        pixels,
-        trained.preprocessing,
-        tables={key: open_outputs([entry_at(store, a) for a in addresses]) for key, addresses in job.outputs.items()},
-        live=live,
-        batch=spec.train.batch,
-        views=views,
-        seed=job.seed,
-        rank=rank,
-        world=world,
-    )
+    feeder = _feeder(job, store, task, networks, rank=rank, world=world, device=device)
     history = fit(
         learner,
         feeder,
@@ -184,22 +172,93 @@ def run_job(
         checkpoint=Checkpoint(Path(job.scratch) / "checkpoint.pt", spec.train.checkpoint_s),
         report=report,
     )
+    images_seen = job.steps * (spec.train.batch + (pool_batch(job) if job.pool else 0))
     about = {
         "optimizer_steps": job.steps,
-        "images_seen": job.steps * spec.train.batch,
+        "images_seen": images_seen,
         "params_trained": trainable_parameters(learner),
-        "live_forwards": (live.forwards if live is not None else 0) * world,
+        "live_forwards": feeder.live_forwards * world + (images_seen if stage.live_teacher else 0),
         "loop_seconds": history.loop_seconds,
         "history": history.points,
         "seconds": time.perf_counter() - began,
     }
-    if rank == 0:
-        deployed = learner.deployed()
-        write_deployed(folder, deployed, trained, len(task.classes), about)
+    if rank == 0 and stage.publishes == "tensors":
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in learner.tensors().items()}
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "history.json").write_text(json.dumps(about), encoding="utf-8")
+    elif rank == 0:
+        write_deployed(folder, learner.deployed(), trained, about)
     return about
 
 
-def write_deployed(folder: Path, deployed: Deployed, base: Network, classes: int, about: dict[str, Any]) -> None:
+def pool_batch(job: TrainJob) -> int:
+    """Generated images of a global batch, the same number on every rank."""
+    workers = job.spec.train.workers
+    return max(1, round(job.spec.train.batch * job.stage.feed.pool_ratio / workers)) * workers
+
+
+def _feeder(
+    job: TrainJob, store: Store, task: TaskData, networks: Networks, *, rank: int, world: int, device: str
+) -> Feeder:
+    spec, feed = job.spec, job.stage.feed
+    trained = networks.trained(job.stage.trains).preprocessing
+    views = None if spec.train.fresh else spec.train.views
+    common: dict[str, Any] = {"views": views, "seed": job.seed, "rank": rank, "world": world}
+
+    def pixels_of(preprocessing: Preprocessing) -> Pixels:
+        return open_pixels(store, task, task.train, job.policy, views, preprocessing, spec.store.pixels_gb)
+
+    def live_teacher(images: ImageSet, split: Split) -> LiveTeacher | None:
+        if not (feed.outputs and spec.train.fresh):
+            return None
+        base = networks.trained("teacher")
+        network = tuned_network(entry_at(store, job.of).path, job.of, base) if job.of is not None else base
+        return LiveTeacher(
+            network, RenderedPixels(images, split, job.policy, network.preprocessing), feed.outputs, device
+        )
+
+    generated = None
+    if job.pool:
+        shards = [PoolShard(entry_at(store, address)) for address in job.pool]
+        joined = JoinedImages(shards, feed.pool_size)
+        if views is None:
+            pixels: Pixels = RenderedPixels(joined, joined.split, job.policy, trained)
+        else:
+            stored = [[stored_pixels(store, s, s.split, job.policy, v, trained) for s in shards] for v in range(views)]
+            pixels = StoredPixels([JoinedRecords(tables) for tables in stored])
+        generated = Feeder(
+            Feed("all", outputs=feed.outputs),
+            len(joined.split),
+            pixels,
+            trained,
+            tables={
+                key: open_pool_outputs([[entry_at(store, a) for a in shards] for shards in addresses])
+                for key, addresses in job.pool_outputs.items()
+            },
+            live=live_teacher(joined, joined.split),
+            batch=pool_batch(job),
+            stream=8,
+            **common,
+        )
+    theirs = networks.trained("teacher").preprocessing if feed.teacher_images else None
+    return Feeder(
+        feed,
+        len(task.train),
+        pixels_of(trained),
+        trained,
+        labelled=task.labelled,
+        labels=task.label_rows if feed.labels else None,
+        tables={key: open_outputs([entry_at(store, a) for a in found]) for key, found in job.outputs.items()},
+        live=live_teacher(task, task.train),
+        teacher=(pixels_of(theirs), theirs) if theirs is not None else None,
+        generated=generated,
+        batch=spec.train.batch,
+        **common,
+    )
+
+
+def write_deployed(folder: Path, deployed: Deployed, base: Network, about: dict[str, Any]) -> None:
     """Writes a trained network so that a fresh process can rebuild it."""
     classifier = deployed.network.get_classifier()  # type: ignore[operator]
     outputs = getattr(classifier, "out_features", 0)

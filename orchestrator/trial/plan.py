@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from methods import discover
-from methods.contract import FitStage, Method, Setting, Stage, TaskInfo, TrainStage
+from methods.contract import TEACHER, FitStage, ImageStage, Method, Setting, Stage, TaskInfo, TrainStage
 from methods.knobs import MethodConfig
 from orchestrator.data.task import TaskData
 from orchestrator.data.views import Policy
@@ -64,7 +64,7 @@ def setting_of(spec: SweepSpec, task: TaskInfo, cell: Cell) -> Setting:
     """What planning may know of a cell."""
     teacher = plan_network(spec.teachers[cell.teacher], "teacher")[0] if cell.teacher is not None else None
     student = plan_network(spec.students[cell.student], "student")[0] if cell.student is not None else None
-    return Setting(task, teacher, student)
+    return Setting(replace(task, upstream=spec.upstream.given), teacher, student)
 
 
 def feasible_cells(spec: SweepSpec, task: TaskInfo) -> tuple[list[Cell], list[str]]:
@@ -117,42 +117,68 @@ def source_reads(entry: Model, role: Any) -> dict[str, Any]:
     return {"entry": options, "weights": network.weights_hash, "preprocessing": describe(network.preprocessing)}
 
 
+UPSTREAM = ("vq", "diffusion", "pipeline")
+
+
+def upstream_hash(spec: SweepSpec, name: str) -> str:
+    """What identifies an upstream generator of the sweep file."""
+    from orchestrator.models.upstream import load_upstream
+
+    return load_upstream(getattr(spec.upstream, name), name).weights_hash
+
+
 def stage_reads(
     stage: Stage, spec: SweepSpec, task: TaskData, config: TrialConfig, inputs: dict[str, str]
 ) -> dict[str, Any]:
     """Exactly what a stage reads; its hash is the stage's key.
 
     Args:
-        inputs: keys of earlier stages by name.
+        inputs: addresses of earlier stages by name.
     """
     cell = config.cell
-    code: Any = stage.fit if isinstance(stage, FitStage) else stage.learner
+    code: Any = {FitStage: "fit", ImageStage: "maker", TrainStage: "learner"}[type(stage)]
+    code = getattr(stage, code)
     reads: dict[str, Any] = {
         "code": f"{code.__module__}.{code.__qualname__}",
         "version": stage.version,
         "params": dict(stage.params),
         "inputs": {name: inputs[name] for name in stage.inputs},
     }
-    outputs = stage.outputs if isinstance(stage, FitStage) else stage.feed.outputs
-    if outputs:
-        reads["outputs"] = [asdict(o) for o in outputs]
-    if cell.teacher is not None and (outputs or "teacher" in stage.reads):
+    for name in UPSTREAM:
+        if name in stage.reads:
+            reads[name] = upstream_hash(spec, name)
+    if isinstance(stage, ImageStage):
+        split = task.train.take(task.labelled) if stage.images == "labelled" else task.train
+        reads |= {"images": split.images_hash, "size": stage.size}
+        return reads | ({"seed": config.seed} if stage.seeded else {})
+    feed = stage if isinstance(stage, FitStage) else stage.feed
+    if feed.outputs:
+        reads["outputs"] = [asdict(o) for o in feed.outputs]
+    if feed.of != TEACHER:
+        reads["of"] = inputs[feed.of]
+    if feed.pool:
+        reads["pool"] = inputs[feed.pool]
+    own = isinstance(stage, TrainStage) and stage.feed.teacher_images
+    if cell.teacher is not None and ((feed.outputs and feed.of == TEACHER) or own or "teacher" in stage.reads):
         reads["teacher"] = source_reads(spec.teachers[cell.teacher], "teacher")
     if cell.student is not None and "student" in stage.reads:
         reads["student"] = source_reads(spec.students[cell.student], "student")
     labels = "labels" in stage.reads or (isinstance(stage, TrainStage) and stage.feed.labels)
-    images = stage.images if isinstance(stage, FitStage) else stage.feed.images
-    if images == "all":
+    if feed.images == "all":
         reads["images"] = task.train.images_hash
     if labels:
         reads["labels"] = task.labels_hash
-    elif images == "labelled":
+    elif feed.images == "labelled":
         reads["images"] = task.train.take(task.labelled).images_hash
     if "teacher" in stage.reads or "student" in stage.reads:
         reads["num_classes"] = len(task.classes)
+    if task.info.kind != "classification":
+        reads["kind"] = task.info.kind
     if isinstance(stage, TrainStage):
         train = spec.train
-        reads["feed"] = {"images": images, "labels": stage.feed.labels, "fraction": stage.feed.labelled_fraction}
+        reads["feed"] = {"images": feed.images, "labels": stage.feed.labels, "fraction": stage.feed.labelled_fraction}
+        if stage.feed.pool:
+            reads["feed"] |= {"pool_size": stage.feed.pool_size, "pool_ratio": stage.feed.pool_ratio}
         reads["recipe"] = asdict(stage.recipe)
         reads["steps"] = stage_steps(stage, spec, task)
         reads["batch"] = train.batch

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import platform
-import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -13,33 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from methods.contract import Deployed, FitStage, TrainStage
-from methods.heads import load_head
+from methods.contract import TEACHER, FitStage, ImageStage, Stage, TrainStage
 from methods.outputs import Output
-from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
-from orchestrator.data.pixels import open_pixels
-from orchestrator.data.task import Split, TaskData, load_task
+from orchestrator.data.contact import contact_sheet
+from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs, open_pool_outputs
+from orchestrator.data.pool import SHARD, Mapper, PoolJob, PoolShard, Sources, ensure_pool, make_here, pool_images
+from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import FullDiskError, UserError, WorkError, disk_full
-from orchestrator.evaluate.accuracy import accuracy, pooled_features, probe_head
-from orchestrator.evaluate.cost import flops, latency, parameters
-from orchestrator.models import Network, load_student, save_student
-from orchestrator.models.load import describe
+from orchestrator.models import Network
+from orchestrator.models.load import tuned_network
 from orchestrator.spec import SweepSpec
-from orchestrator.store import Entry, Store, key_of
-from orchestrator.train.job import (
-    Networks,
-    TrainJob,
-    fresh_student,
-    given_for,
-    networks_of,
-    run_job,
-    stage_results,
-)
+from orchestrator.store import Entry, key_of
+from orchestrator.train.job import Networks, TrainJob, entry_at, given_for, networks_of, run_job, stage_results
 from orchestrator.train.loop import Report
+from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import (
     TrialConfig,
     configure,
@@ -49,8 +38,7 @@ from orchestrator.trial.plan import (
     stage_reads,
     stage_steps,
 )
-
-EVALUATION_VERSION = 1
+from orchestrator.trial.score import evaluate, val_metric
 
 
 class Runner(Protocol):
@@ -59,34 +47,22 @@ class Runner(Protocol):
     def __call__(self, job: TrainJob, folder: Path, report: Callable[[Report], None] | None) -> dict[str, Any]: ...
 
 
-@dataclass(frozen=True)
-class SweepContext:
-    """What every trial of a sweep shares. Picklable.
-
-    Attributes:
-        spec: the sweep file.
-        folder: `<storage>/<sweep>`.
-        device: `cpu` or `cuda`.
-        prefetch: by teacher position, the outputs that some trial of the sweep may want: computed in one pass.
-    """
-
-    spec: SweepSpec
-    folder: str
-    device: str = "cpu"
-    prefetch: dict[int, tuple[Output, ...]] = field(default_factory=dict)
-
-    @property
-    def store(self) -> Store:
-        return Store(Path(self.spec.storage) / "store", min_free_gb=self.spec.store.min_free_gb)
-
-
 Progress = Callable[[float, float | None], None]  # (share of the whole budget, val metric or None)
 
 
 def run_trial(
-    context: SweepContext, config: TrialConfig, progress: Progress | None = None, runner: Runner = run_job
+    context: SweepContext,
+    config: TrialConfig,
+    progress: Progress | None = None,
+    runner: Runner = run_job,
+    mapper: Mapper = make_here,
 ) -> dict[str, Any]:
     """Runs one trial to its row. Whatever goes wrong inside becomes a row with status `failed` and a reason.
+
+    Args:
+        progress: hears how far the trial is.
+        runner: runs its training stages.
+        mapper: makes its generated images.
 
     Raises:
         FullDiskError: which is no fault of the trial.
@@ -95,7 +71,7 @@ def run_trial(
     row = blank_row(context.spec, config) | {"started": started, "pid": os.getpid(), "node": platform.node()}
     bill = Bill()
     try:
-        row |= _run(context, config, bill, progress, runner) | {"status": "complete"}
+        row |= _Trial(context, config, bill, progress, runner, mapper).run() | {"status": "complete"}
     except FullDiskError:
         raise
     except (UserError, WorkError) as error:
@@ -170,284 +146,233 @@ def blank_row(spec: SweepSpec, config: TrialConfig) -> dict[str, Any]:
     }
 
 
-def _run(
-    context: SweepContext, config: TrialConfig, bill: Bill, progress: Progress | None, runner: Runner
-) -> dict[str, Any]:
-    torch.set_num_threads(context.spec.train.threads)
-    spec, store, cell = context.spec, context.store, config.cell
-    task = load_task(spec.task, store)
-    method = method_named(cell.method)
-    settings = configure(spec, config)
-    stages = method.stages(settings, setting_of(spec, task.info, cell))
-    networks = networks_of(spec, cell.teacher, cell.student)
-    total = sum(stage_steps(s, spec, task) for s in stages if isinstance(s, TrainStage)) or 1
-    before = 0
-    keys: dict[str, str] = {}
-    last: Entry | None = None
-    facts: dict[str, Any] = {"optimizer_steps": 0, "images_seen": 0, "params_trained": 0, "loop_seconds": 0.0}
-    live = 0
-    for stage in stages:
-        reads = stage_reads(stage, spec, task, config, keys)
-        key = key_of(reads)
-        if isinstance(stage, FitStage):
-            entry = _fit_stage(context, config, stage, key, reads, networks, task, keys, bill)
-        else:
-            report = _reporter(context, networks, task, stage, method.trains_head, progress, before, total)
-            entry = _train_stage(context, config, stage, key, reads, networks, task, keys, bill, report, runner)
-            about = entry.meta["about"]
-            before += about["optimizer_steps"]
-            for name in ("optimizer_steps", "images_seen", "loop_seconds"):
-                facts[name] += about[name]
-            facts["params_trained"] = about["params_trained"]
-            live += about["live_forwards"] if entry.computed else 0
-            last = entry
-        keys[stage.name] = f"{entry.stage}/{entry.key}"
-    scores = _evaluate(context, config, method, networks, task, last, bill)
-    # The common probe's head is trained too, only not by a stage.
-    facts["params_trained"] += scores.pop("probe_parameters")
-    return facts | {"teacher_forwards": live} | scores
+@dataclass
+class _Trial:
+    """One run of one configuration.
 
+    Attributes:
+        addresses: of finished stages, by name.
+        pools: shards of finished image stages, by name.
+    """
 
-def _output_entries(
-    context: SweepContext,
-    config: TrialConfig,
-    outputs: tuple[Output, ...],
-    networks: Networks,
-    task: TaskData,
-    views: int,
-    bill: Bill,
-) -> dict[str, list[Entry]]:
-    teacher = config.cell.teacher
-    if not outputs or teacher is None:
-        return {}
-    return ensure_outputs(
-        context.store,
-        task,
-        task.train,
-        networks.trained("teacher"),
-        policy_of(context.spec),
-        range(views),
-        outputs,
-        also=context.prefetch.get(teacher, ()),
-        device=context.device,
-        bill=bill,
-    )
+    context: SweepContext
+    config: TrialConfig
+    bill: Bill
+    progress: Progress | None
+    runner: Runner
+    mapper: Mapper
+    addresses: dict[str, str] = field(default_factory=dict)
+    pools: dict[str, list[Entry]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        spec, cell = self.context.spec, self.config.cell
+        torch.set_num_threads(spec.train.threads)
+        self.spec, self.store = spec, self.context.store
+        self.task: TaskData = load_task(spec.task, self.store)
+        self.method = method_named(cell.method)
+        self.networks: Networks = networks_of(spec, cell.teacher, cell.student)
 
-def _fit_stage(
-    context: SweepContext,
-    config: TrialConfig,
-    stage: FitStage,
-    key: str,
-    reads: dict[str, Any],
-    networks: Networks,
-    task: TaskData,
-    keys: dict[str, str],
-    bill: Bill,
-) -> Entry:
-    def write(folder: Path) -> dict[str, Any]:
-        entries = _output_entries(context, config, stage.outputs, networks, task, 1, bill)
-        rows = list(task.labelled) if stage.images == "labelled" else list(range(len(task.train)))
-        outputs = {name: open_outputs(found)[0].rows(rows).float() for name, found in entries.items()}
-        began = time.perf_counter()
-        inputs = stage_results(context.store, {name: keys[name] for name in stage.inputs})
-        given = given_for(stage.reads, networks, task, config.seed, inputs, outputs)
-        tensors = stage.fit(stage.params, given)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
-        return {"seconds": time.perf_counter() - began}
-
-    return bill.add(context.store.compute(stage.name, key, write, reads=reads))
-
-
-def _train_stage(
-    context: SweepContext,
-    config: TrialConfig,
-    stage: TrainStage,
-    key: str,
-    reads: dict[str, Any],
-    networks: Networks,
-    task: TaskData,
-    keys: dict[str, str],
-    bill: Bill,
-    report: Callable[[Report], None] | None,
-    runner: Runner,
-) -> Entry:
-    spec, store = context.spec, context.store
-    cell = config.cell
-
-    def write(folder: Path) -> dict[str, Any]:
-        entries: dict[str, list[Entry]] = {}
-        if not spec.train.fresh:
-            entries = _output_entries(context, config, stage.feed.outputs, networks, task, spec.train.views, bill)
-        job = TrainJob(
-            spec=spec,
-            store_root=str(store.root),
-            stage=stage,
-            teacher=cell.teacher,
-            student=cell.student,
-            outputs={name: [f"{e.stage}/{e.key}" for e in found] for name, found in entries.items()},
-            inputs={name: keys[name] for name in stage.inputs},
-            steps=stage_steps(stage, spec, task),
-            seed=config.seed,
-            device=context.device,
-            scratch=str(store.scratch(stage.name, key)),
-            policy=policy_of(spec),
-        )
-        return runner(job, folder, report)
-
-    return bill.add(store.compute(stage.name, key, write, reads=reads))
-
-
-def _reporter(
-    context: SweepContext,
-    networks: Networks,
-    task: TaskData,
-    stage: TrainStage,
-    trains_head: bool,
-    progress: Progress | None,
-    before: int,
-    total: int,
-) -> Callable[[Report], None] | None:
-    """Tells `progress` how far the trial is, with the val metric at each eighth if trials may be stopped."""
-    if progress is None:
-        return None
-    measured = {"at": 0}
-    stops = context.spec.search.scheduler != "none"
-
-    def report(state: Report) -> None:
-        share = (before + state.step) / total
-        metric = None
-        if stops and int(share * 8) > measured["at"]:
-            measured["at"] = int(share * 8)
-            base = networks.trained(stage.trains)
-            student = state.learner.student
-            if trains_head:
-                metric = accuracy(student, base.preprocessing, _pixels(context, task, task.val, base), task.val)
+    def run(self) -> dict[str, Any]:
+        """Every stage in order, then the evaluation; returns the facts of the row."""
+        settings = configure(self.spec, self.config)
+        stages = self.method.stages(settings, setting_of(self.spec, self.task.info, self.config.cell))
+        trained = [s for s in stages if isinstance(s, TrainStage)]
+        total = sum(stage_steps(s, self.spec, self.task) for s in trained) or 1
+        facts: dict[str, Any] = {"optimizer_steps": 0, "images_seen": 0, "params_trained": 0, "loop_seconds": 0.0}
+        live = 0
+        last: Entry | None = None
+        for stage in stages:
+            reads = stage_reads(stage, self.spec, self.task, self.config, self.addresses)
+            key = key_of(reads)
+            if isinstance(stage, ImageStage):
+                self.pools[stage.name] = self._make(stage, key)
+                self.addresses[stage.name] = f"{stage.name}/{key}"
+                continue
+            if isinstance(stage, FitStage):
+                entry = self._fit(stage, key, reads)
             else:
-                metric = _probe_accuracy(context, task, student, base)
-        progress(min(share, 0.999), metric)
+                report = self._reporter(stage, facts["optimizer_steps"], total, stage is trained[-1])
+                entry = self._train(stage, key, reads, report)
+                about = entry.meta["about"]
+                for name in ("optimizer_steps", "images_seen", "loop_seconds"):
+                    facts[name] += about[name]
+                facts["params_trained"] = about["params_trained"]
+                live += about["live_forwards"] if entry.computed else 0
+                last = entry if stage.publishes == "network" else last
+            self.addresses[stage.name] = f"{entry.stage}/{entry.key}"
+        self._picture(stages)
+        scores = evaluate(self.context, self.config, self.method, self.networks, self.task, last, self.bill)
+        # The common probe's head is trained too, only not by a stage.
+        facts["params_trained"] += scores.pop("probe_parameters")
+        return facts | {"teacher_forwards": live} | scores
 
-    return report
+    def _teacher(self, of: str) -> Network:
+        """The teacher, or what an earlier stage made of it."""
+        base = self.networks.trained("teacher")
+        if of == TEACHER:
+            return base
+        address = self.addresses[of]
+        return tuned_network(entry_at(self.store, address).path, address, base)
+
+    def _outputs(self, outputs: tuple[Output, ...], of: str, views: int) -> dict[str, list[Entry]]:
+        """Entries of teacher outputs on train, by key, one for each view."""
+        if not outputs:
+            return {}
+        teacher = self.config.cell.teacher
+        also = self.context.prefetch.get(teacher, ()) if of == TEACHER and teacher is not None else ()
+        return ensure_outputs(
+            self.store,
+            self.task,
+            self.task.train,
+            self._teacher(of),
+            policy_of(self.spec),
+            range(views),
+            outputs,
+            also=also,
+            device=self.context.device,
+            bill=self.bill,
+        )
+
+    def _pool_outputs(
+        self, pool: str, outputs: tuple[Output, ...], of: str, views: int, count: int = 0
+    ) -> dict[str, list[list[Entry]]]:
+        """Entries of teacher outputs on a pool, by key, for each view one for each shard."""
+        if not outputs:
+            return {}
+        result: dict[str, list[list[Entry]]] = {o.key: [[] for _ in range(views)] for o in outputs}
+        teacher = self._teacher(of)
+        for entry in self._shards(pool, count):
+            shard = PoolShard(entry)
+            policy = policy_of(self.spec)
+            found = ensure_outputs(
+                self.store,
+                shard,
+                shard.split,
+                teacher,
+                policy,
+                range(views),
+                outputs,
+                device=self.context.device,
+                bill=self.bill,
+            )
+            for key, entries in found.items():
+                for view, one in enumerate(entries):
+                    result[key][view].append(one)
+        return result
+
+    def _shards(self, pool: str, count: int) -> list[Entry]:
+        entries = self.pools[pool]
+        return entries[: math.ceil(count / SHARD)] if count else entries
+
+    def _make(self, stage: ImageStage, key: str) -> list[Entry]:
+        images = len(self.task.labelled) if stage.images == "labelled" else len(self.task.train)
+        job = PoolJob(
+            spec=self.spec,
+            store_root=str(self.store.root),
+            stage=stage,
+            key=key,
+            inputs=stage_results(self.store, {name: self.addresses[name] for name in stage.inputs}),
+            seed=self.config.seed,
+            device=self.context.device,
+        )
+        return [self.bill.add(entry) for entry in ensure_pool(job, stage.count or images, self.mapper)]
+
+    def _fit(self, stage: FitStage, key: str, reads: dict[str, Any]) -> Entry:
+        def write(folder: Path) -> dict[str, Any]:
+            rows = list(self.task.labelled) if stage.images == "labelled" else list(range(len(self.task.train)))
+            if stage.pool:
+                made = self._pool_outputs(stage.pool, stage.outputs, stage.of, 1)
+                outputs = {n: open_pool_outputs(e)[0].rows(list(range(len(rows)))).float() for n, e in made.items()}
+            else:
+                found = self._outputs(stage.outputs, stage.of, 1)
+                outputs = {name: open_outputs(e)[0].rows(rows).float() for name, e in found.items()}
+            began = time.perf_counter()
+            inputs = stage_results(self.store, {name: self.addresses[name] for name in stage.inputs})
+            given = given_for(stage.reads, self.networks, self.task, self.config.seed, inputs, outputs)
+            tensors = stage.fit(stage.params, given)
+            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+            return {"seconds": time.perf_counter() - began}
+
+        return self.bill.add(self.store.compute(stage.name, key, write, reads=reads))
+
+    def _train(
+        self, stage: TrainStage, key: str, reads: dict[str, Any], report: Callable[[Report], None] | None
+    ) -> Entry:
+        feed, cell, views = stage.feed, self.config.cell, self.spec.train.views
+
+        def write(folder: Path) -> dict[str, Any]:
+            entries: dict[str, list[Entry]] = {}
+            generated: dict[str, list[list[Entry]]] = {}
+            if not self.spec.train.fresh:
+                entries = self._outputs(feed.outputs, feed.of, views)
+                if feed.pool:
+                    generated = self._pool_outputs(feed.pool, feed.outputs, feed.of, views, feed.pool_size)
+            shards = self._shards(feed.pool, feed.pool_size) if feed.pool else []
+            job = TrainJob(
+                spec=self.spec,
+                store_root=str(self.store.root),
+                stage=stage,
+                teacher=cell.teacher,
+                student=cell.student,
+                outputs={name: [_address(e) for e in found] for name, found in entries.items()},
+                inputs={name: self.addresses[name] for name in stage.inputs},
+                steps=stage_steps(stage, self.spec, self.task),
+                seed=self.config.seed,
+                device=self.context.device,
+                scratch=str(self.store.scratch(stage.name, key)),
+                policy=policy_of(self.spec),
+                of=self.addresses[feed.of] if feed.of != TEACHER else None,
+                pool=[_address(e) for e in shards],
+                pool_outputs={n: [[_address(e) for e in view] for view in found] for n, found in generated.items()},
+            )
+            return self.runner(job, folder, report)
+
+        return self.bill.add(self.store.compute(stage.name, key, write, reads=reads))
+
+    def _reporter(self, stage: TrainStage, before: int, total: int, final: bool) -> Callable[[Report], None] | None:
+        """Tells `progress` how far the trial is, with the val metric at each eighth if trials may be stopped.
+
+        Only of the stage that trains what is deployed: an earlier stage's network is not the candidate.
+        """
+        progress = self.progress
+        if progress is None:
+            return None
+        measured = 0
+        stops = self.spec.search.scheduler != "none" and final
+
+        def report(state: Report) -> None:
+            nonlocal measured
+            share = (before + state.step) / total
+            metric = None
+            if stops and int(share * 8) > measured:
+                measured = int(share * 8)
+                base = self.networks.trained(stage.trains)
+                metric = val_metric(self.context, self.task, state.learner.student, base, self.method.trains_head)
+            progress(min(share, 0.999), metric)
+
+        return report
+
+    def _picture(self, stages: list[Stage], rows: int = 6, copies: int = 4) -> None:
+        """A contact sheet of sources and what was made of them, once for each pool."""
+        made = [s for s in stages if isinstance(s, ImageStage)]
+        if not made:
+            return
+        stage = made[-1]
+        path = Path(self.context.folder) / "pictures" / f"{self.addresses[stage.name].replace('/', '-')}.png"
+        if path.exists():
+            return
+        sources = Sources(self.task, stage, self.store)
+        total = len(sources.split)
+        chosen = list(range(0, total, max(1, total // rows)))[:rows]
+        columns = {"source": sources.pixels(chosen)}
+        for one in made:
+            count = one.count or total
+            for copy in range(min(copies, max(1, count // total)) if one.images == stage.images else 0):
+                wanted = [copy * total + i for i in chosen]
+                title = f"{one.name} {copy + 1}" if copy else one.name
+                columns[title] = pool_images(self.pools[one.name], wanted)
+        contact_sheet(columns, path)
 
 
-def _pixels(context: SweepContext, task: TaskData, split: Split, base: Network, store: Store | None = None) -> Any:
-    limit = context.spec.store.pixels_gb
-    return open_pixels(store or context.store, task, split, policy_of(context.spec), 1, base.preprocessing, limit)
-
-
-def _probe_accuracy(context: SweepContext, task: TaskData, network: torch.nn.Module, base: Network) -> float:
-    weight, bias = _probe(context, task, network, base)
-    rows = np.arange(len(task.val))
-    features = pooled_features(network, base.preprocessing, _pixels(context, task, task.val, base), rows)
-    predicted = (features @ weight.T + bias).argmax(1)
-    return float((predicted == torch.tensor(task.val.labels)).float().mean())
-
-
-def _probe(context: SweepContext, task: TaskData, network: torch.nn.Module, base: Network) -> tuple[Any, Any]:
-    rows = np.asarray(task.labelled)
-    labels = torch.tensor([task.train.labels[i] for i in task.labelled])
-    pixels = _pixels(context, task, task.train, base)
-    return probe_head(network, base.preprocessing, pixels, rows, labels, len(task.classes))
-
-
-def _evaluate(
-    context: SweepContext,
-    config: TrialConfig,
-    method: Any,
-    networks: Networks,
-    task: TaskData,
-    last: Entry | None,
-    bill: Bill,
-) -> dict[str, Any]:
-    """The deployed network: a head if it has none yet, then val, size, FLOPs and latency; all through the store."""
-    store, spec = context.store, context.spec
-    base = networks.trained(method.deploys)
-    reads = {
-        "network": f"{last.stage}/{last.key}" if last else {"base": base.weights_hash, "seed": config.seed},
-        "labels": task.labels_hash,
-        "val": [task.val.images_hash, list(task.val.labels)],
-        "version": EVALUATION_VERSION,
-        "probe": not method.trains_head,
-    }
-
-    def write(folder: Path) -> dict[str, Any]:
-        changes: dict[str, Any] = {}
-        if last is not None:
-            network, stored = load_student(last.path)
-            changes = stored["changes"]
-        else:
-            torch.manual_seed(config.seed)
-            network = fresh_student(base, len(task.classes)).eval()
-        if not method.trains_head:
-            weight, bias = _probe(context, task, network, base)
-            load_head(network, weight, bias)
-        val = accuracy(network, base.preprocessing, _pixels(context, task, task.val, base), task.val)
-        meta = {
-            "model": base.entry.model_dump(mode="json"),
-            "role": base.role,
-            "changes": changes,
-            "num_classes": len(task.classes),
-            "classes": list(task.classes),
-            "preprocessing": describe(base.preprocessing),
-            "val_metric": val,
-            "task": spec.task.model_dump(mode="json"),
-        }
-        save_student(folder, Deployed(network, method.deploys, changes), meta)
-        head = 0 if method.trains_head else sum(p.numel() for p in network.get_classifier().parameters())  # type: ignore[operator]
-        return {
-            "val_metric": val,
-            "params_total": parameters(network),
-            "probe_parameters": head,
-            "flops": flops(network, base.preprocessing.size),
-        }
-
-    entry = bill.add(store.compute("evaluate", key_of(reads), write, reads=reads))
-    about = entry.meta["about"]
-    student = Path(context.folder) / "students" / config.trial_id
-    if not (student / "student.json").is_file():
-        temporary = student.with_name(f".{config.trial_id}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(entry.path, temporary, ignore=shutil.ignore_patterns("meta.json"))
-        meta = json.loads((temporary / "student.json").read_text(encoding="utf-8"))
-        row = blank_row(spec, config)
-        meta |= {
-            "method": config.cell.method,
-            "trial_id": config.trial_id,
-            "teacher": row["teacher"],
-            "config": config.to_json(),
-        }
-        (temporary / "student.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        shutil.rmtree(student, ignore_errors=True)
-        temporary.rename(student)
-    timing = _latency(context, entry, base)
-    return {
-        "val_metric": about["val_metric"],
-        "params_total": about["params_total"],
-        "probe_parameters": about["probe_parameters"],
-        "flops": about["flops"],
-        "student_path": f"students/{config.trial_id}",
-        **timing,
-    }
-
-
-def _latency(context: SweepContext, entry: Entry, base: Network) -> dict[str, Any]:
-    """Latency belongs to the architecture, the device and the threads: measured once for each, then shared."""
-    meta = json.loads((entry.path / "student.json").read_text(encoding="utf-8"))
-    train = context.spec.train
-    reads = {
-        "model": meta["model"],
-        "changes": meta["changes"],
-        "classes": meta["num_classes"],
-        "size": base.preprocessing.size,
-        "device": context.device,
-        "threads": train.threads,
-    }
-
-    def write(folder: Path) -> dict[str, Any]:
-        network, _ = load_student(entry.path)
-        measured = latency(network, base.preprocessing.size, device=context.device, threads=train.threads)
-        return {"median": measured.median_ms, "iqr": measured.iqr_ms, "batch": measured.batch}
-
-    about = context.store.compute("latency", key_of(reads), write, reads=reads).meta["about"]
-    setup = f"{context.device}, {train.threads} thread{'s' if train.threads > 1 else ''}, batch {about['batch']}"
-    return {"latency_ms": about["median"], "latency_iqr_ms": about["iqr"], "latency_setup": setup}
+def _address(entry: Entry) -> str:
+    return f"{entry.stage}/{entry.key}"

@@ -1,0 +1,31 @@
+"""What every trial of a sweep shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from methods.outputs import Output
+from orchestrator.spec import SweepSpec
+from orchestrator.store import Store
+
+
+@dataclass(frozen=True)
+class SweepContext:
+    """What every trial of a sweep shares. Picklable.
+
+    Attributes:
+        spec: the sweep file.
+        folder: `<storage>/<sweep>`.
+        device: `cpu` or `cuda`.
+        prefetch: by teacher position, the outputs that some trial of the sweep may want: computed in one pass.
+    """
+
+    spec: SweepSpec
+    folder: str
+    device: str = "cpu"
+    prefetch: dict[int, tuple[Output, ...]] = field(default_factory=dict)
+
+    @property
+    def store(self) -> Store:
+        return Store(Path(self.spec.storage) / "store", min_free_gb=self.spec.store.min_free_gb)

@@ -1,0 +1,173 @@
+"""What a trial's deployed network scores and costs: one protocol for every method, through the store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from methods.contract import Deployed, Method
+from methods.heads import load_head
+from orchestrator.data.outputs import Bill
+from orchestrator.data.pixels import Pixels, open_pixels
+from orchestrator.data.task import Split, TaskData
+from orchestrator.evaluate.accuracy import accuracy, pooled_features, probe_head
+from orchestrator.evaluate.cost import flops, latency, parameters
+from orchestrator.models import Network, load_student, save_student
+from orchestrator.models.load import describe, structure_of
+from orchestrator.store import Entry, key_of
+from orchestrator.train.job import Networks, fresh_student
+from orchestrator.trial.context import SweepContext
+from orchestrator.trial.plan import TrialConfig, policy_of
+
+EVALUATION_VERSION = 1
+
+
+def val_metric(context: SweepContext, task: TaskData, network: torch.nn.Module, base: Network, has_head: bool) -> float:
+    """What a network scores on val, under the common probe where it has no trained head; nothing is stored.
+
+    Args:
+        network: at any moment of its training.
+        base: whose preprocessing it has.
+        has_head: whether its own head is trained.
+    """
+    if has_head:
+        return accuracy(network, base.preprocessing, _pixels(context, task, task.val, base), task.val)
+    return _probe_accuracy(context, task, network, base)
+
+
+def _pixels(context: SweepContext, task: TaskData, split: Split, base: Network) -> Pixels:
+    limit = context.spec.store.pixels_gb
+    return open_pixels(context.store, task, split, policy_of(context.spec), 1, base.preprocessing, limit)
+
+
+def _probe_accuracy(context: SweepContext, task: TaskData, network: torch.nn.Module, base: Network) -> float:
+    weight, bias = _probe(context, task, network, base)
+    rows = np.arange(len(task.val))
+    features = pooled_features(network, base.preprocessing, _pixels(context, task, task.val, base), rows)
+    predicted = (features @ weight.T + bias).argmax(1)
+    return float((predicted == torch.tensor(task.val.labels)).float().mean())
+
+
+def _probe(context: SweepContext, task: TaskData, network: torch.nn.Module, base: Network) -> tuple[Any, Any]:
+    rows = np.asarray(task.labelled)
+    labels = torch.tensor([task.train.labels[i] for i in task.labelled])
+    pixels = _pixels(context, task, task.train, base)
+    return probe_head(network, base.preprocessing, pixels, rows, labels, len(task.classes))
+
+
+def evaluate(
+    context: SweepContext,
+    config: TrialConfig,
+    method: type[Method],
+    networks: Networks,
+    task: TaskData,
+    last: Entry | None,
+    bill: Bill,
+) -> dict[str, Any]:
+    """The deployed network: a head if it has none yet, then val, size, FLOPs and latency; all through the store."""
+    store, spec = context.store, context.spec
+    base = networks.trained(method.deploys)
+    reads = {
+        "network": f"{last.stage}/{last.key}" if last else {"base": base.weights_hash, "seed": config.seed},
+        "labels": task.labels_hash,
+        "val": [task.val.images_hash, list(task.val.labels)],
+        "version": EVALUATION_VERSION,
+        "probe": not method.trains_head,
+    }
+
+    def write(folder: Path) -> dict[str, Any]:
+        changes: dict[str, Any] = {}
+        structure = None
+        if last is not None:
+            network, stored = load_student(last.path)
+            changes, structure = stored["changes"], structure_of(stored)
+        else:
+            torch.manual_seed(config.seed)
+            network = fresh_student(base, len(task.classes)).eval()
+        if not method.trains_head:
+            weight, bias = _probe(context, task, network, base)
+            load_head(network, weight, bias)
+        val = accuracy(network, base.preprocessing, _pixels(context, task, task.val, base), task.val)
+        meta = {
+            "model": base.entry.model_dump(mode="json"),
+            "role": base.role,
+            "changes": changes,
+            "num_classes": len(task.classes),
+            "classes": list(task.classes),
+            "preprocessing": describe(base.preprocessing),
+            "val_metric": val,
+            "task": spec.task.model_dump(mode="json"),
+        }
+        save_student(folder, Deployed(network, method.deploys, changes, structure), meta)
+        head = 0 if method.trains_head else sum(p.numel() for p in network.get_classifier().parameters())  # type: ignore[operator]
+        return {
+            "val_metric": val,
+            "params_total": parameters(network),
+            "probe_parameters": head,
+            "flops": flops(network, base.preprocessing.size),
+        }
+
+    entry = bill.add(store.compute("evaluate", key_of(reads), write, reads=reads))
+    about = entry.meta["about"]
+    student = Path(context.folder) / "students" / config.trial_id
+    if not (student / "student.json").is_file():
+        _keep(context, config, entry, student)
+    timing = _latency(context, entry, base)
+    return {
+        "val_metric": about["val_metric"],
+        "params_total": about["params_total"],
+        "probe_parameters": about["probe_parameters"],
+        "flops": about["flops"],
+        "student_path": f"students/{config.trial_id}",
+        **timing,
+    }
+
+
+def _keep(context: SweepContext, config: TrialConfig, entry: Entry, student: Path) -> None:
+    """Copies the deployed network to the sweep's `students/<trial>`, whole or not at all."""
+    temporary = student.with_name(f".{config.trial_id}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(entry.path, temporary, ignore=shutil.ignore_patterns("meta.json"))
+        meta = json.loads((temporary / "student.json").read_text(encoding="utf-8"))
+        teacher = config.cell.teacher
+        meta |= {
+            "method": config.cell.method,
+            "trial_id": config.trial_id,
+            "teacher": context.spec.teachers[teacher].model if teacher is not None else None,
+            "config": config.to_json(),
+        }
+        (temporary / "student.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        shutil.rmtree(student, ignore_errors=True)
+        temporary.rename(student)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _latency(context: SweepContext, entry: Entry, base: Network) -> dict[str, Any]:
+    """Latency belongs to the architecture, the device and the threads: measured once for each, then shared."""
+    meta = json.loads((entry.path / "student.json").read_text(encoding="utf-8"))
+    train = context.spec.train
+    reads = {
+        "model": meta["model"],
+        "changes": meta["changes"],
+        "structure": meta["structure"],
+        "classes": meta["num_classes"],
+        "size": base.preprocessing.size,
+        "device": context.device,
+        "threads": train.threads,
+    }
+
+    def write(folder: Path) -> dict[str, Any]:
+        network, _ = load_student(entry.path)
+        measured = latency(network, base.preprocessing.size, device=context.device, threads=train.threads)
+        return {"median": measured.median_ms, "iqr": measured.iqr_ms, "batch": measured.batch}
+
+    about = context.store.compute("latency", key_of(reads), write, reads=reads).meta["about"]
+    setup = f"{context.device}, {train.threads} thread{'s' if train.threads > 1 else ''}, batch {about['batch']}"
+    return {"latency_ms": about["median"], "latency_iqr_ms": about["iqr"], "latency_setup": setup}
