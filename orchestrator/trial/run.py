@@ -281,7 +281,7 @@ class _Trial:
                 outputs = {name: open_outputs(e)[0].rows(rows).float() for name, e in found.items()}
             began = time.perf_counter()
             inputs = stage_results(self.store, {name: self.addresses[name] for name in stage.inputs})
-            given = given_for(stage.reads, self.networks, self.task, self.config.seed, inputs, outputs)
+            given = given_for(stage.reads, self.networks, self.task, self.store, self.config.seed, inputs, outputs)
             tensors = stage.fit(stage.params, given)
             save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
             return {"seconds": time.perf_counter() - began}
