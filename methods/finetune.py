@@ -20,6 +20,7 @@ from methods.contract import (
     TrainStage,
     supervised_loss,
 )
+from methods.dense import structure_of
 from methods.knobs import Choice, MethodConfig, Range, knob
 
 
@@ -37,7 +38,7 @@ class FineTuneConfig(MethodConfig):
 
 
 class FineTuneLearner(Learner):
-    """The student under cross-entropy with label smoothing; logits [B, C]."""
+    """The student under the task's own loss with label smoothing; logits [B, C], or [B, C, S, S] of pixels."""
 
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
@@ -51,7 +52,7 @@ class FineTuneLearner(Learner):
         return {"loss": ce, "ce": ce}
 
     def deployed(self) -> Deployed:
-        return Deployed(network=self.student.eval(), base="student")
+        return Deployed(self.student.eval(), "student", structure=structure_of(self.student))
 
 
 class FineTune(Method):
@@ -65,6 +66,7 @@ class FineTune(Method):
     paper = "Yu et al., Visual Tuning (survey), ACM CSUR 2024: fine-tuning"
     Config = FineTuneConfig
     uses_teacher = False
+    tasks = ("classification", "multilabel", "segmentation")
 
     @classmethod
     def stages(cls, config: FineTuneConfig, setting: Setting) -> list[Stage]:

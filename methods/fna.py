@@ -16,6 +16,7 @@ from methods.contract import Given, Setting, Stage, TrainStage
 from methods.kd import KD, KDConfig, KDLearner
 from methods.knobs import Choice, knob
 
+RELATIVES = {"mobilenetv2": "efficientnet"}  # networks that timm builds of the same stages
 LEAST_REMAPPED = 0.5  # share of the student's scalars below the head; fewer, and the two are no relatives
 
 
@@ -43,8 +44,9 @@ def family(name: str) -> str | None:
     if name.startswith("local:"):
         return None
     word = re.sub(r"^(test|tf)_", "", name.rpartition("/")[2])
+    known = [ancestor for start, ancestor in RELATIVES.items() if word.startswith(start)]
     found = re.match(r"[a-z]+", word)
-    return found.group() if found else None
+    return known[0] if known else found.group() if found else None
 
 
 def counterparts(target: Mapping[str, Tensor], seed: Mapping[str, Tensor]) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Linear heads on frozen features: multinomial logistic regression, solved exactly rather than trained."""
+"""Linear heads on frozen features: logistic regression, solved exactly rather than trained.
+
+One class an image: multinomial. Several: one yes or no for each class. One a pixel: multinomial, on a sample of pixels.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.contract import FitStage, Given, Kind
+from methods.contract import IGNORE, FitStage, Given, Kind
 from methods.outputs import Output
 
 POOLED = Output("pooled")
+DENSE = Output("dense")
 TEACHER_HEAD = "teacher_head"
+PIXELS = 4096  # of all images together, that a head of pixels is fitted on
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
@@ -23,10 +28,12 @@ def fit_linear_head(features: Tensor, labels: Tensor, num_classes: int, l2: floa
     Minimises `mean cross-entropy + l2 / 2 · ||W||²` over the given rows, with `W` acting on features of zero mean and
     unit variance and `b` unpenalised (scikit-learn's `C` is `1 / (n · l2)`). Float64, deterministic. Where there are
     fewer rows than features it is solved in the space that the rows span, which holds the optimum of any L2 penalty.
+    With several labels a row, the binary cross-entropies of the classes are added, so that each class is fitted as if
+    it were alone.
 
     Args:
         features: [n, D].
-        labels: [n] int64 in [0, num_classes).
+        labels: [n] int64 in [0, num_classes), or [n, num_classes] float of 0 and 1.
         num_classes: C; a class without rows gets a low but finite bias.
         l2: strength of the penalty, greater than 0.
 
@@ -39,15 +46,28 @@ def fit_linear_head(features: Tensor, labels: Tensor, num_classes: int, l2: floa
 
 
 def fit_linear_head_cv(
-    features: Tensor, labels: Tensor, num_classes: int, grid: Sequence[float] = L2_GRID, folds: int = 3
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    grid: Sequence[float] = L2_GRID,
+    folds: int = 3,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fit_linear_head` with the `l2` of `grid` that gives the lowest held-out cross-entropy.
 
     Args and returns as there. Stratified folds of the given rows, always the same ones; the larger `l2` wins a tie.
-    The features are standardised once, over all given rows, and the folds are scored in float32.
+    With several labels a row each class gets its own `l2`, and folds are stratified by a row's rarest class. The
+    features are standardised once, over all given rows, and the folds are scored in float32.
+
+    Args:
+        groups: [n] int64; rows of one group share a fold, instead of stratified folds.
     """
     rows = _Rows(features, labels, num_classes)
-    l2 = _choose_l2(rows.coordinates.float(), labels, num_classes, grid, folds)
+    if groups is not None:
+        fold = groups.to(labels.device) % min(folds, int(groups.max()) + 1)
+    else:
+        fold = stratified_folds(labels if labels.ndim == 1 else rarest_class(labels), folds)
+    l2 = _choose_l2(rows.coordinates.float(), labels, num_classes, grid, fold)
     solution, bias = _solve(rows.coordinates, labels, num_classes, l2)
     return rows.fold(solution, bias)
 
@@ -65,13 +85,65 @@ def stratified_folds(labels: Tensor, folds: int) -> Tensor:
     return result.to(labels.device)
 
 
+def rarest_class(labels: Tensor) -> Tensor:
+    """[n] int64: of the classes of each row of `labels` [n, C], the one with the fewest rows; C where it has none."""
+    counts = labels.sum(0).masked_fill(labels.sum(0) == 0, float("inf"))
+    rarity = torch.where(labels > 0, counts, float("inf"))
+    return torch.where(labels.any(1), rarity.argmin(1), labels.shape[1])
+
+
+def pixel_rows(maps: Tensor, masks: Tensor, seed: int = 0, limit: int = PIXELS) -> tuple[Tensor, Tensor, Tensor]:
+    """Features interpolated at randomly drawn pixels that count, about `limit` in all and as many of each image.
+
+    Args:
+        maps: [n, D, h, w].
+        masks: [n, S, S], 255 where a pixel does not count.
+        seed: of the draw.
+        limit: pixels in all; at least 4 of an image.
+
+    Returns:
+        features [m, D], labels [m] int64, and the image of each row [m] int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    each = max(4, -(-limit // len(maps)))
+    size = masks.shape[-1]
+    features, labels, images = [], [], []
+    for i, (one, mask) in enumerate(zip(maps, masks, strict=True)):
+        flat = mask.flatten().cpu()
+        known = torch.nonzero(flat != IGNORE).flatten()
+        drawn = known[torch.randperm(len(known), generator=generator)[:each]]
+        if not len(drawn):
+            continue
+        x, y = (2 * (drawn % size) + 1) / size - 1, (2 * (drawn // size) + 1) / size - 1
+        points = torch.stack([x, y], dim=-1).to(one.device, one.dtype)[None, None]
+        values = F.grid_sample(one[None], points, mode="bilinear", padding_mode="border", align_corners=False)
+        features.append(values[0, :, 0].T)
+        labels.append(flat[drawn].long().to(one.device))
+        images.append(torch.full((len(drawn),), i, device=one.device))
+    return torch.cat(features), torch.cat(labels), torch.cat(images)
+
+
+def fit_dense_head(maps: Tensor, masks: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """weight [C, D] and bias [C] of a head on maps [n, D, h, w] under masks [n, S, S]; deterministic.
+
+    The head's logits are interpolated to the mask's size. Interpolating is linear and its weights add up to 1, so that
+    is logistic regression on interpolated features: solved exactly on a sample of the pixels, with the strength of the
+    penalty chosen on held-out images [inferred].
+    """
+    features, labels, images = pixel_rows(maps, masks)
+    return fit_linear_head_cv(features, labels, num_classes, groups=images)
+
+
 class _Rows:
     """Standardised features: [n, D], or in the space that they span, [n, r] with r < n, where there are fewer rows."""
 
     def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
-        if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
-            raise ValueError(f"Features {list(features.shape)} and labels {list(labels.shape)} are not [n, D] and [n].")
-        if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        shapes = (features.shape[:1], (*features.shape[:1], num_classes))
+        if features.ndim != 2 or tuple(labels.shape) not in shapes or len(labels) == 0:
+            raise ValueError(
+                f"Features {list(features.shape)} and labels {list(labels.shape)} are not [n, D] and [n] or [n, C]."
+            )
+        if int(labels.min()) < 0 or int(labels.max()) >= (num_classes if labels.ndim == 1 else 2):
             raise ValueError(f"Labels lie outside 0 to {num_classes - 1}; a head is fitted on labelled rows only.")
         raw = features.detach().double()
         self.mean = raw.mean(0)
@@ -96,10 +168,10 @@ class _Rows:
 
 
 def _solve(
-    rows: Tensor, labels: Tensor, num_classes: int, l2: float, start: tuple[Tensor, Tensor] | None = None
+    rows: Tensor, labels: Tensor, num_classes: int, l2: float | Tensor, start: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """weight [C, r] and bias [C] for `rows` [n, r]."""
-    if l2 <= 0:
+    """weight [C, r] and bias [C] for `rows` [n, r]; `l2` may be one for each class."""
+    if isinstance(l2, float) and l2 <= 0:
         raise ValueError(f"l2 is {l2:g}; it must be greater than 0, or separable classes have no solution.")
     exact = rows.dtype == torch.float64
     if start is None:
@@ -119,7 +191,8 @@ def _solve(
     def objective() -> Tensor:
         optimizer.zero_grad()
         weight = free[:, :-1]
-        loss = F.cross_entropy(rows @ weight.T + free[:, -1], labels) + 0.5 * l2 * weight.square().sum()
+        penalty = 0.5 * (l2 * weight.square().sum(1)).sum()
+        loss = _rowwise(rows @ weight.T + free[:, -1], labels).sum() / len(rows) + penalty
         (unit * loss).backward()
         return unit * loss.detach()
 
@@ -129,23 +202,42 @@ def _solve(
     return result[:, :-1], result[:, -1]
 
 
-def _choose_l2(rows: Tensor, labels: Tensor, num_classes: int, grid: Sequence[float], folds: int) -> float:
-    fold = stratified_folds(labels, folds)
+def _rowwise(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each row [n], or of each row and class [n, C] where a row has several labels."""
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, reduction="none")
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+
+
+def _choose_l2(rows: Tensor, labels: Tensor, num_classes: int, grid: Sequence[float], fold: Tensor) -> float | Tensor:
+    """One of `grid`; with several labels a row, [C] float64 on the rows' device, one for each class."""
     ordered = sorted(grid, reverse=True)
-    held_out = torch.zeros(len(ordered), dtype=torch.float64)
-    for i in range(int(fold.max()) + 1 if len(ordered) > 1 and len(labels) > 1 else 0):
+    held_out = torch.zeros(len(ordered), 1 if labels.ndim == 1 else num_classes, dtype=torch.float64)
+    for i in range(int(fold.max()) + 1 if len(ordered) > 1 and int(fold.max()) > 0 else 0):
         seen, unseen = fold != i, fold == i
         start = None
         for j, l2 in enumerate(ordered):  # from the smoothest solution on, each starts where the last one ended
             start = _solve(rows[seen], labels[seen], num_classes, l2, start)
             logits = rows[unseen] @ start[0].T + start[1]
-            held_out[j] += F.cross_entropy(logits, labels[unseen], reduction="sum").double().cpu()
-    return ordered[int(held_out.argmin())]
+            held_out[j] += _rowwise(logits, labels[unseen]).sum(0).double().cpu()
+    best = held_out.argmin(0)
+    if labels.ndim == 1:
+        return ordered[int(best)]
+    return torch.tensor(ordered, dtype=torch.float64)[best].to(rows.device)
+
+
+def head_output(kind: Kind) -> Output:
+    """What a head reads: the pooled feature, or the map where each pixel has a class."""
+    return DENSE if kind == "segmentation" else POOLED
 
 
 def fit_teacher_head(params: Mapping[str, Any], given: Given) -> dict[str, Tensor]:
-    """`weight` [C, D] and `bias` [C] of a head on the teacher's pooled features of the labelled images."""
-    weight, bias = fit_linear_head_cv(given.output(POOLED).float(), given.labels, given.num_classes)
+    """`weight` [C, D] and `bias` [C] of a head on the teacher's pooled features (maps) of the labelled images."""
+    features = given.output(head_output(given.kind)).float()
+    if given.kind == "segmentation":
+        weight, bias = fit_dense_head(features, given.labels, given.num_classes)
+    else:
+        weight, bias = fit_linear_head_cv(features, given.labels, given.num_classes)
     return {"weight": weight, "bias": bias}
 
 
@@ -159,7 +251,7 @@ def teacher_head_stage(kind: Kind = "classification") -> FitStage:
         name=TEACHER_HEAD,
         version=1,
         fit=fit_teacher_head,
-        outputs=(POOLED,),
+        outputs=(head_output(kind),),
         images="labelled",
         reads=("labels",),
     )

@@ -23,6 +23,7 @@ from methods.contract import (
     TrainStage,
     supervised_loss,
 )
+from methods.dense import structure_of
 from methods.knobs import Choice, MethodConfig, Range, knob
 from methods.tuning import SoftTeacher, TeacherTuning, soft_targets, tuning_knob, tuning_refuses
 
@@ -51,9 +52,13 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, kind
     """`T² · KL(teacher ‖ student)` of logits [B, C] at temperature T, the mean over rows.
 
     T² keeps the size of its gradient about the same for any T (Hinton et al., §2.1 [memory]). For multi-label each
-    class is a distribution of its own (yes or no), and the mean is over rows and classes [inferred].
+    class is a distribution of its own (yes or no), and the mean is over rows and classes [inferred]. For segmentation
+    the teacher's logits [B, C, h, w] are interpolated to the student's [B, C, S, S]; each pixel is a row [inferred].
     """
     student, teacher = student.float() / temperature, teacher.float() / temperature
+    if kind == "segmentation":
+        teacher = F.interpolate(teacher, size=student.shape[-2:], mode="bilinear", align_corners=False)
+        student, teacher = student.movedim(1, -1).flatten(0, -2), teacher.movedim(1, -1).flatten(0, -2)
     if kind == "multilabel":
         student, teacher = (
             torch.stack([student, -student], -1).flatten(0, 1) / 2,
@@ -68,8 +73,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, kind
 class KDLearner(Learner):
     """A student that trains on `(1 - λ) · CE + λ · T² · KL(teacher ‖ student)`.
 
-    CE sees the rows with a label, KL every row. The teacher's logits [B, C] are `teacher_head` on its stored pooled
-    features [B, D], or a tuned teacher's own.
+    CE sees the rows (pixels) with a label, KL every one. The teacher's logits [B, C] are `teacher_head` on its stored
+    pooled features [B, D] (of pixels: on its map [B, D, h, w]), or a tuned teacher's own.
     """
 
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
@@ -95,7 +100,7 @@ class KDLearner(Learner):
         return {"loss": (1 - self.weight) * ce + self.weight * kl, "ce": ce, "kd": kl}
 
     def deployed(self) -> Deployed:
-        return Deployed(network=self.student.eval(), base="student")
+        return Deployed(self.student.eval(), "student", structure=structure_of(self.student))
 
 
 class KD(Method):
@@ -109,6 +114,7 @@ class KD(Method):
     family = "remapping"
     paper = "Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015"
     Config = KDConfig
+    tasks = ("classification", "multilabel", "segmentation")
 
     @classmethod
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:

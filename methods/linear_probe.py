@@ -23,6 +23,7 @@ class LinearProbe(Method):
     uses_teacher = False
     needs_labels = False
     trains_head = False
+    tasks = ("classification", "multilabel", "segmentation")
 
     @classmethod
     def stages(cls, config: LinearProbeConfig, setting: Setting) -> list[Stage]:

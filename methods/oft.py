@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,8 +37,8 @@ class OFTLearner(PeftLearner):
 
     Trained for each map with n inputs and blocks of side k: n/k · k(k-1)/2 (`oft`), or n/k · k² and one scale an output
     (`boft`: `y = s ⊙ (W R x) + b`). Cayley's map is the exact one, not peft's truncated series. `boft` has one
-    butterfly factor, for which its R is OFT's: more of them need a CUDA extension that peft compiles by itself, and
-    without it peft falls back to one, so that results would depend on the machine.
+    butterfly factor, for which its R is OFT's: peft has more of them only with a CUDA extension that it compiles by
+    itself, and results must not depend on the machine. It also holds a square matrix of each map's inputs.
     """
 
     def peft_config(self, network: nn.Module, params: Mapping[str, Any]) -> PeftConfig:
@@ -53,13 +52,12 @@ class OFTLearner(PeftLearner):
             if inputs % size:  # peft would silently take another size
                 raise ValueError(f"block is {size} and does not divide the {inputs} inputs of {name!r}.")
         if params["variant"] == "boft":
+            import peft.tuners.boft.layer
+
+            # Else peft would compile its CUDA extension here, and a trial killed meanwhile would leave it locked.
+            peft.tuners.boft.layer._FBD_CUDA = False  # type: ignore[assignment]
             return BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=1, target_modules=exactly(names))
         return Tuner(r=0, oft_block_size=size, use_cayley_neumann=False, target_modules=exactly(names))
-
-    def adapt(self, network: nn.Module, params: Mapping[str, Any]) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(CUDA extension|boft_n_butterfly_factor).*")
-            return super().adapt(network, params)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         return super().decays(name, parameter) and ".boft_s." not in name

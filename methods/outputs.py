@@ -9,6 +9,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.parts.dense import Segmenter, finer_layers, join_maps
+
 
 @dataclass(frozen=True)
 class Output:
@@ -17,13 +19,14 @@ class Output:
     Attributes:
         kind: `pooled` [B, D], the feature before the head; `logits` [B, C], of the network's own head;
             `tokens` [B, N, D], all tokens after transformer block `layer`; `map` [B, C, g, g], intermediate
-            map `layer` averaged onto a `grid` x `grid` raster (patch tokens of a transformer on their raster).
+            map `layer` averaged onto a `grid` x `grid` raster (patch tokens of a transformer on their raster);
+            `dense` [B, D, h, w], the map that a decoder of pixels reads (see `methods.parts.dense.join_maps`).
         layer: which block or intermediate map; from the end where negative.
         norm: for `tokens` of the last block: after the final norm (True) or before it.
         grid: side of the raster of a `map`; 0 keeps the network's own.
     """
 
-    kind: Literal["pooled", "logits", "tokens", "map"]
+    kind: Literal["pooled", "logits", "tokens", "map", "dense"]
     layer: int = -1
     norm: bool = False
     grid: int = 0
@@ -31,7 +34,7 @@ class Output:
     @property
     def key(self) -> str:
         """A short name that is also a valid file name."""
-        if self.kind in ("pooled", "logits"):
+        if self.kind in ("pooled", "logits", "dense"):
             return self.kind
         if self.kind == "tokens":
             return f"tokens_{self.layer}_{'post' if self.norm else 'pre'}norm"
@@ -41,11 +44,16 @@ class Output:
 def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) -> dict[str, Tensor]:
     """Runs `network` once on `images` [B, 3, S, S] and returns every output by its key.
 
-    The network is a timm model (`forward_features`, `forward_head`, `forward_intermediates`).
+    The network is a timm model (`forward_features`, `forward_head`, `forward_intermediates`), or one of these under a
+    decoder of pixels, whose backbone is then read.
 
     Raises:
         ValueError: if the network cannot give one of them.
     """
+    if isinstance(network, Segmenter):
+        if any(o.kind == "logits" for o in outputs):
+            raise ValueError("A network that gives one class a pixel has no logits of an image.")
+        network = network.backbone
     blocks = getattr(network, "blocks", None)
     tapped: dict[int, Tensor] = {}
     handles = []
@@ -58,7 +66,8 @@ def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) 
 
         handles.append(blocks[layer].register_forward_hook(keep))
     try:
-        maps = sorted({o.layer for o in outputs if o.kind == "map"})
+        finer = finer_layers(network) if any(o.kind == "dense" for o in outputs) else []
+        maps = sorted({o.layer for o in outputs if o.kind == "map"} | set(finer))
         raw: dict[int, Tensor] = {}
         if maps:
             count = len(intermediate_channels(network))
@@ -80,6 +89,8 @@ def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) 
         elif output.kind == "tokens":
             tokens = tapped[output.layer]
             result[output.key] = network.norm(tokens) if output.norm else tokens  # type: ignore[operator]
+        elif output.kind == "dense":
+            result[output.key] = join_maps(network, final, [raw[layer] for layer in finer])
         else:
             feature = raw[output.layer]
             result[output.key] = F.adaptive_avg_pool2d(feature, output.grid) if output.grid else feature
@@ -88,6 +99,8 @@ def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) 
 
 def intermediate_channels(network: nn.Module) -> tuple[int, ...]:
     """Channels of each map that `network.forward_intermediates` can give; none where it has no such method."""
+    if isinstance(network, Segmenter):
+        network = network.backbone
     info = getattr(network, "feature_info", None)
     if info is None or not hasattr(network, "forward_intermediates"):
         return ()

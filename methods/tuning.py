@@ -28,7 +28,7 @@ from methods.contract import (
     TrainStage,
     supervised_loss,
 )
-from methods.heads import POOLED, TEACHER_HEAD, load_head, teacher_head_stage, zero_head
+from methods.heads import DENSE, POOLED, TEACHER_HEAD, load_head, teacher_head_stage, zero_head
 from methods.knobs import Choice, MethodConfig, Range, knob
 from methods.outputs import Output
 
@@ -221,14 +221,14 @@ def soft_targets(tuning: str, setting: Setting) -> SoftTargets:
     """
     if tuning == NONE:
         head = teacher_head_stage(setting.task.kind)
-        return SoftTargets([head], (POOLED,), inputs=(TEACHER_HEAD,), params={"tuned": False})
+        return SoftTargets([head], head.outputs, inputs=(TEACHER_HEAD,), params={"tuned": False})
     method = tunings()[tuning]
     stages = method.stages(method.Config(), setting)
     return SoftTargets(stages, (LOGITS,), of=stages[-1].name, params={"tuned": True})
 
 
 class SoftTeacher(nn.Module):
-    """Teacher logits [B, C] float32 of the outputs that `soft_targets` asked for."""
+    """Teacher logits [B, C] (of pixels: [B, C, h, w]) float32 of the outputs that `soft_targets` asked for."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -243,4 +243,6 @@ class SoftTeacher(nn.Module):
     def forward(self, outputs: Mapping[str, Tensor]) -> Tensor:
         if self.weight is None:
             return outputs[LOGITS.key].float()
+        if DENSE.key in outputs:
+            return F.conv2d(outputs[DENSE.key].to(self.weight.dtype), self.weight[:, :, None, None], self.bias)
         return F.linear(outputs[POOLED.key].to(self.weight.dtype), self.weight, self.bias)

@@ -233,6 +233,9 @@ class WeCoLoRA(Method):
     unlabelled images [code]. The pairs are merged into the weights, so the student is a plain, shallower teacher. Its
     head is the common probe's; the paper probes too (batch norm and a linear layer under LARS [code], not ours).
 
+    Segmentation is announced in the paper and not in the code: ours probes the student's patch tokens with the common
+    linear or convolutional decoder [inferred].
+
     Where a network normalises after pooling (timm's `fc_norm`), `target: postnorm` equals `prenorm`.
     """
 
@@ -244,6 +247,7 @@ class WeCoLoRA(Method):
     needs_labels = False
     trains_head = False
     teacher_kinds = ("vit",)
+    tasks = ("classification", "multilabel", "segmentation")
 
     @classmethod
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:

@@ -16,6 +16,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from orchestrator.errors import UserError, listed, nearest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+Kind = Literal["classification", "multilabel", "segmentation"]
+METRIC_NAMES: dict[Kind, str] = {
+    "classification": "accuracy",
+    "multilabel": "mean AUROC",
+    "segmentation": "mIoU",
+}
 METRICS: dict[str, Literal["max", "min"]] = {
     "val_metric": "max",
     "params_total": "min",
@@ -67,10 +73,29 @@ class Task(Section):
     """The user's data."""
 
     data: str = Field(
-        description="`packaged/clipart`, `folder:PATH` (one subfolder a class, or train/val/test above those), "
-        "or `parquet:PATH` (a file or folder with columns image and label, optionally split)."
+        description="`packaged/clipart`, `folder:PATH` or `parquet:PATH`, with or without train/val/test. A folder has "
+        "one subfolder a class; multilabel: a labels.csv (file,labels; labels separated by ;); segmentation: images/ "
+        "and masks/ (the same name, PNG of class indices). Parquet has the columns image and label, or mask."
     )
-    shots: int | None = Field(default=20, ge=1, description="Labelled images a class; null labels all of them.")
+    kind: Kind = Field(
+        default="classification",
+        description="One class an image (val_metric is the accuracy), several or none (multilabel: mean area under the "
+        "ROC curve), or one a pixel (segmentation: mean intersection over union, mIoU).",
+    )
+    decoder: Literal["linear", "conv"] = Field(
+        default="linear",
+        description="Segmentation: what turns the network's tokens or map into classes: batch norm and a linear map, "
+        "or four stages of convolutions.",
+    )
+    ignore_index: int = Field(
+        default=255, ge=0, le=255, description="Segmentation: the value of a mask's pixels that do not count."
+    )
+    shots: int | None = Field(
+        default=20,
+        ge=1,
+        description="Labelled images a class; null labels all of them. Multilabel and segmentation: images in which "
+        "the class occurs, as many as there are; images without any class count as one more.",
+    )
     unlabelled: bool = Field(default=True, description="Whether the other training images are used without labels.")
     splits: Splits = Field(default_factory=Splits, description="Shares, where the data brings no split of its own.")
     seed: int = Field(
@@ -84,6 +109,15 @@ class Task(Section):
         if value.startswith("packaged/") or (kind in ("folder", "parquet") and rest):
             return value
         raise ValueError(f"{value!r} is not a data source; allowed: packaged/clipart, folder:PATH, parquet:PATH")
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Task:
+        for key in ("decoder", "ignore_index"):
+            if self.kind != "segmentation" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: {getattr(self, key)} is for segmentation only, and kind is {self.kind}")
+        if self.data.startswith("packaged/") and self.kind != "classification":
+            raise ValueError(f"kind: {self.kind} does not fit {self.data!r}, which has one class an image")
+        return self
 
 
 class Model(Section):

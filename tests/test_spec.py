@@ -86,6 +86,15 @@ def one_budget(train: dict[str, Any]) -> dict[str, Any]:
     return train
 
 
+def one_kind(task: dict[str, Any]) -> dict[str, Any]:
+    if task["data"].startswith("packaged/"):
+        task.pop("kind", None)
+    if task.get("kind") != "segmentation":
+        task.pop("decoder", None)
+        task.pop("ignore_index", None)
+    return task
+
+
 SPLITS = section_of(Splits).filter(lambda raw: fits(Splits, raw))
 DATA = st.just("packaged/clipart") | st.tuples(st.sampled_from(["folder:", "parquet:"]), TEXT).map("".join)
 ENTRIES = st.lists(
@@ -97,7 +106,7 @@ OBJECTIVE = METRIC | st.fixed_dictionaries({"metric": METRIC}, optional={"mode":
 SPECS = section_of(
     SweepSpec,
     name=NAMES,
-    task=section_of(Task, data=DATA, splits=SPLITS),
+    task=section_of(Task, data=DATA, splits=SPLITS).map(one_kind),
     teachers=ENTRIES,
     students=ENTRIES,
     methods=st.dictionaries(NAMES, st.none() | st.dictionaries(TEXT, KNOBS, max_size=3), min_size=1, max_size=3),

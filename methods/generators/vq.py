@@ -128,24 +128,23 @@ class VQPackage(nn.Module):
     def nearest(self, latents: Tensor) -> Tensor:
         """[B, n] the code that is nearest to each latent [B, dim, side, side]."""
         flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
-        return torch.cdist(flat, self.codebook).argmin(1).view(len(latents), -1)
+        return torch.cdist(flat, self.codebook).argmin(1).view(len(latents), self.side**2)
 
     def entries(self, indices: Tensor) -> Tensor:
         """[B, dim, side, side] the codebook's vectors."""
-        return self.codebook[indices].view(len(indices), self.side, self.side, -1).permute(0, 3, 1, 2)
+        return self.codebook[indices].view(len(indices), self.side, self.side, self.config.dim).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def indices(self, images: Tensor) -> Tensor:
         """[B, n] int64 the codes of images."""
         self._check(images)
-        rows = [self.nearest(self.vq.encode(row).latents) for row in images.split(1)]
-        return torch.cat(rows) if rows else torch.zeros(0, self.side**2, dtype=torch.int64, device=images.device)
+        return torch.cat([self.nearest(self.vq.encode(row).latents) for row in images.split(1)])
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """[B, 3, size, size] in [-1, 1] what codes [B, n] stand for."""
         rows = [self.vq.decode(self.entries(row), force_not_quantize=True).sample for row in indices.split(1)]
-        return torch.cat(rows).clamp(-1, 1) if rows else self.codebook.new_zeros(0, 3, self.size, self.size)
+        return torch.cat(rows).clamp(-1, 1)
 
     def rerepresent(self, images: Tensor) -> Tensor:
         """The images in the upstream's codes, decoded: the paper's transferred images [fig]."""

@@ -1,4 +1,4 @@
-"""Decoding: encoded bytes to uint8 RGB."""
+"""Decoding: encoded bytes to uint8 RGB, or to the class indices of a mask."""
 
 from __future__ import annotations
 
@@ -52,3 +52,28 @@ def decode(data: bytes) -> Tensor:
     if min(pixels.shape[:2]) < 8:
         raise CorruptError("smaller than 8 pixels")
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def decode_mask(data: bytes) -> Tensor:
+    """uint8 [H, W]: the values of a palette, greyscale or bilevel image as they are (of a palette its indices).
+
+    Raises:
+        CorruptError: `empty mask file`, `mask cannot be decoded`, `mask of colours instead of class indices`, or `mask
+            with values above 255`.
+    """
+    if not data:
+        raise CorruptError("empty mask file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image: Image.Image = Image.open(io.BytesIO(data))
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            values = np.array(image)
+    except Exception:  # decoders raise whatever they like on broken files
+        raise CorruptError("mask cannot be decoded") from None
+    if values.ndim != 2 or values.dtype.kind == "f":
+        raise CorruptError("mask of colours instead of class indices")
+    if values.max() > 255 or values.min() < 0:
+        raise CorruptError("mask with values above 255")
+    return torch.from_numpy(values.astype(np.uint8))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.errors import UserError, listed, nearest
+from orchestrator.spec import Kind
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+LISTING = "labels.csv"
+NAMES = "classes.txt"
 
 
 @dataclass(frozen=True)
@@ -24,17 +30,19 @@ class Item:
 
     Attributes:
         where: its address within the source.
-        label: class name.
+        label: class name; of a multi-label source the names of its classes; of one with masks nothing.
         split: `train`, `val`, `test`, or `` where the data brings none.
         group: images of one group land in one split; `` for none.
-        stamp: changes when the bytes may have changed.
+        stamp: changes when the bytes (or the mask's) may have changed.
+        problem: why it is left out, where that is known already.
     """
 
     where: str
-    label: str
+    label: str | tuple[str, ...]
     split: str
     group: str
     stamp: str
+    problem: str = ""
 
 
 class Source(ABC):
@@ -48,9 +56,20 @@ class Source(ABC):
     def read(self, where: str) -> bytes:
         """The encoded bytes of one image."""
 
+    def read_mask(self, where: str) -> bytes:
+        """The encoded bytes of the mask of the image at `where`."""
+        raise NotImplementedError
 
-class FolderSource(Source):
-    """`ROOT/CLASS/*.jpg`, or `ROOT/{train,val,test}/CLASS/*.jpg` (`valid` and `validation` count as val)."""
+    def names(self) -> tuple[str, ...] | None:
+        """Names of the class indices of masks, where the source brings them."""
+        return None
+
+
+class Folder(Source):
+    """What the folder sources share: images below `root`, or below `root/{train,val,test}`.
+
+    `valid` and `validation` count as val, `training` and `testing` as their short forms.
+    """
 
     ALIASES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}  # noqa: RUF012
 
@@ -65,31 +84,169 @@ class FolderSource(Source):
         splits = {p: self.ALIASES.get(p.name, p.name) for p in folders}
         ready = bool(folders) and all(s in SPLITS for s in splits.values())
         if not ready:
-            return self._classes(self.root, "")
-        return [item for folder in folders for item in self._classes(folder, splits[folder])]
+            return self.below(self.root, "")
+        return [item for folder in folders for item in self.below(folder, splits[folder])]
 
-    def _classes(self, root: Path, split: str) -> list[Item]:
-        found = []
-        for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-            for path in sorted(folder.rglob("*")):
-                if path.suffix.lower() in SUFFIXES and path.is_file():
-                    stat = path.stat()
-                    where = path.relative_to(self.root).as_posix()
-                    found.append(Item(where, folder.name, split, "", f"{stat.st_size}.{stat.st_mtime_ns}"))
-        return found
+    @abstractmethod
+    def below(self, root: Path, split: str) -> list[Item]:
+        """The images below `root`, all of one split."""
+
+    def item(self, path: Path, label: str | tuple[str, ...], split: str, stamp: str = "", problem: str = "") -> Item:
+        stat = path.stat()
+        where = path.relative_to(self.root).as_posix()
+        return Item(where, label, split, "", f"{stat.st_size}.{stat.st_mtime_ns}{stamp}", problem)
 
     def read(self, where: str) -> bytes:
         return (self.root / where).read_bytes()
 
 
-class ParquetSource(Source):
-    """Rows with `image` (encoded bytes, or Hugging Face's struct with `bytes`), `label`, and maybe `split`, `stem`.
+def _images(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            yield path
 
-    Without a `split` column, a file name that begins with train, val or test (`train-00000.parquet`) decides.
+
+class FolderSource(Folder):
+    """`ROOT/CLASS/*.jpg`, or `ROOT/{train,val,test}/CLASS/*.jpg`."""
+
+    def below(self, root: Path, split: str) -> list[Item]:
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        return [self.item(path, folder.name, split) for folder in folders for path in _images(folder)]
+
+
+class ListedSource(Folder):
+    """Images with a `labels.csv` beside them: `file,labels`, the class names separated by `;`, maybe none.
+
+    `file` is relative to the table's folder, which is ROOT or each of ROOT/{train,val,test}. An image that the table
+    does not name is left out and counted.
+    """
+
+    def below(self, root: Path, split: str) -> list[Item]:
+        table = root / LISTING
+        if not table.is_file():
+            near = [p.name for p in root.iterdir() if p.is_file() and p.suffix == ".csv"]
+            raise UserError(
+                f"task.data: a multilabel folder needs {str(table)!r}, a table with the columns file and labels."
+                f"{nearest(LISTING, near)}"
+            )
+        labels = self._table(table)
+        found = []
+        for path in _images(root):
+            name = path.relative_to(root).as_posix()
+            known = labels.pop(name, None)
+            problem = f"not in {LISTING}" if known is None else ""
+            found.append(self.item(path, known or (), split, f".{','.join(known or ())}", problem))
+        if labels:
+            missing = next(iter(labels))
+            names = [item.where for item in found]
+            raise UserError(f"task.data: {str(table)!r} names {missing!r}, which is no image.{nearest(missing, names)}")
+        return found
+
+    @staticmethod
+    def _table(path: Path) -> dict[str, tuple[str, ...]]:
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                columns = reader.fieldnames or []
+                for column in ("file", "labels"):
+                    if column not in columns:
+                        raise UserError(
+                            f"task.data: {str(path)!r} has no column {column!r}; it has {listed(columns)}."
+                            f"{nearest(column, columns)}"
+                        )
+                rows = [(row["file"].strip(), row["labels"]) for row in reader if row["file"]]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"task.data: {str(path)!r} cannot be read as a table: {error}.") from None
+        result: dict[str, tuple[str, ...]] = {}
+        for name, text in rows:
+            if name in result:
+                raise UserError(f"task.data: {str(path)!r} names {name!r} twice.")
+            result[name] = class_names(text)
+        return result
+
+
+class MaskFolderSource(Folder):
+    """`ROOT/images/*.jpg` with `ROOT/masks/*.png` of the same names, or both below `ROOT/{train,val,test}`.
+
+    An optional `ROOT/classes.txt` names the class indices, one a line.
     """
 
     def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._masks: dict[str, Path] = {}
+
+    def below(self, root: Path, split: str) -> list[Item]:
+        for name in ("images", "masks"):
+            if not (root / name).is_dir():
+                near = [p.name for p in root.iterdir() if p.is_dir()]
+                raise UserError(
+                    f"task.data: a segmentation folder needs {str(root / name)!r}; there is {listed(near)}."
+                    f"{nearest(name, near)}"
+                )
+        masks: dict[str, Path] = {}
+        for path in sorted((root / "masks").rglob("*")):
+            if path.suffix.lower() in MASK_SUFFIXES and path.is_file():
+                masks[path.relative_to(root / "masks").with_suffix("").as_posix()] = path
+        found = []
+        for path in _images(root / "images"):
+            stem = path.relative_to(root / "images").with_suffix("").as_posix()
+            if stem not in masks:
+                where = path.relative_to(self.root).as_posix()
+                raise UserError(
+                    f"task.data: there is no mask for {where!r} in {str(root / 'masks')!r}.{nearest(stem, masks)}"
+                )
+            stat = masks[stem].stat()
+            item = self.item(path, "", split, f".{stat.st_size}.{stat.st_mtime_ns}")
+            self._masks[item.where] = masks[stem]
+            found.append(item)
+        return found
+
+    def read_mask(self, where: str) -> bytes:
+        if not self._masks:
+            self.items()
+        return self._masks[where].read_bytes()
+
+    def names(self) -> tuple[str, ...] | None:
+        return _read_names(self.root)
+
+
+def _read_names(folder: Path) -> tuple[str, ...] | None:
+    path = folder / NAMES
+    if not path.is_file():
+        return None
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"task.data: {str(path)!r} cannot be read: {error}.") from None
+    while names and not names[-1]:
+        names.pop()
+    for index, name in enumerate(names):
+        if not name or name in names[:index]:
+            raise UserError(
+                f"task.data: line {index + 1} of {str(path)!r} is {'empty' if not name else 'a repetition'}."
+            )
+    return tuple(names)
+
+
+def class_names(value: Any) -> tuple[str, ...]:
+    """The names in a list, or in a text that separates them by `;`; sorted, each once."""
+    if value is None:
+        return ()
+    parts = value.split(";") if isinstance(value, str) else [str(v) for v in value]
+    return tuple(sorted({part.strip() for part in parts} - {""}))
+
+
+class ParquetSource(Source):
+    """Rows with `image` (encoded bytes, or Hugging Face's struct with `bytes`), labels, and maybe `split`, `stem`.
+
+    Labels are a column `label`, a text or number; multi-label: a list of them, or a text that separates them by `;`;
+    segmentation: a column `mask` like `image`, and maybe a `classes.txt` beside the files. Without a `split` column, a
+    file name that begins with train, val or test (`train-00000.parquet`) decides.
+    """
+
+    def __init__(self, root: Path, kind: Kind = "classification") -> None:
         self.root = root
+        self.kind = kind
         if root.is_dir():
             self.paths = sorted(root.glob("*.parquet"))
         else:
@@ -100,34 +257,55 @@ class ParquetSource(Source):
 
     def items(self) -> list[Item]:
         found = []
+        wanted = "mask" if self.kind == "segmentation" else "label"
         for number, path in enumerate(self.paths):
             try:
                 file = pq.ParquetFile(path)
             except (pa.ArrowInvalid, OSError) as error:
                 raise UserError(f"task.data: {str(path)!r} is not a readable Parquet file: {error}.") from None
             names = file.schema_arrow.names
-            for column in ("image", "label"):
+            for column in ("image", wanted):
                 if column not in names:
                     raise UserError(
                         f"task.data: {str(path)!r} has no column {column!r}; it has {listed(names)}."
                         f"{nearest(column, names)}"
                     )
-            table = file.read(columns=[c for c in ("label", "split", "stem") if c in names])
-            labels = [str(v) for v in table["label"].to_pylist()]
+            count = file.metadata.num_rows
+            table = file.read(columns=[c for c in ("label", "split", "stem") if c in names and c != "mask"])
+            labels = self._labels(table, path) if wanted == "label" else [""] * count
             named = next((s for s in SPLITS if path.name.startswith(s)), "")
-            splits = [str(v) for v in table["split"].to_pylist()] if "split" in names else [named] * len(labels)
-            stems = [str(v) for v in table["stem"].to_pylist()] if "stem" in names else [""] * len(labels)
+            splits = [str(v) for v in table["split"].to_pylist()] if "split" in names else [named] * count
+            stems = [str(v) for v in table["stem"].to_pylist()] if "stem" in names else [""] * count
             stat = path.stat()
             stamp = f"{stat.st_size}.{stat.st_mtime_ns}"
             for row, (label, split, stem) in enumerate(zip(labels, splits, stems, strict=True)):
                 found.append(Item(f"{number}:{row}", label, split, stem, stamp))
         return found
 
+    def _labels(self, table: pa.Table, path: Path) -> list[Any]:
+        several = pa.types.is_list(table.schema.field("label").type) or pa.types.is_large_list(
+            table.schema.field("label").type
+        )
+        if self.kind == "multilabel":
+            return [class_names(v if several or v is None else str(v)) for v in table["label"].to_pylist()]
+        if several:
+            raise UserError(f"task.data: the labels in {str(path)!r} are lists; set task.kind to multilabel.")
+        return [str(v) for v in table["label"].to_pylist()]
+
     def read(self, where: str) -> bytes:
+        return self._cell(where, "image")
+
+    def read_mask(self, where: str) -> bytes:
+        return self._cell(where, "mask")
+
+    def names(self) -> tuple[str, ...] | None:
+        return _read_names(self.root if self.root.is_dir() else self.root.parent)
+
+    def _cell(self, where: str, column: str) -> bytes:
         number, row = (int(part) for part in where.split(":"))
         group, offset = self._locate(number, row)
-        value = self._images(number, group)[offset].as_py()
-        return value["bytes"] if isinstance(value, dict) else value
+        value = self._column(number, group, column)[offset].as_py()
+        return (value["bytes"] if isinstance(value, dict) else value) or b""
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a source lives as long as its process
     def _starts(self, number: int) -> list[int]:
@@ -143,11 +321,18 @@ class ParquetSource(Source):
         return group, row - starts[group]
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a source lives as long as its process
-    def _images(self, number: int, group: int) -> pa.ChunkedArray:
-        return pq.ParquetFile(self.paths[number]).read_row_group(group, columns=["image"])["image"]
+    def _column(self, number: int, group: int, column: str) -> pa.ChunkedArray:
+        return pq.ParquetFile(self.paths[number]).read_row_group(group, columns=[column])[column]
 
 
-def open_source(data: str) -> Source:
+FOLDERS: dict[Kind, type[Folder]] = {
+    "classification": FolderSource,
+    "multilabel": ListedSource,
+    "segmentation": MaskFolderSource,
+}
+
+
+def open_source(data: str, kind: Kind = "classification") -> Source:
     """The source that `task.data` names.
 
     Raises:
@@ -162,9 +347,9 @@ def open_source(data: str) -> Source:
                 f"task.data: there is no packaged data set {name!r}; there is {listed(known)}.{nearest(name, known)}"
             )
         return ParquetSource(path)
-    kind, _, path_text = data.partition(":")
+    where, _, path_text = data.partition(":")
     root = Path(path_text).expanduser()
-    return FolderSource(root) if kind == "folder" else ParquetSource(root)
+    return FOLDERS[kind](root) if where == "folder" else ParquetSource(root, kind)
 
 
 def check_splits(items: Sequence[Item]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,20 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
-from methods.contract import TaskInfo
-from orchestrator.data.images import CorruptError, decode
+from methods.contract import IGNORE, TaskInfo
+from orchestrator.data.images import CorruptError, decode, decode_mask
 from orchestrator.data.sources import SPLITS, Item, Source, check_splits, open_source
+from orchestrator.data.strata import assign, draw_shots
 from orchestrator.errors import UserError, listed
 from orchestrator.spec import Task
 from orchestrator.store import Store, key_of
 
 CATALOGUE_VERSION = 1
+CONFLICTS = {
+    "classification": "same image under two classes",
+    "multilabel": "same image with other labels",
+    "segmentation": "same image with another mask",
+}
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,13 @@ class Split:
     Attributes:
         ids: content hash of each image (SHA-256, hex).
         where: address in the source.
-        labels: class index.
+        labels: class index; multi-label: the indices of its classes, ascending; segmentation: its mask's content hash.
         sizes: (height, width) in pixels.
     """
 
     ids: tuple[str, ...]
     where: tuple[str, ...]
-    labels: tuple[int, ...]
+    labels: tuple[Any, ...]
     sizes: tuple[tuple[int, int], ...]
 
     def __len__(self) -> int:
@@ -98,23 +101,14 @@ class TaskData:
 
     @property
     def info(self) -> TaskInfo:
-        return TaskInfo("classification", len(self.classes), len(self.labelled), len(self.train) - len(self.labelled))
+        return TaskInfo(self.spec.kind, len(self.classes), len(self.labelled), len(self.train) - len(self.labelled))
 
     @property
     def labels_hash(self) -> str:
         """Of which train images are labelled, and how."""
-        return key_of([[self.train.ids[i], self.train.labels[i]] for i in self.labelled] + [list(self.classes)])
-
-    @functools.cached_property
-    def _labels(self) -> np.ndarray:
-        labels = np.full(len(self.train), -1, dtype=np.int64)
-        known = np.asarray(self.labelled, dtype=np.int64)
-        labels[known] = np.asarray(self.train.labels, dtype=np.int64)[known]
-        return labels
-
-    def label_rows(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
-        """Labels of the train images `rows` [B] under the views `views` [B], as `Batch.labels` has them."""
-        return torch.from_numpy(self._labels[rows])
+        labels: list[Any] = [[self.train.ids[i], self.train.labels[i]] for i in self.labelled]
+        ignored = [self.spec.ignore_index] if self.spec.kind == "segmentation" else []
+        return key_of([*labels, list(self.classes), *ignored])
 
     def split(self, name: str) -> Split:
         return {"train": self.train, "val": self.val, "test": self.test}[name]
@@ -122,6 +116,11 @@ class TaskData:
     def image(self, split: Split, row: int) -> Tensor:
         """uint8 [3, H, W]."""
         return decode(self.source.read(split.where[row]))
+
+    def mask(self, split: Split, row: int) -> Tensor:
+        """uint8 [H, W]: the class of each pixel, 255 where it does not count."""
+        mask = decode_mask(self.source.read_mask(split.where[row]))
+        return mask.masked_fill(mask == self.spec.ignore_index, IGNORE)
 
     def identity(self) -> dict[str, Any]:
         """What finds these images again."""
@@ -138,39 +137,46 @@ def load_task(task: Task, store: Store) -> TaskData:
 
 
 def _stamp(task: Task) -> str:
-    return key_of([[i.where, i.label, i.split, i.group, i.stamp] for i in _items(open_source(task.data), task.data)])
+    source = open_source(task.data, task.kind)
+    items: list[Any] = [[i.where, i.label, i.split, i.group, i.stamp] for i in _items(source, task)]
+    return key_of(items if task.kind == "classification" else [task.kind, source.names(), items])
 
 
 @functools.lru_cache(maxsize=4)
 def _load_task(task_json: str, root: str, stamp: str) -> TaskData:
     task = Task.model_validate_json(task_json)
-    source = open_source(task.data)
-    items = _items(source, task.data)
+    source = open_source(task.data, task.kind)
+    items = _items(source, task)
     reads = {"listing": stamp, "version": CATALOGUE_VERSION}
-    entry = Store(root).compute("catalogue", key_of(reads), lambda f: _scan(source, items, f), reads=reads)
+    entry = Store(root).compute("catalogue", key_of(reads), lambda f: _scan(source, items, task, f), reads=reads)
     table = pq.read_table(entry.path / "catalogue.parquet").to_pylist()
     return divide(task, source, table, dict(entry.meta["about"]["skipped"]))
 
 
-def _items(source: Source, data: str) -> list[Item]:
+def _items(source: Source, task: Task) -> list[Item]:
     items = source.items()
     if not items:
-        raise UserError(f"task.data: there are no images below {data!r} (one subfolder a class is expected).")
+        layout = {"classification": " (one subfolder a class is expected)"}.get(task.kind, "")
+        raise UserError(f"task.data: there are no images below {task.data!r}{layout}.")
     check_splits(items)
     return items
 
 
-def _scan(source: Source, items: list[Item], folder: Path) -> dict[str, Any]:
+def _scan(source: Source, items: list[Item], task: Task, folder: Path) -> dict[str, Any]:
     def look(item: Item) -> dict[str, Any]:
+        if item.problem:
+            return {"reason": item.problem}
         try:
             data = source.read(item.where)
             _, height, width = decode(data).shape
+            seen = _mask_facts(source, item, (height, width)) if task.kind == "segmentation" else {}
         except CorruptError as reason:
             return {"reason": str(reason)}
         except OSError as error:
             return {"reason": f"cannot be read ({type(error).__name__})"}
-        content = hashlib.sha256(data).hexdigest()
-        return {"id": content, **item.__dict__, "height": height, "width": width}
+        label = item.label if isinstance(item.label, str) else list(item.label)
+        row = {"id": hashlib.sha256(data).hexdigest(), "where": item.where, "label": label, "split": item.split}
+        return {**row, "group": item.group, "stamp": item.stamp, "height": height, "width": width, **seen}
 
     with ThreadPoolExecutor(max_workers=4) as pool:  # decoders and hashing release the interpreter lock
         rows = list(pool.map(look, items))
@@ -182,13 +188,17 @@ def _scan(source: Source, items: list[Item], folder: Path) -> dict[str, Any]:
     return {"skipped": dict(skipped), "images": len(good)}
 
 
+def _mask_facts(source: Source, item: Item, size: tuple[int, int]) -> dict[str, Any]:
+    """The mask's content hash, in the label's place, and the values that occur in it."""
+    data = source.read_mask(item.where)
+    mask = decode_mask(data)
+    if tuple(mask.shape) != size:
+        raise CorruptError("mask of another size than its image")
+    return {"label": hashlib.sha256(data).hexdigest(), "values": mask.unique().tolist()}
+
+
 def _reasons(skipped: Counter[str] | dict[str, int]) -> str:
     return listed(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-
-
-def _rank(*parts: Any) -> str:
-    """A pseudo-random order that depends on nothing but its parts."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def divide(task: Task, source: Source, rows: list[dict[str, Any]], skipped: dict[str, int]) -> TaskData:
@@ -207,74 +217,82 @@ def divide(task: Task, source: Source, rows: list[dict[str, Any]], skipped: dict
     if duplicates:
         skipped["exact duplicate"] = duplicates
     if conflicting:
-        skipped["same image under two classes"] = len(conflicting)
+        skipped[CONFLICTS[task.kind]] = len(conflicting)
     rows = [row for row in unique.values() if row["id"] not in conflicting]
-    classes = tuple(sorted({row["label"] for row in rows}))
-    if len(classes) < 2:
-        raise UserError(f"task.data: {task.data!r} has only one class ({listed(classes)}); at least two are needed.")
-    assigned = _assign(task, rows)
+    if task.kind == "segmentation":
+        blank = {row["id"] for row in rows if set(row["values"]) <= {task.ignore_index}}
+        if blank:
+            skipped["mask of ignored pixels only"] = len(blank)
+        rows = [row for row in rows if row["id"] not in blank]
+    classes, sets = _label_space(task, source, rows)
+    assigned = assign(task, rows, sets)
     splits = {}
     for name in SPLITS:
         chosen = sorted((r for r in rows if assigned[r["id"]] == name), key=lambda r: r["id"])
         splits[name] = Split(
             tuple(r["id"] for r in chosen),
             tuple(r["where"] for r in chosen),
-            tuple(classes.index(r["label"]) for r in chosen),
+            tuple(_label(task, r, sets) for r in chosen),
             tuple((int(r["height"]), int(r["width"])) for r in chosen),
         )
         if not chosen:
             raise UserError(f"task.splits: no image is left for {name}; {len(rows)} images in {len(classes)} classes.")
-    labelled = _draw_shots(task, classes, splits["train"])
     train = splits["train"]
+    labelled = draw_shots(task, classes, train.ids, [sets[i] for i in train.ids])
+    if task.kind == "multilabel":
+        _check_both_values(splits, sets, len(classes))
     if not task.unlabelled:
         train = train.take(labelled)
         labelled = list(range(len(labelled)))
     return TaskData(task, classes, train, splits["val"], splits["test"], tuple(labelled), skipped, source)
 
 
-def _assign(task: Task, rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Split of each image id. What the data leaves open is drawn per class, whole groups at a time."""
-    ready = {row["split"] for row in rows} - {""}
-    assigned = {row["id"]: row["split"] for row in rows if row["split"] in ("val", "test")}
-    open_rows = [row for row in rows if row["id"] not in assigned]
-    shares = {name: getattr(task.splits, name) for name in ("test", "val") if name not in ready}
-    groups: dict[tuple[str, str], list[str]] = {}
-    first_label: dict[str, str] = {}
-    for row in open_rows:
-        group = row["group"] or row["id"]
-        label = first_label.setdefault(group, row["label"])
-        groups.setdefault((label, group), []).append(row["id"])
-    by_class: dict[str, list[tuple[str, list[str]]]] = {}
-    for (label, group), ids in groups.items():
-        by_class.setdefault(label, []).append((group, ids))
-    for members in by_class.values():
-        members.sort(key=lambda m: _rank("split", task.seed, m[0]))
-        total = sum(len(ids) for _, ids in members)
-        queue = list(members)
-        for name, share in shares.items():
-            wanted = round(total * share)
-            taken = 0
-            while queue and taken < wanted:
-                _, ids = queue.pop(0)
-                taken += len(ids)
-                assigned.update(dict.fromkeys(ids, name))
-        for _, ids in queue:
-            assigned.update(dict.fromkeys(ids, "train"))
-    return assigned
+def _label_space(
+    task: Task, source: Source, rows: list[dict[str, Any]]
+) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
+    """Names of the classes, and the classes of each image id.
+
+    Raises:
+        UserError: if there are too few, or a mask holds an index beyond the named ones.
+    """
+    few = "at least two are needed"
+    if task.kind == "segmentation":
+        sets = {row["id"]: tuple(v for v in row["values"] if v != task.ignore_index) for row in rows}
+        found = sorted({c for one in sets.values() for c in one})
+        names = source.names() or tuple(str(c) for c in range(max(found, default=0) + 1))
+        for row in rows:
+            beyond = [c for c in sets[row["id"]] if c >= min(len(names), IGNORE)]
+            if beyond:
+                raise UserError(
+                    f"task.data: the mask of {row['where']!r} holds the class index {beyond[0]}, which is outside the "
+                    f"{len(names)} classes (0 to {len(names) - 1}) and is not task.ignore_index ({task.ignore_index})."
+                )
+        if len(found) < 2:
+            one = listed(names[c] for c in found)
+            raise UserError(f"task.data: the masks of {task.data!r} hold only one class ({one}); {few}.")
+        return names, sets
+    labels = {row["id"]: (row["label"],) if task.kind == "classification" else tuple(row["label"]) for row in rows}
+    names = tuple(sorted({name for one in labels.values() for name in one}))
+    if task.kind == "multilabel" and not names:
+        raise UserError(f"task.data: no image of {task.data!r} has a label.")
+    if task.kind == "classification" and len(names) < 2:
+        raise UserError(f"task.data: {task.data!r} has only one class ({listed(names)}); {few}.")
+    index = {name: i for i, name in enumerate(names)}
+    return names, {image: tuple(sorted(index[name] for name in one)) for image, one in labels.items()}
 
 
-def _draw_shots(task: Task, classes: tuple[str, ...], train: Split) -> list[int]:
-    """Rows of `train` that are labelled; a smaller number of shots is a subset of a larger one."""
-    if task.shots is None:
-        return list(range(len(train)))
-    chosen: list[int] = []
-    for label, name in enumerate(classes):
-        rows = [i for i, y in enumerate(train.labels) if y == label]
-        if len(rows) < task.shots:
+def _label(task: Task, row: dict[str, Any], sets: dict[str, tuple[int, ...]]) -> Any:
+    if task.kind == "segmentation":
+        return row["label"]
+    return sets[row["id"]][0] if task.kind == "classification" else sets[row["id"]]
+
+
+def _check_both_values(splits: dict[str, Split], sets: dict[str, tuple[int, ...]], classes: int) -> None:
+    """An area under the ROC curve needs images with and without a class."""
+    for name in ("val", "test"):
+        ids = splits[name].ids
+        counts = Counter(c for i in ids for c in sets[i])
+        if not any(0 < counts[c] < len(ids) for c in range(classes)):
             raise UserError(
-                f"task.shots: {task.shots} labelled images a class are asked for, and the class {name!r} has only "
-                f"{len(rows)} in train; use at most {len(rows)}, or null for all."
+                f"task.splits: no class has both images with it and images without it in {name} ({len(ids)} images)."
             )
-        rows.sort(key=lambda i: _rank("shots", task.seed, train.ids[i]))
-        chosen += rows[: task.shots]
-    return sorted(chosen)

@@ -77,6 +77,17 @@ def render(image: Tensor, parameters: np.ndarray, size: int, interpolation: str)
     return pixels
 
 
+def render_mask(mask: Tensor, parameters: np.ndarray, size: int) -> Tensor:
+    """uint8 [H, W] to uint8 [size, size] under one view: at each pixel's centre the class that lies there.
+
+    That is a sample of the mask's own pixels on the raster of `render`'s: nothing is blended, and no class grows.
+    """
+    top, left, height, width = (int(v) for v in parameters[:4])
+    mode = InterpolationMode.NEAREST_EXACT  # the plain one is off by half a pixel
+    values = T.resized_crop(mask[None], top, left, height, width, [size, size], interpolation=mode)[0]
+    return values.flip(-1) if parameters[4] else values
+
+
 def stored_view(store: Store, split: Split, policy: Policy, view: int) -> Entry:
     """The store entry with the parameters [N, 8] of one view of every image of `split`."""
     # View 0 is the same under every policy, so its address leaves the policy out.

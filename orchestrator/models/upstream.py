@@ -42,7 +42,8 @@ class UpstreamPackage:
     Attributes:
         name: as in the sweep file.
         kind: `vq`, `diffusion` or `pipeline`.
-        module: a `VQPackage`, `DiffusionPackage` (in evaluation mode; copy it before you change it) or `PipelinePackage`.
+        module: a `VQPackage` or `DiffusionPackage` (in evaluation mode; copy it before you change it), or a
+            `PipelinePackage`.
         weights_hash: of its configuration and weights, for keys of the store.
         facts: what is known of its training.
     """

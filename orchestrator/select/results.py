@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import UserError, listed, nearest
-from orchestrator.spec import METRICS, Objective
+from orchestrator.spec import METRICS, Kind, Objective
 
 TEXTS = ("method", "teacher", "student", "status", "reason", "config", "latency_setup", "student_path")
 COUNTS = (
@@ -218,6 +218,7 @@ def margin_note(
     images: int,
     max_params: int | None = None,
     max_latency_ms: float | None = None,
+    kind: Kind = "classification",
 ) -> str | None:
     """A sentence where the choice is within the noise of the val images, else None.
 
@@ -231,6 +232,7 @@ def margin_note(
         images: number of val images.
         max_params: limit that the other trial must keep too.
         max_latency_ms: limit that the other trial must keep too.
+        kind: of the task; the metric of another kind has no such simple error, and is treated as an accuracy.
     """
     if _known(metric) != "val_metric" or images < 1:
         return None
@@ -246,8 +248,14 @@ def margin_note(
         return None
     return (
         f"The best trial of another method, {second['trial_id']} ({second['method']}), is {difference:.3f} away: less "
-        f"than one standard error ({error:.3f} on {images:,} val images), so their order may be chance."
+        f"than one standard error ({error:.3f}{as_accuracy(kind)} on {images:,} val images), so their order may be "
+        "chance."
     )
+
+
+def as_accuracy(kind: Kind) -> str:
+    """A remark beside a standard error that was computed as if a metric were an accuracy."""
+    return "" if kind == "classification" else ", as if it were an accuracy,"
 
 
 def short_name(model: str | None) -> str:

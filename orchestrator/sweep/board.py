@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from orchestrator.data.labels import open_labels
 from orchestrator.data.pixels import RenderedPixels
 from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy
 from orchestrator.errors import UserError, nearest
-from orchestrator.evaluate.accuracy import accuracy
+from orchestrator.evaluate.metrics import score
 from orchestrator.models import load_student
 from orchestrator.models.load import Preprocessing
 from orchestrator.select.export import export_student
-from orchestrator.select.results import choose, margin_note, read_trials
-from orchestrator.spec import METRICS, Task
+from orchestrator.select.results import as_accuracy, choose, margin_note, read_trials
+from orchestrator.spec import METRIC_NAMES, METRICS, Kind, Task
 from orchestrator.store import Store
-from orchestrator.sweep.ledger import Ledger
+from orchestrator.sweep.ledger import Ledger, at_once
 from orchestrator.sweep.run import open_sweep
 from orchestrator.trial.plan import TrialConfig
 
@@ -78,16 +78,17 @@ def recommend(
     test, reads = _test_once(folder, row["trial_id"], row["student_path"])
     networks = " -> ".join(n for n in (row["teacher"], row["student"]) if isinstance(n, str))
     task = load_task(spec.task, Store(Path(spec.storage) / "store"))
+    kind = spec.task.kind
     sentences = [
-        f"Take {row['trial_id']}: {row['method']} ({networks}), val {row['val_metric']:.3f}, "
-        f"test {test['accuracy']:.3f} on {test['images']} images (standard error {test['standard_error']:.3f}).",
+        f"Take {row['trial_id']}: {row['method']} ({networks}), {METRIC_NAMES[kind]} on val {row['val_metric']:.3f}, "
+        f"on test {test['value']:.3f} over {test['images']} images (standard error {test['standard_error']:.3f}).",
         f"{int(row['params_total']):,} parameters, {row['flops'] / 1e6:.1f} MFLOPs an image (2 per multiply-add), "
         f"{row['latency_ms']:.2f} ms ({row['latency_setup']}).",
     ]
-    note = margin_note(frame, row, name, len(task.val), max_params, max_latency_ms)
+    note = margin_note(frame, row, name, len(task.val), max_params, max_latency_ms, kind)
     if note:
         sentences.append(note)
-    sentences += _against_baseline(frame, row, len(task.val))
+    sentences += _against_baseline(frame, row, len(task.val), kind)
     if reads > 1:
         sentences.append(f"The test images were now read for {reads} different choices: the last score is optimistic.")
     sentences.append(f"Next: python -m orchestrator export {folder} OUT_DIR --trial {row['trial_id']}")
@@ -97,7 +98,7 @@ def recommend(
     return plain | {"metric": name, "test": test, "test_choices": reads, "sentences": sentences}
 
 
-def _against_baseline(frame: Any, row: Any, images: int) -> list[str]:
+def _against_baseline(frame: Any, row: Any, images: int, kind: Kind) -> list[str]:
     """Whether transfer beat training on the labels alone, and by more than the noise of `images` images."""
     complete = frame[frame["status"] == "complete"]
     own = complete[complete["method"].isin(BASELINES)]
@@ -113,7 +114,7 @@ def _against_baseline(frame: Any, row: Any, images: int) -> list[str]:
     verdict = "more than" if gain > 2 * noise else "within"
     return [
         f"The best network trained on the labels alone reaches val {value:.3f}: the difference {gain:+.3f} is "
-        f"{verdict} twice its standard error ({noise:.3f} on {images} images)."
+        f"{verdict} twice its standard error ({noise:.3f}{as_accuracy(kind)} on {images} images)."
     ]
 
 
@@ -126,14 +127,19 @@ def _test_once(folder: Path, trial_id: str, student_path: str) -> tuple[dict[str
         task = load_task(Task.model_validate(meta["task"]), store)
         preprocessing = Preprocessing.from_json(meta["preprocessing"])
         # Test pixels stay out of the store: nothing but this one look reads them.
-        pixels = RenderedPixels(task, task.test, Policy(1.0, 0.0), preprocessing)
+        plain = Policy(1.0, 0.0)
+        pixels = RenderedPixels(task, task.test, plain, preprocessing)
         torch.set_num_threads(1)
-        share = accuracy(network, preprocessing, pixels, task.test)
-        error = math.sqrt(share * (1 - share) / len(task.test))
-        known[trial_id] = {"accuracy": share, "images": len(task.test), "standard_error": error}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        os.replace(temporary, path)
+        count, kind = len(task.test), task.spec.kind
+        labels = open_labels(store, task, task.test, range(count), plain, 1, preprocessing.size, limit_gb=0)
+        found = score(network, preprocessing, pixels, labels, count, kind, len(task.classes), with_error=True)
+        known[trial_id] = {
+            "metric": METRIC_NAMES[kind],
+            "value": found.value,
+            "images": count,
+            "standard_error": found.error,
+        }
+        at_once(path, lambda temporary: temporary.write_text(json.dumps(known), encoding="utf-8"))
     return known[trial_id], len(known)
 
 

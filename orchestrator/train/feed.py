@@ -172,7 +172,7 @@ class Feeder:
 
         return Batch(
             self.preprocessing.normalise(move(batch.images)),
-            move(batch.labels) if batch.labels is not None else None,
+            _indices(move(batch.labels)) if batch.labels is not None else None,
             {k: move(v) for k, v in batch.outputs.items()},
             self.teacher[1].normalise(move(batch.teacher_images))
             if self.teacher is not None and batch.teacher_images is not None
@@ -193,3 +193,8 @@ class Feeder:
         if self.generated is not None:
             self.generated.close()
         self._reader.shutdown(wait=True, cancel_futures=True)
+
+
+def _indices(labels: Tensor) -> Tensor:
+    """Masks are bytes until they are where the loss is computed."""
+    return labels.long() if labels.dtype == torch.uint8 else labels

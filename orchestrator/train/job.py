@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from methods.contract import Deployed, Feed, Given, TrainStage, trainable_parameters
 from methods.outputs import Output
+from methods.parts.dense import segmenter
+from orchestrator.data.labels import open_labels, plain_labels
 from orchestrator.data.outputs import open_outputs, open_pool_outputs
 from orchestrator.data.pixels import Pixels, RenderedPixels, StoredPixels, open_pixels, stored_pixels
 from orchestrator.data.pool import JoinedImages, PoolShard
@@ -89,20 +91,26 @@ def given_for(
     reads: tuple[str, ...],
     networks: Networks,
     task: TaskData,
+    store: Store,
     seed: int,
     results: dict[str, dict[str, torch.Tensor]],
     outputs: dict[str, torch.Tensor] | None = None,
 ) -> Given:
-    """What a stage declared, and nothing else. Seeds torch, so that new layers are drawn from `seed`."""
+    """What a stage declared, and nothing else. Seeds torch, so that new layers are drawn from `seed`.
+
+    Masks are given at the teacher's input size, since whoever reads labels reads the teacher's outputs too.
+    """
     torch.manual_seed(seed)
     classes = len(task.classes)
+    decoder = task.spec.decoder if task.spec.kind == "segmentation" else None
     values: dict[str, Any] = {}
     if "teacher" in reads:
         values["teacher"] = _thawed(networks.trained("teacher").module)
     if "student" in reads:
-        values["student"] = fresh_student(networks.trained("student"), classes)
+        values["student"] = fresh_student(networks.trained("student"), classes, decoder)
     if "labels" in reads:
-        values["labels"] = torch.tensor([task.train.labels[i] for i in task.labelled])
+        size = networks.teacher.preprocessing.size if networks.teacher is not None else 0
+        values["labels"] = plain_labels(store, task, task.train, task.labelled, size)
     return Given(values=values, num_classes=classes, results=results, outputs=outputs, kind=task.info.kind)
 
 
@@ -113,10 +121,18 @@ def _thawed(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def fresh_student(network: Network, classes: int) -> torch.nn.Module:
-    """A network with `classes` outputs: its pre-trained weights, or else (a student) ones drawn from torch's seed."""
+def fresh_student(network: Network, classes: int, decoder: str | None = None) -> torch.nn.Module:
+    """A network with `classes` outputs: its pre-trained weights, or else (a student) ones drawn from torch's seed.
+
+    Args:
+        network: as loaded.
+        classes: of the task.
+        decoder: `linear` or `conv` for `classes` outputs a pixel.
+    """
     from orchestrator.models.names import wants_weights
 
+    if decoder is not None:
+        return segmenter(fresh_student(network, 0), classes, decoder)
     if network.role == "teacher" or wants_weights(network.entry, "student"):
         module = _thawed(network.module)
         module.reset_classifier(classes)  # type: ignore[operator]
@@ -156,7 +172,7 @@ def run_job(
     task = load_task(spec.task, store)
     networks = networks_of(spec, job.teacher, job.student)
     trained = networks.trained(stage.trains)
-    given = given_for(stage.reads, networks, task, job.seed, stage_results(store, job.inputs))
+    given = given_for(stage.reads, networks, task, store, job.seed, stage_results(store, job.inputs))
     learner = stage.learner(stage.params, given)
     feeder = _feeder(job, store, task, networks, rank=rank, world=world, device=device)
     history = fit(
@@ -241,13 +257,17 @@ def _feeder(
             **common,
         )
     theirs = networks.trained("teacher").preprocessing if feed.teacher_images else None
+    labels = None
+    if feed.labels:
+        limit = spec.store.pixels_gb
+        labels = open_labels(store, task, task.train, task.labelled, job.policy, views, trained.size, limit)
     return Feeder(
         feed,
         len(task.train),
         pixels_of(trained),
         trained,
         labelled=task.labelled,
-        labels=task.label_rows if feed.labels else None,
+        labels=labels.batch if labels is not None else None,
         tables={key: open_outputs([entry_at(store, a) for a in found]) for key, found in job.outputs.items()},
         live=live_teacher(task, task.train, feed.outputs),
         teacher=(pixels_of(theirs), theirs) if theirs is not None else None,
@@ -260,12 +280,12 @@ def _feeder(
 def write_deployed(folder: Path, deployed: Deployed, base: Network, about: dict[str, Any]) -> None:
     """Writes a trained network so that a fresh process can rebuild it."""
     classifier = deployed.network.get_classifier()  # type: ignore[operator]
-    outputs = getattr(classifier, "out_features", 0)
+    outputs = getattr(classifier, "out_features", None) or getattr(classifier, "out_channels", 0)
     meta = {
         "model": base.entry.model_dump(mode="json"),
         "role": base.role,
         "changes": dict(deployed.changes),
-        "num_classes": int(outputs),
+        "num_classes": int(outputs or 0),
         "preprocessing": describe(base.preprocessing),
     }
     deployed.network.cpu()

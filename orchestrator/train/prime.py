@@ -96,7 +96,8 @@ def prime_vq(
     if settings.gan_weight > 0:
         params |= {"gan_weight": settings.gan_weight, "gan_start": settings.gan_start}
     # Adversarial training wants little momentum, as VQGAN's authors have it [secondary].
-    recipe = Recipe(lr=settings.lr, weight_decay=0, betas=(0.5, 0.9), warmup=0.05, clip=1.0)
+    betas = (0.5, 0.9) if settings.gan_weight > 0 else (0.9, 0.99)
+    recipe = Recipe(lr=settings.lr, weight_decay=0, betas=betas, warmup=0.05, clip=1.0)
     vq = stages.train(
         "upstream_vq",
         {"params": params, "features": features.weights_hash if features and values else None},

@@ -175,6 +175,8 @@ def stage_reads(
         reads["num_classes"] = len(task.classes)
     if task.info.kind != "classification":
         reads["kind"] = task.info.kind
+    if task.info.kind == "segmentation" and "student" in stage.reads:
+        reads["decoder"] = task.spec.decoder
     if isinstance(stage, TrainStage):
         train = spec.train
         reads["feed"] = {"images": feed.images, "labels": stage.feed.labels, "fraction": stage.feed.labelled_fraction}

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from methods.contract import Deployed, Method
-from methods.heads import load_head
+from methods.dense import structure_of
+from orchestrator.data.labels import Labels, open_labels
 from orchestrator.data.outputs import Bill
 from orchestrator.data.pixels import Pixels, open_pixels
 from orchestrator.data.task import Split, TaskData
-from orchestrator.evaluate.accuracy import accuracy, pooled_features, probe_head
+from orchestrator.errors import WorkError
 from orchestrator.evaluate.cost import flops, latency, parameters
+from orchestrator.evaluate.metrics import score
+from orchestrator.evaluate.probe import Probe, fit_probe
 from orchestrator.models import Network, load_student, save_student
-from orchestrator.models.load import describe, structure_of
+from orchestrator.models.load import describe
+from orchestrator.models.load import structure_of as stored_structure
 from orchestrator.store import Entry, key_of
 from orchestrator.train.job import Networks, fresh_student
 from orchestrator.trial.context import SweepContext
@@ -27,7 +33,7 @@ from orchestrator.trial.plan import TrialConfig, policy_of
 EVALUATION_VERSION = 1
 
 
-def val_metric(context: SweepContext, task: TaskData, network: torch.nn.Module, base: Network, has_head: bool) -> float:
+def val_metric(context: SweepContext, task: TaskData, network: nn.Module, base: Network, has_head: bool) -> float:
     """What a network scores on val, under the common probe where it has no trained head; nothing is stored.
 
     Args:
@@ -35,9 +41,11 @@ def val_metric(context: SweepContext, task: TaskData, network: torch.nn.Module, 
         base: whose preprocessing it has.
         has_head: whether its own head is trained.
     """
-    if has_head:
-        return accuracy(network, base.preprocessing, _pixels(context, task, task.val, base), task.val)
-    return _probe_accuracy(context, task, network, base)
+    scored = network if has_head else _probe(context, task, network, base).over(network)
+    size = base.preprocessing.size
+    labels = _labels(context, task, task.val, range(len(task.val)), size)
+    pixels = _pixels(context, task, task.val, base)
+    return score(scored, base.preprocessing, pixels, labels, len(task.val), task.spec.kind, len(task.classes)).value
 
 
 def _pixels(context: SweepContext, task: TaskData, split: Split, base: Network) -> Pixels:
@@ -45,19 +53,22 @@ def _pixels(context: SweepContext, task: TaskData, split: Split, base: Network) 
     return open_pixels(context.store, task, split, policy_of(context.spec), 1, base.preprocessing, limit)
 
 
-def _probe_accuracy(context: SweepContext, task: TaskData, network: torch.nn.Module, base: Network) -> float:
-    weight, bias = _probe(context, task, network, base)
-    rows = np.arange(len(task.val))
-    features = pooled_features(network, base.preprocessing, _pixels(context, task, task.val, base), rows)
-    predicted = (features @ weight.T + bias).argmax(1)
-    return float((predicted == torch.tensor(task.val.labels)).float().mean())
+def _labels(context: SweepContext, task: TaskData, split: Split, rows: Sequence[int], size: int) -> Labels:
+    limit = context.spec.store.pixels_gb
+    return open_labels(context.store, task, split, rows, policy_of(context.spec), 1, size, limit)
 
 
-def _probe(context: SweepContext, task: TaskData, network: torch.nn.Module, base: Network) -> tuple[Any, Any]:
-    rows = np.asarray(task.labelled)
-    labels = torch.tensor([task.train.labels[i] for i in task.labelled])
-    pixels = _pixels(context, task, task.train, base)
-    return probe_head(network, base.preprocessing, pixels, rows, labels, len(task.classes))
+def _probe(context: SweepContext, task: TaskData, network: nn.Module, base: Network) -> Probe:
+    return fit_probe(
+        network,
+        base.preprocessing,
+        _pixels(context, task, task.train, base),
+        _labels(context, task, task.train, task.labelled, base.preprocessing.size),
+        np.asarray(task.labelled),
+        task.spec.kind,
+        len(task.classes),
+        task.spec.decoder,
+    )
 
 
 def evaluate(
@@ -79,20 +90,26 @@ def evaluate(
         "version": EVALUATION_VERSION,
         "probe": not method.trains_head,
     }
+    if task.spec.kind != "classification":
+        reads |= {"kind": task.spec.kind, "decoder": task.spec.decoder}
 
     def write(folder: Path) -> dict[str, Any]:
         changes: dict[str, Any] = {}
         structure = None
         if last is not None:
             network, stored = load_student(last.path)
-            changes, structure = stored["changes"], structure_of(stored)
+            changes, structure = stored["changes"], stored_structure(stored)
         else:
             torch.manual_seed(config.seed)
             network = fresh_student(base, len(task.classes)).eval()
+        fitted = 0
         if not method.trains_head:
-            weight, bias = _probe(context, task, network, base)
-            load_head(network, weight, bias)
-        val = accuracy(network, base.preprocessing, _pixels(context, task, task.val, base), task.val)
+            probe = _probe(context, task, network, base)
+            network, fitted = probe.attached(network), probe.parameters
+            if structure is not None and structure_of(network) is not None:
+                raise WorkError(f"{method.name} leaves a network with modules of its own: no decoder can be put on it.")
+            structure = structure or structure_of(network)
+        val = val_metric(context, task, network, base, has_head=True)
         meta = {
             "model": base.entry.model_dump(mode="json"),
             "role": base.role,
@@ -104,11 +121,10 @@ def evaluate(
             "task": spec.task.model_dump(mode="json"),
         }
         save_student(folder, Deployed(network, method.deploys, changes, structure), meta)
-        head = 0 if method.trains_head else sum(p.numel() for p in network.get_classifier().parameters())  # type: ignore[operator]
         return {
             "val_metric": val,
             "params_total": parameters(network),
-            "probe_parameters": head,
+            "probe_parameters": fitted,
             "flops": flops(network, base.preprocessing.size),
         }
 
@@ -116,20 +132,7 @@ def evaluate(
     about = entry.meta["about"]
     student = Path(context.folder) / "students" / config.trial_id
     if not (student / "student.json").is_file():
-        temporary = student.with_name(f".{config.trial_id}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(entry.path, temporary, ignore=shutil.ignore_patterns("meta.json"))
-        meta = json.loads((temporary / "student.json").read_text(encoding="utf-8"))
-        teacher = config.cell.teacher
-        meta |= {
-            "method": config.cell.method,
-            "trial_id": config.trial_id,
-            "teacher": spec.teachers[teacher].model if teacher is not None else None,
-            "config": config.to_json(),
-        }
-        (temporary / "student.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        shutil.rmtree(student, ignore_errors=True)
-        temporary.rename(student)
+        _keep(context, config, entry, student)
     timing = _latency(context, entry, base)
     return {
         "val_metric": about["val_metric"],
@@ -139,6 +142,27 @@ def evaluate(
         "student_path": f"students/{config.trial_id}",
         **timing,
     }
+
+
+def _keep(context: SweepContext, config: TrialConfig, entry: Entry, student: Path) -> None:
+    """Copies the deployed network to the sweep's `students/<trial>`, whole or not at all."""
+    temporary = student.with_name(f".{config.trial_id}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(entry.path, temporary, ignore=shutil.ignore_patterns("meta.json"))
+        meta = json.loads((temporary / "student.json").read_text(encoding="utf-8"))
+        teacher = config.cell.teacher
+        meta |= {
+            "method": config.cell.method,
+            "trial_id": config.trial_id,
+            "teacher": context.spec.teachers[teacher].model if teacher is not None else None,
+            "config": config.to_json(),
+        }
+        (temporary / "student.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        shutil.rmtree(student, ignore_errors=True)
+        temporary.rename(student)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _latency(context: SweepContext, entry: Entry, base: Network) -> dict[str, Any]:

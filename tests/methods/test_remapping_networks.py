@@ -214,14 +214,10 @@ def test_fna_refuses_other_families_by_name():
     assert FNA.refuses(case.setting) is None
     resnet = replace(case.setting, student=replace(case.setting.student, name="timm/resnet18.a1_in1k"))
     assert "no relative" in FNA.refuses(resnet)
-    names = [
-        "timm/test_resnet",
-        "timm/resnet50",
-        "packaged/efficientnet_lite0",
-        "timm/tf_efficientnet_b0",
-        "local:x.pt",
-    ]
-    assert [family(n) for n in names] == ["resnet", "resnet", "efficientnet", "efficientnet", None]
+    assert family("timm/test_resnet") == family("timm/resnet50") != family("timm/resnetv2_50")
+    assert family("packaged/efficientnet_lite0") == family("timm/tf_efficientnet_b0") == family("timm/mobilenetv2_050")
+    assert family("timm/mobilenetv3_small_050") != family("timm/mobilenetv2_050")
+    assert family("local:mine.safetensors") is None
     stranger = replace(case, teacher=cnn("test_resnet"))  # a local file says nothing of its family
     with pytest.raises(ValueError, match="one family"):
         learner_of(stranger, FNA)

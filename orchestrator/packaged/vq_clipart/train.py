@@ -23,10 +23,17 @@ from orchestrator.sweep.prime import prime
 SIDE = 64  # pixels
 CHECK_SIDE = 96  # pixels of the default task's pictures, at which variants are looked for
 SETTINGS = (
-    "f=8",
+    "f=4",
     "codes=512",
-    "dim=32",
-    "channels=[24, 48, 64, 96]",
+    "dim=16",
+    "channels=[16, 32, 64]",
+    "prior_width=128",
+    "prior_layers=4",
+    "batch=16",
+    "lr=2e-3",
+    "prior_steps=800",
+    "prior_batch=32",
+    "prior_lr=1.5e-3",
     "precision=bf16",
 )
 
