@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.errors import UserError, WorkError
+from orchestrator.errors import UserError, WorkError, disk_full
 
 app = typer.Typer(
     add_completion=False,
@@ -60,6 +60,11 @@ def main() -> None:
         sys.exit(2)
     except WorkError as error:
         err.print(f"Failed: {error}", markup=False)
+        sys.exit(1)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        err.print(f"Failed: the disk is full ({error}).", markup=False)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("Stopped. Continue with `orchestrator resume SWEEP_DIR`.")
