@@ -256,7 +256,9 @@ def methods(
         return
     fact = facts[0]
     out.print(
-        f"{fact['name']} ({fact['family']}): {fact['summary']}\n{fact['paper']}\nNeeds {fact['needs']}.", markup=False
+        f"{fact['name']} ({fact['family']}): {fact['summary']}\n{fact['paper']}\nNeeds {fact['needs']}. "
+        f"Serves {', '.join(fact['tasks'])}.",
+        markup=False,
     )
     _table(
         ["knob", "default", "searched by default", "allowed", "what it is"],

@@ -26,7 +26,7 @@ from orchestrator.evaluate.metrics import auroc, mean_auroc, score
 from orchestrator.models import load_student
 from orchestrator.models.load import Preprocessing
 from orchestrator.select.export import export_student
-from orchestrator.spec import SweepSpec, Task
+from orchestrator.spec import SweepSpec, Task, read_spec
 from orchestrator.store import Store
 from orchestrator.sweep.run import prepare
 from orchestrator.trial.context import SweepContext
@@ -254,6 +254,20 @@ def test_a_trial_scores_what_its_stored_student_scores(trials, method):
     assert found.value == row["val_metric"]
     assert 0.4 < found.value <= 1
     assert 0 < found.error < 0.2
+
+
+def test_its_search_space_suits_such_a_folder(folder, tmp_path):
+    overrides = {
+        "task.data": f"folder:{folder}",
+        "task.shots": 4,
+        "teachers": "[{model: timm/test_vit, pretrained: false}]",
+        "students": "[timm/test_resnet]",
+        "storage": tmp_path,
+    }
+    spec = read_spec("search_spaces/multilabel.yaml", [f"{k}={v}" for k, v in overrides.items()])
+    prepared = prepare(spec)
+    assert {cell.method for cell in prepared.cells} == {*METHODS, "rkd", "lora"}
+    assert prepared.dropped == []
 
 
 def test_the_exported_card_tells_of_probabilities_and_the_metric(trials, tmp_path):

@@ -32,7 +32,7 @@ from orchestrator.evaluate.metrics import mean_iou, overlaps, score
 from orchestrator.models import load_student
 from orchestrator.models.load import Preprocessing
 from orchestrator.select.export import export_student
-from orchestrator.spec import SweepSpec, Task
+from orchestrator.spec import SweepSpec, Task, read_spec
 from orchestrator.store import Store
 from orchestrator.sweep.board import recommend
 from orchestrator.sweep.ledger import Ledger
@@ -427,6 +427,39 @@ def test_a_trial_scores_what_its_stored_student_scores(trials, method, decoder):
 def test_the_probe_of_pixels_finds_more_than_the_background(trials):
     for method in ("linear_probe", "wecolora"):
         assert trials[method, "linear"][1]["val_metric"] > 0.35  # the background alone gives less than 0.2
+
+
+@pytest.mark.parametrize("method", ["wecolora", "kd"])
+def test_scoring_a_network_while_it_trains_does_not_change_what_it_becomes(trials, folder, tmp_path, method):
+    spec = spec_of(folder, tmp_path / "runs", (method,), decoder="linear")
+    spec = spec.model_copy(update={"search": spec.search.model_copy(update={"scheduler": "asha"})})
+    (cell,) = prepare(spec).cells
+    seen: list[float] = []
+
+    def progress(share: float, metric: float | None) -> None:
+        seen.extend([] if metric is None else [metric])
+
+    context = SweepContext(spec, str(tmp_path / "runs" / "small"))
+    row = run_trial(context, TrialConfig("t0000", 0, cell, {}, 0), progress)
+    assert row["status"] == "complete", row["reason"]
+    assert row["val_metric"] == trials[method, "linear"][1]["val_metric"]
+    assert len(seen) >= 3
+    assert all(0 < value < 1 for value in seen)
+    assert method == "kd" or seen[-1] == pytest.approx(row["val_metric"], abs=0.02)  # under the same probe
+
+
+def test_its_search_space_suits_such_a_folder(folder, tmp_path):
+    overrides = {
+        "task.data": f"folder:{folder}",
+        "task.shots": 4,
+        "teachers": "[{model: timm/test_vit, pretrained: false}]",
+        "students": "[timm/test_resnet]",
+        "storage": tmp_path,
+    }
+    spec = read_spec("search_spaces/segmentation.yaml", [f"{k}={v}" for k, v in overrides.items()])
+    prepared = prepare(spec)
+    assert {cell.method for cell in prepared.cells} == set(METHODS)
+    assert prepared.dropped == []
 
 
 def test_what_a_method_learns_without_labels_is_shared_by_both_decoders(trials):
