@@ -1,6 +1,6 @@
 """Renders `benchmarks/results/ablation_*.json` as the tables of `docs/evidence.md`, between its markers.
 
-    python -m benchmarks.ablations.evidence
+python -m benchmarks.ablations.evidence
 """
 
 from __future__ import annotations
