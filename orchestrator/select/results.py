@@ -399,9 +399,8 @@ def _others_table(rows: pd.DataFrame, width: int) -> Table:
 def _footnotes(rows: pd.DataFrame, objectives: Sequence[Objective], kind: Kind) -> list[str]:
     first = objectives[0]
     word = "largest" if first.direction == "max" else "smallest"
-    notes = [
-        f"Ranked by {first.metric}, {word} first; ties by parameters, then latency. val: the {METRIC_NAMES[kind]} on val."
-    ]
+    notes = [f"Ranked by {first.metric}, {word} first; ties by parameters, then latency."]
+    notes.append(f"val: the {METRIC_NAMES[kind]} on val.")
     if len(objectives) > 1:
         notes.append(f"* on the Pareto front of {listed(o.metric for o in objectives)}.")
     notes.append("MFLOPs: 2 per multiply-add, for one image.")
