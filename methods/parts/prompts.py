@@ -41,7 +41,7 @@ class Prompted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.prompts is not None:
-            prompts = self.prompts.expand(len(x), -1, -1)
+            prompts = self.prompts.expand(x.shape[0], -1, -1)  # len(x) would fix the batch in an export
             x = insert(x, prompts if self.drop is None else self.drop(prompts), self.at)
         x = self.block(x)
         return remove(x, self.leave, self.at) if self.leave else x
