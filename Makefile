@@ -6,11 +6,12 @@ PY := $(VENV)/bin/python
 RUNS ?= runs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test lint bench clean
 
 help:
 	@echo "make quickstart   a first sweep on packaged data: offline after installation, minutes on two cores"
 	@echo "make test         lint, types, tests"
+	@echo "make bench        the same sweep here and in a plain script: wall time side by side"
 
 $(VENV)/.quickstart: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed, and none was found."; exit 1; }
@@ -38,6 +39,9 @@ lint: $(VENV)/.test
 
 test: lint
 	$(PY) -m pytest
+
+bench: $(VENV)/.test
+	$(PY) -m benchmarks.sweep_against_plain
 
 clean:
 	rm -rf $(VENV) $(RUNS) exported build *.egg-info

@@ -111,10 +111,11 @@ class Feed:
         images: `labelled` for the few labelled images, `all` for every training image.
         labels: whether the batch carries labels. False makes the stage unsupervised: labels are not in its key.
         labelled_fraction: with `images="all"` and labels, the share of each batch drawn from labelled images.
-        outputs: teacher outputs to attach.
+        outputs: teacher outputs to attach to the images.
         of: whose outputs: the teacher's, or those of the network that the named earlier training stage made of it.
         teacher_images: attach the views as the teacher expects them, for a learner that runs the teacher itself.
-        pool: an earlier `ImageStage` whose images come along in `Batch.generated`, with the same outputs.
+        pool: an earlier `ImageStage` whose images come along in `Batch.generated`.
+        pool_outputs: teacher outputs to attach to these; the same teacher's.
         pool_size: the first so many images of the pool are drawn from.
         pool_ratio: generated rows for each real one.
     """
@@ -126,6 +127,7 @@ class Feed:
     of: str = TEACHER
     teacher_images: bool = False
     pool: str = ""
+    pool_outputs: tuple[Output, ...] = ()
     pool_size: int = 0
     pool_ratio: float = 1.0
 

@@ -166,6 +166,7 @@ class DARTS(KD):
     name = "darts"
     paper = "Liu, Simonyan, Yang, DARTS: Differentiable Architecture Search, ICLR 2019"
     Config = DARTSConfig
+    tasks = ("classification", "multilabel")
 
     @classmethod
     def stages(cls, config: KDConfig, setting: Setting) -> list[Stage]:

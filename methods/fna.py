@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from methods.contract import Given, Setting, Stage, TrainStage
 from methods.kd import KD, KDConfig, KDLearner
 from methods.knobs import Choice, knob
+from methods.parts.dense import Segmenter
 
 RELATIVES = {"mobilenetv2": "efficientnet"}  # networks that timm builds of the same stages
 LEAST_REMAPPED = 0.5  # share of the student's scalars below the head; fewer, and the two are no relatives
@@ -168,7 +169,8 @@ class FNALearner(KDLearner):
 
     def network(self, params: Mapping[str, Any], given: Given) -> nn.Module:
         student = given.student
-        reached = remap(student, given.teacher, params["share"], params["noise"])
+        mine = student.backbone if isinstance(student, Segmenter) else student
+        reached = remap(mine, given.teacher, params["share"], params["noise"])
         if reached < LEAST_REMAPPED:
             raise ValueError(
                 f"fna copies weights between networks of one family, and only {reached:.0%} of the student's weights "

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from methods.contract import Feed, ImageStage, Recipe, Setting, Stage, TrainStage
-from methods.full_tuning import FullTuningLearner
+from methods.full_tuning import FullTuning, FullTuningLearner
 from methods.generators.makers import Rerepresentation
 from methods.heads import TEACHER_HEAD, teacher_head_stage
 from methods.knobs import Choice, MethodConfig, Range, knob
@@ -39,7 +39,7 @@ class IRFConfig(MethodConfig):
     )
     layer_decay: float = knob(
         1.0,
-        "Calibration: further factor for each transformer block (intermediate map of a CNN) away from the head.",
+        "Calibration: further factor for each transformer block (stage of a CNN) away from the head.",
         search=Choice(values=(0.6, 0.75, 0.9, 1.0)),
         gt=0,
         le=1,
@@ -72,6 +72,7 @@ class IRF(TunedTeacher):
     paper = "Wang et al., OTA: One to Transfer All, 2021 (arXiv 2111.12386): image re-representation fine-tuning"
     Config = IRFConfig
     learner = FullTuningLearner
+    version = FullTuning.version  # their learner is one
     upstream = ("vq",)
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ class KD(Method):
     family = "remapping"
     paper = "Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015"
     Config = KDConfig
-    tasks = ("classification", "multilabel", "segmentation")
+    tasks: ClassVar[tuple[Kind, ...]] = ("classification", "multilabel", "segmentation")
 
     @classmethod
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -245,15 +245,16 @@ class OTA(Method):
         feed = Feed(images="labelled", labels=True)
         params: dict[str, Any] = {"weight": config.weight}
         if config.weight > 0:
-            feed = Feed(
-                images="labelled",
-                labels=True,
-                outputs=targets.outputs,
-                of=targets.of,
-                pool=pool[-1].name if pool else "",
-                pool_size=pool[-1].count if pool else 0,
-                pool_ratio=config.ratio if pool else 1.0,
-            )
+            feed = replace(feed, of=targets.of, outputs=targets.outputs)
+            if pool:  # then the teacher is not needed on the labelled images
+                feed = replace(
+                    feed,
+                    outputs=(),
+                    pool=pool[-1].name,
+                    pool_outputs=targets.outputs,
+                    pool_size=pool[-1].count,
+                    pool_ratio=config.ratio,
+                )
             params |= {"temperature": config.temperature, "min_confidence": config.min_confidence, **targets.params}
         distil = TrainStage(
             name=DISTIL,

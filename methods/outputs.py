@@ -45,14 +45,13 @@ def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) 
     """Runs `network` once on `images` [B, 3, S, S] and returns every output by its key.
 
     The network is a timm model (`forward_features`, `forward_head`, `forward_intermediates`), or one of these under a
-    decoder of pixels, whose backbone is then read.
+    decoder of pixels: then `logits` are the decoder's [B, C, S, S], and everything else is the backbone's.
 
     Raises:
         ValueError: if the network cannot give one of them.
     """
+    whole = network
     if isinstance(network, Segmenter):
-        if any(o.kind == "logits" for o in outputs):
-            raise ValueError("A network that gives one class a pixel has no logits of an image.")
         network = network.backbone
     blocks = getattr(network, "blocks", None)
     tapped: dict[int, Tensor] = {}
@@ -66,7 +65,9 @@ def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) 
 
         handles.append(blocks[layer].register_forward_hook(keep))
     try:
-        finer = finer_layers(network) if any(o.kind == "dense" for o in outputs) else []
+        kinds = {o.kind for o in outputs}
+        decodes = isinstance(whole, Segmenter) and "logits" in kinds
+        finer = finer_layers(network) if "dense" in kinds or decodes else []
         maps = sorted({o.layer for o in outputs if o.kind == "map"} | set(finer))
         raw: dict[int, Tensor] = {}
         if maps:
@@ -84,6 +85,9 @@ def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) 
     for output in outputs:
         if output.kind == "pooled":
             result[output.key] = network.forward_head(final, pre_logits=True)  # type: ignore[operator]
+        elif isinstance(whole, Segmenter) and output.kind == "logits":
+            size = (int(images.shape[-2]), int(images.shape[-1]))
+            result[output.key] = whole.decode(join_maps(network, final, [raw[layer] for layer in finer]), size)
         elif output.kind == "logits":
             result[output.key] = network.forward_head(final)  # type: ignore[operator]
         elif output.kind == "tokens":

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.errors import UserError, WorkError
+from orchestrator.errors import UserError, WorkError, disk_full
 
 app = typer.Typer(
     add_completion=False,
@@ -60,6 +60,11 @@ def main() -> None:
         sys.exit(2)
     except WorkError as error:
         err.print(f"Failed: {error}", markup=False)
+        sys.exit(1)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        err.print(f"Failed: the disk is full ({error}).", markup=False)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("Stopped. Continue with `orchestrator resume SWEEP_DIR`.")
@@ -251,7 +256,9 @@ def methods(
         return
     fact = facts[0]
     out.print(
-        f"{fact['name']} ({fact['family']}): {fact['summary']}\n{fact['paper']}\nNeeds {fact['needs']}.", markup=False
+        f"{fact['name']} ({fact['family']}): {fact['summary']}\n{fact['paper']}\nNeeds {fact['needs']}. "
+        f"Serves {', '.join(fact['tasks'])}.",
+        markup=False,
     )
     _table(
         ["knob", "default", "searched by default", "allowed", "what it is"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -12,6 +13,10 @@ class UserError(Exception):
 
 class WorkError(Exception):
     """The input was right and the work failed (exit code 1): one sentence."""
+
+
+class FullDiskError(WorkError):
+    """The disk is full: no fault of the trial that met it, which is run again once there is room."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -24,3 +29,14 @@ def listed(words: Iterable[str]) -> str:
     """`a, b and c`, in the given order."""
     words = [str(w) for w in words]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "none"
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk (or a used-up quota) is behind an error; safetensors and torch tell it by text only."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in ("No space left on device", "os error 28", "file write failed")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -90,3 +90,16 @@ def test_grid_is_every_combination_once_and_refuses_ranges(colours: Path, tmp_pa
     spec = small_spec(colours, tmp_path, methods={"finetune": {"lr": {"low": 0.001, "high": 0.1}}}, search=search)
     with pytest.raises(UserError, match=r"methods\.finetune\.lr: search\.sampler grid needs a list"):
         prepare(spec)
+
+
+def test_a_last_line_that_a_dying_driver_left_unfinished_is_dropped(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path)
+    study = study_of(spec, tmp_path / "s")
+    asked = study.ask()
+    journal = tmp_path / "s" / "study.db"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":4,"worker_id":"x","stu')
+    again = study_of(spec, tmp_path / "s")
+    assert [c.to_json() for c, _ in again.proposed()] == [asked.to_json()]
+    assert again.ask().number == 1
+    study_of(spec, tmp_path / "s")

@@ -54,6 +54,8 @@ def flops(network: nn.Module, size: int) -> int:
     Counted are convolutions and matrix products, attention's included, at 2 for each multiply-add (twice the "MACs"
     or "FLOPs" of papers that count a multiply-add as one). Normalisation, activations and additions are not counted.
     """
+    # The counter asks for the gradient function of every input of a module, and a learned prompt is one.
+    network = copy.deepcopy(network).requires_grad_(False)
     # A fused attention kernel is one operation that the counter may not know, and on the CPU the fast path of
     # nn.MultiheadAttention always is: both are taken apart here. timm's own switch is read when a network is built,
     # so it cannot do this.

@@ -6,14 +6,17 @@ folder that works.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
+import importlib
 import io
 import json
 import logging
 import os
 import runpy
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,117 +31,17 @@ from torch import Tensor, nn
 
 from orchestrator.errors import UserError, WorkError, listed, nearest
 from orchestrator.select.results import short_name
-from orchestrator.spec import Model
+from orchestrator.select.scripts import onnx_script, torch_script
+from orchestrator.spec import METRIC_NAMES, Kind, Model
 
 FORMATS = ("safetensors", "onnx")
 TOLERANCE = {"safetensors": 1e-5, "onnx": 1e-4}  # largest difference of a logit
+STRUCTURE_FILE = "structure.py"
+OUTPUT: dict[Kind, str] = {
+    "multilabel": "A logit's sigmoid is the probability of its class; an image may have several classes, or none.",
+    "segmentation": "The logits are [B, C, S, S], one class a pixel of the input.",
+}
 ONE_FILE = 1_800_000_000  # bytes of weights; beyond 2 GB an ONNX file keeps them beside it
-
-CLASSIFY = '''
-
-def pixels(path):
-    """The central square, resized, transparency on white; as the student was evaluated."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = F.pil_to_tensor(image.crop((left, top, left + side, top + side)))
-    size, mode = CONFIG["pretrained_cfg"]["input_size"][1:], CONFIG["pretrained_cfg"]["interpolation"]
-    image = F.resize(image, size, F.InterpolationMode(mode), antialias=True) / 255
-    return F.normalize(image, CONFIG["pretrained_cfg"]["mean"], CONFIG["pretrained_cfg"]["std"])[None]
-
-
-if __name__ == "__main__":
-    with torch.inference_mode():
-        shares = network()(pixels(sys.argv[1])).softmax(1)[0]
-    for share, label in sorted(zip(shares.tolist(), CONFIG["label_names"]), reverse=True)[:5]:
-        print(f"{share:.4f} {label}")
-'''
-
-LOAD_TIMM = '''\
-"""Classifies an image: python load.py IMAGE. Needs timm (which brings torch and torchvision) and safetensors."""
-
-import json
-import sys
-from pathlib import Path
-
-import timm
-import torch
-from PIL import Image, ImageOps
-from torchvision.transforms.v2 import functional as F
-
-HERE = Path(__file__).resolve().parent
-CONFIG = json.loads((HERE / "config.json").read_text(encoding="utf-8"))
-
-
-def network():
-    """The network with its weights, in evaluation mode: [B, 3, S, S] normalised images -> [B, C] logits."""
-    return timm.create_model(f"local-dir:{HERE}", pretrained=True).eval()
-'''
-
-LOAD_CLIPART = '''\
-"""Classifies an image: python load.py IMAGE. Needs timm (which brings torch and torchvision) and safetensors."""
-
-import json
-import sys
-from pathlib import Path
-
-import timm
-import torch
-from PIL import Image, ImageOps
-from safetensors.torch import load_file
-from timm.layers import HybridEmbed, freeze_batch_norm_2d
-from timm.models.vision_transformer import VisionTransformer
-from torchvision.transforms.v2 import functional as F
-
-HERE = Path(__file__).resolve().parent
-CONFIG = json.loads((HERE / "config.json").read_text(encoding="utf-8"))
-
-
-def network():
-    """The network with its weights, in evaluation mode: [B, 3, S, S] normalised images -> [B, C] logits."""
-    stem = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(3,))
-    stem.blocks = stem.blocks[:5]  # up to the map of stride 16
-    model = VisionTransformer(embed_layer=lambda **kwargs: HybridEmbed(stem, **kwargs), **CONFIG["model_args"])
-    model.patch_embed.backbone = freeze_batch_norm_2d(model.patch_embed.backbone)
-    model.load_state_dict(load_file(HERE / "model.safetensors"))
-    return model.eval()
-'''
-
-LOAD_ONNX = '''\
-"""Classifies an image: python load.py IMAGE. Needs onnxruntime, numpy and pillow only."""
-
-import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
-
-HERE = Path(__file__).resolve().parent
-CONFIG = json.loads((HERE / "config.json").read_text(encoding="utf-8"))
-
-
-def pixels(path):
-    """The central square, resized, transparency on white; to a grey level as the student was evaluated."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    size, mode = CONFIG["pretrained_cfg"]["input_size"][1:], CONFIG["pretrained_cfg"]["interpolation"]
-    image = image.crop((left, top, left + side, top + side)).resize(size, Image.Resampling[mode.upper()])
-    image = (np.asarray(image, np.float32) / 255 - CONFIG["pretrained_cfg"]["mean"]) / CONFIG["pretrained_cfg"]["std"]
-    return image.astype(np.float32).transpose(2, 0, 1)[None]
-
-
-if __name__ == "__main__":
-    session = onnxruntime.InferenceSession(HERE / "model.onnx", providers=["CPUExecutionProvider"])
-    logits = session.run(["logits"], {"images": pixels(sys.argv[1])})[0][0].astype(np.float64)
-    shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-    for share, label in sorted(zip(shares.tolist(), CONFIG["label_names"]), reverse=True)[:5]:
-        print(f"{share:.4f} {label}")
-'''
 
 
 def export_student(
@@ -154,7 +57,8 @@ def export_student(
         network: the student; not changed.
         meta: its `student.json`.
         out_dir: a folder that does not exist yet, or is empty. It appears complete or not at all.
-        format: `safetensors` (timm's own folder format) or `onnx`.
+        format: `safetensors` (timm's own folder format, unless the network has modules that timm does not build: then
+            with a copy of the file that does, `structure.py`) or `onnx`.
         sample: [B, 3, S, S] normalised images for the comparison; None compares on random numbers.
 
     Returns:
@@ -171,6 +75,7 @@ def export_student(
     plain = copy.deepcopy(network).cpu().float().eval()
     images = _images(meta, sample)
     config = _config(plain, meta)
+    kind = kind_of(meta)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"The output folder {str(out)!r} is not empty; name one that does not exist yet.")
@@ -180,10 +85,10 @@ def export_student(
         raise UserError(f"The output folder {str(out)!r} cannot be written: {error.strerror or error}.") from error
     try:
         write = _write_timm if format == "safetensors" else _write_onnx
-        run = write(partial, plain, config)
+        run = write(partial, plain, config, kind)
         batches = sorted({1, min(3, len(images)), len(images)})
         difference = _compare(plain, run, images, batches, format)
-        card = _card(meta, config, format, difference)
+        card = _card(meta, config, kind, format, difference)
         (partial / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(partial / "__pycache__", ignore_errors=True)
         mask = os.umask(0)
@@ -195,7 +100,7 @@ def export_student(
         raise UserError(f"The output folder {str(out)!r} cannot be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    timm_loads = format == "safetensors" and timm.is_model(config["architecture"])
+    timm_loads = format == "safetensors" and timm.is_model(config["architecture"]) and "structure" not in config
     return {
         "folder": str(out),
         "format": format,
@@ -206,6 +111,11 @@ def export_student(
         "timm_loads": timm_loads,
         "sentences": _sentences(out, format, timm_loads, difference, sum(files.values())),
     }
+
+
+def kind_of(meta: Mapping[str, Any]) -> Kind:
+    """Of the task that a `student.json` is for."""
+    return meta.get("task", {}).get("kind", "classification")
 
 
 def _images(meta: Mapping[str, Any], sample: Tensor | None) -> Tensor:
@@ -232,11 +142,17 @@ def _config(network: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
     else:
         architecture = _architecture(entry)
         arguments.pop("num_classes", None)
-        patches = getattr(network, "patch_embed", None)
+        patches = next((m for n, m in network.named_modules() if n.rpartition(".")[2] == "patch_embed"), None)
         if entry.image_size is not None and hasattr(patches, "img_size"):
             arguments["img_size"] = size
     source = getattr(network, "pretrained_cfg", None) or {}
     mode = str(preprocessing["interpolation"])
+    structure = meta.get("structure")
+    added = {}
+    if structure:
+        module, _, function = structure["build"].partition(":")
+        added = {"structure": {"file": STRUCTURE_FILE, "function": function, "arguments": structure["arguments"]}}
+        added["structure"]["module"] = module
     return {
         "architecture": architecture,
         "num_classes": classes,
@@ -255,6 +171,7 @@ def _config(network: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
             "first_conv": source.get("first_conv"),
             "classifier": source.get("classifier"),
         },
+        **added,
     }
 
 
@@ -270,7 +187,7 @@ def _state(network: nn.Module, architecture: str) -> dict[str, Tensor]:
     state = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
     if architecture == "vit_clipart":  # its stem's batch norms are rebuilt frozen, and those count no batches
         stem = "patch_embed.backbone."
-        state = {k: v for k, v in state.items() if not (k.startswith(stem) and k.endswith("num_batches_tracked"))}
+        state = {k: v for k, v in state.items() if not (stem in k and k.endswith("num_batches_tracked"))}
     return state
 
 
@@ -279,20 +196,44 @@ def _write_json(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _write_timm(folder: Path, network: nn.Module, config: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    architecture = config["architecture"]
+def _write_timm(folder: Path, network: nn.Module, config: dict[str, Any], kind: Kind) -> Callable[[Tensor], Tensor]:
+    architecture, structure = config["architecture"], config.get("structure")
     save_file(_state(network, architecture), folder / "model.safetensors", metadata={"format": "pt"})
+    if structure is not None:
+        (folder / STRUCTURE_FILE).write_bytes(_source(structure.pop("module")))
     _write_json(folder, config)
     script = folder / "load.py"
-    script.write_text((LOAD_CLIPART if architecture == "vit_clipart" else LOAD_TIMM) + CLASSIFY, encoding="utf-8")
+    text = torch_script(kind, clipart=architecture == "vit_clipart", structured=structure is not None)
+    script.write_text(text, encoding="utf-8")
     try:
         loaded = runpy.run_path(str(script))["network"]()
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise WorkError(f"timm cannot rebuild the student from what was exported: {_first_line(error)}") from error
     return loaded
 
 
-def _write_onnx(folder: Path, network: nn.Module, config: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+def _source(module: str) -> bytes:
+    """The file of a module that builds parts of a network; it must need torch and timm only.
+
+    Raises:
+        WorkError: if it imports something else, so that a copy of it would not run elsewhere.
+    """
+    path = importlib.import_module(module).__file__
+    assert path is not None
+    source = Path(path).read_bytes()
+    roots: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots.add("." if node.level else (node.module or "").partition(".")[0])
+    foreign = sorted(roots - {"torch", "timm"} - set(sys.stdlib_module_names))
+    if foreign:
+        raise WorkError(f"{module} cannot be copied into an export: it imports {listed(foreign)}.")
+    return source
+
+
+def _write_onnx(folder: Path, network: nn.Module, config: dict[str, Any], kind: Kind) -> Callable[[Tensor], Tensor]:
     import onnx
     import onnxruntime
 
@@ -321,8 +262,8 @@ def _write_onnx(folder: Path, network: nn.Module, config: dict[str, Any]) -> Cal
         raise
     except Exception as error:  # the exporter, the checker and the runtime share no base class
         raise WorkError(f"{config['architecture']} cannot be exported to ONNX: {_first_line(error)}") from error
-    _write_json(folder, config)
-    (folder / "load.py").write_text(LOAD_ONNX, encoding="utf-8")
+    _write_json(folder, {k: v for k, v in config.items() if k != "structure"})
+    (folder / "load.py").write_text(onnx_script(kind), encoding="utf-8")
     return lambda images: torch.from_numpy(np.asarray(session.run(["logits"], {"images": images.numpy()})[0]))
 
 
@@ -393,7 +334,7 @@ def _agree(difference: float) -> str:
     return f"are within {difference:.1g} of" if difference else "equal"
 
 
-def _card(meta: Mapping[str, Any], config: Mapping[str, Any], format: str, difference: float) -> str:
+def _card(meta: Mapping[str, Any], config: Mapping[str, Any], kind: Kind, format: str, difference: float) -> str:
     entry = Model.model_validate(meta["model"])
     teacher, student = short_name(meta.get("teacher")), short_name(entry.model)
     cfg = config["pretrained_cfg"]
@@ -401,29 +342,41 @@ def _card(meta: Mapping[str, Any], config: Mapping[str, Any], format: str, diffe
     itself = meta.get("role") == "teacher"
     network = f"{student}{' (the adapted teacher)' if itself else ''}{f', with {changes}' if changes else ''}"
     val = meta.get("val_metric")
+    shown = "-" if val is None else f"{float(val):.4f}"
     rows = [
         ("Method", meta.get("method") or "-"),
         ("Teacher", teacher or "none"),
         ("Network", network),
         ("Architecture", config["architecture"]),
-        ("Accuracy on val", "-" if val is None else f"{float(val):.4f}"),
+        *([("Added to it", _added(config["structure"]))] if "structure" in config else []),
+        (f"{'Accuracy' if kind == 'classification' else METRIC_NAMES[kind]} on val", shown),
         ("Trial", meta.get("trial_id") or "-"),
         ("Input", f"[B, 3, {cfg['input_size'][1]}, {cfg['input_size'][2]}], any B"),
         ("Mean, std", f"{cfg['mean']}, {cfg['std']}, of pixels in 0 to 1"),
     ]
     labels = "\n".join(f"{i}. {label}" for i, label in enumerate(config["label_names"]))
     lines = [
-        *("---", f"library_name: {'onnxruntime' if format == 'onnx' else 'timm'}"),
-        *("pipeline_tag: image-classification", "---", ""),
+        *("---", f"library_name: {_library(config, format)}"),
+        *(f"pipeline_tag: image-{'segmentation' if kind == 'segmentation' else 'classification'}", "---", ""),
         *(f"# {config['architecture']}, {config['num_classes']} classes", ""),
         *("| | |", "| --- | --- |", *(f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows), ""),
         f"Preprocessing: the image's central square, resized to {cfg['input_size'][1]} pixels ({cfg['interpolation']}, "
         "with antialiasing), transparency on white, scaled to 0 to 1, normalised by mean and std.",
         *("", "## Use", "", _use(config, format), ""),
+        *([f"{OUTPUT[kind]}", ""] if kind in OUTPUT else []),
         f"Checked after writing: the logits {_agree(difference)} the trained network's.",
         *("", "## Classes", "", labels, ""),
     ]
     return "\n".join(lines)
+
+
+def _library(config: Mapping[str, Any], format: str) -> str:
+    return "onnxruntime" if format == "onnx" else "pytorch" if "structure" in config else "timm"
+
+
+def _added(structure: Mapping[str, Any]) -> str:
+    arguments = ", ".join(f"{k} {v}" for k, v in structure["arguments"].items())
+    return f"{structure['function']} ({arguments})" if arguments else str(structure["function"])
 
 
 def _use(config: Mapping[str, Any], format: str) -> str:
@@ -432,6 +385,11 @@ def _use(config: Mapping[str, Any], format: str) -> str:
         code = 'session = onnxruntime.InferenceSession("model.onnx")\n(logits,) = session.run(None, {"images": images})'
         head = "or, with `images` a float32 array [B, 3, S, S]:"
         return f"{command}\n\n{head}\n\n```python\nimport onnxruntime\n\n{code}\n```"
+    if "structure" in config:
+        return (
+            f"{command}\n\n`network()` in `load.py` builds timm's network and puts the modules of `{STRUCTURE_FILE}` "
+            "into it or around it."
+        )
     if config["architecture"] == "vit_clipart":
         return (
             f"{command}\n\ntimm has no registered model of this architecture: `network()` in `load.py` builds it "

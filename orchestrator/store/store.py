@@ -8,7 +8,6 @@ one can never be read.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from orchestrator.errors import UserError, WorkError
+from orchestrator.errors import FullDiskError, UserError, disk_full
 
 META = "meta.json"
 
@@ -99,7 +98,7 @@ class Store:
 
         Raises:
             BusyError: see `wait`.
-            WorkError: if the disk is full.
+            FullDiskError: see there.
         """
         found = self.get(stage, key)
         if found is not None:
@@ -139,7 +138,7 @@ class Store:
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(temporary).free
             if free < self.min_free_gb * 1e9:
-                raise WorkError(
+                raise FullDiskError(
                     f"The store {str(self.root)!r} has {free / 1e9:.2f} GB of free disk, less than "
                     f"store.min_free_gb = {self.min_free_gb:g}: free some, or run `orchestrator store gc`."
                 )
@@ -156,9 +155,9 @@ class Store:
             (temporary / META).write_text(json.dumps(meta), encoding="utf-8")
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary, target)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise WorkError(
+        except Exception as error:
+            if disk_full(error):
+                raise FullDiskError(
                     f"The disk of the store {str(self.root)!r} is full while writing {stage}/{key}."
                 ) from error
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from orchestrator.select.export import export_student
 from orchestrator.select.results import as_accuracy, choose, margin_note, read_trials
 from orchestrator.spec import METRIC_NAMES, METRICS, Kind, Task
 from orchestrator.store import Store
-from orchestrator.sweep.ledger import Ledger
+from orchestrator.sweep.ledger import Ledger, at_once
 from orchestrator.sweep.run import open_sweep
 from orchestrator.trial.plan import TrialConfig
 
@@ -140,9 +139,7 @@ def _test_once(folder: Path, trial_id: str, student_path: str) -> tuple[dict[str
             "images": count,
             "standard_error": found.error,
         }
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        os.replace(temporary, path)
+        at_once(path, lambda temporary: temporary.write_text(json.dumps(known), encoding="utf-8"))
     return known[trial_id], len(known)
 
 

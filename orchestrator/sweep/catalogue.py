@@ -36,6 +36,7 @@ def _facts(method: type[Method]) -> dict[str, Any]:
         "paper": method.paper,
         "summary": (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " "),
         "needs": ", ".join(needs),
+        "tasks": list(method.tasks),
         "deploys": "a student of the sweep file" if method.deploys == "student" else "a network made from the teacher",
         "knobs": [
             {

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from orchestrator.data.task import TaskData, load_task
-from orchestrator.errors import UserError, listed
+from orchestrator.errors import FullDiskError, UserError, disk_full, listed
 from orchestrator.models import check_model, load_network, plan_network
 from orchestrator.models.names import Role
 from orchestrator.spec import SweepSpec, read_spec
@@ -142,7 +144,26 @@ def open_sweep(folder: str | Path) -> SweepSpec:
 
 
 def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
-    """Runs or continues a sweep to its end, on the cluster or on this machine."""
+    """Runs or continues a sweep to its end, on the cluster or on this machine.
+
+    Raises:
+        UserError: if another process runs this sweep.
+        FullDiskError: with what to do then.
+    """
+    lock = FileLock(folder / ".driver.lock", timeout=0)
+    try:
+        with lock:
+            _run(prepared, folder, on_event)
+    except Timeout:
+        raise UserError(f"Another process is running the sweep {str(folder)!r}.") from None
+    except Exception as error:
+        if isinstance(error, FullDiskError) or disk_full(error):
+            said = str(error) if isinstance(error, FullDiskError) else f"The disk of {str(folder)!r} is full."
+            raise FullDiskError(f"{said} Make room, then continue with `orchestrator resume {folder}`.") from error
+        raise
+
+
+def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
     from orchestrator.sweep.study import Study
     from orchestrator.sweep.tune import run_search, start_ray
 

@@ -43,6 +43,7 @@ class Study:
 
     def __init__(self, spec: SweepSpec, folder: Path, cells: list[Cell], spaces: dict[str, Space], task: Any) -> None:
         self.spec, self.cells, self.spaces, self.task = spec, cells, spaces, task
+        _mend(folder / "study.db")
         storage = JournalStorage(JournalFileBackend(str(folder / "study.db")))
         self._study = optuna.create_study(
             study_name=spec.name,
@@ -135,6 +136,16 @@ class Study:
         for metric in ("val_metric", "params_total", "latency_ms"):
             storage.set_trial_user_attr(trial_id, metric, json.loads(json.dumps(row.get(metric))))
         self._study.tell(number, values if state is TrialState.COMPLETE else None, state=state)
+
+
+def _mend(journal: Path) -> None:
+    """Drops a last line that its writer did not finish: it was killed, or the disk was full."""
+    if not journal.is_file():
+        return
+    content = journal.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with journal.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def _cell_name(spec: SweepSpec, cell: Cell) -> str:

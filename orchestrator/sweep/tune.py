@@ -20,7 +20,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from orchestrator.sweep.ledger import FINAL, Ledger
+from orchestrator.errors import FullDiskError
+from orchestrator.sweep.ledger import FINAL, Clock, Ledger
 from orchestrator.sweep.study import Study
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
@@ -36,15 +37,16 @@ class _Bridge(Searcher):
     exactly these, told in order: what is proposed then does not depend on which trial finishes first.
     """
 
-    def __init__(self, context: SweepContext, study: Study, ledger: Ledger, concurrency: int, deadline: float | None):
+    def __init__(self, context: SweepContext, study: Study, ledger: Ledger, concurrency: int, clock: Clock):
         super().__init__(metric="val_metric", mode="max")
         self.context, self.study, self.ledger = context, study, ledger
-        self.concurrency, self.deadline = concurrency, deadline
+        self.concurrency, self.clock = concurrency, clock
         self.open: dict[str, TrialConfig] = {}
         self.finished: dict[int, dict[str, Any]] = {}
         self.told: set[int] = set()
         self.again: list[TrialConfig] = []
         self.count = 0
+        self.halted = ""  # why nothing more is proposed in this life of the driver
         for config, told in study.proposed():
             self.count += 1
             row = ledger.read(config.trial_id)
@@ -69,9 +71,11 @@ class _Bridge(Searcher):
         return {"trial": config.to_json(), "method": config.cell.method, **config.knobs}
 
     def _next(self) -> TrialConfig | str | None:
+        if self.halted:
+            return Searcher.FINISHED if not self.open else None
         if self.again:
             return self.again.pop(0)
-        if self.count >= self.study.size or self._spent():
+        if self.count >= self.study.size or self.spent():
             return Searcher.FINISHED if not self.open else None
         if self.study.needs_results(self.count):
             visible = self.count - self.lag if self.lag else max([*self.finished, *self.told, -1])
@@ -87,16 +91,21 @@ class _Bridge(Searcher):
             self.study.tell(number, self.finished.pop(number))
             self.told.add(number)
 
-    def _spent(self) -> bool:
-        if self.deadline is not None and time.time() > self.deadline:
+    def spent(self) -> bool:
+        """Whether the sweep's time or its device-hours are used up, in this life of its driver or earlier ones."""
+        search = self.context.spec.search
+        if search.time_budget_s is not None and self.clock.seconds >= search.time_budget_s:
             return True
-        budget = self.context.spec.search.device_hours
+        budget = search.device_hours
         return budget is not None and sum(r["device_seconds"] for r in self.ledger.rows()) >= budget * 3600
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         config = self.open.pop(trial_id, None)
         if config is None:
             return
+        if (result or {}).get("full_disk"):
+            self.halted = self.halted or str((result or {})["full_disk"])
+            return  # its row is not final: it is run again when the sweep is continued
         row = self.ledger.read(config.trial_id) or blank_row(self.context.spec, config)
         if row["status"] not in FINAL:
             result = result or {}
@@ -126,6 +135,16 @@ class _Bridge(Searcher):
         """See `save`."""
 
 
+class _Ticks(tune.Callback):
+    """Keeps the sweep's clock on disk while Tune runs."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self.clock.save()
+
+
 def _trainable(config: dict[str, Any], context: SweepContext) -> None:
     from orchestrator.data.actors import make_on_actors
 
@@ -145,12 +164,16 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
             best = metric
             tune.report({"progress": share * 100, "val_metric": metric})
 
-    if context.spec.train.workers > 1:
-        from orchestrator.train.group import GroupRunner
+    try:
+        if context.spec.train.workers > 1:
+            from orchestrator.train.group import GroupRunner
 
-        row = run_trial(context, trial, None, GroupRunner(context, trial.trial_id), make_on_actors)
-    else:
-        row = run_trial(context, trial, progress, mapper=make_on_actors)
+            row = run_trial(context, trial, None, GroupRunner(context, trial.trial_id), make_on_actors)
+        else:
+            row = run_trial(context, trial, progress, mapper=make_on_actors)
+    except FullDiskError as error:
+        tune.report({"progress": 0, "val_metric": best, "full_disk": str(error)})
+        return
     # A worker that died was a trial's misfortune, and its row already says so; writing it makes it final.
     ledger.write(row)
     metric = row["val_metric"]
@@ -182,6 +205,7 @@ def start_ray(threads: int) -> None:
         return
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # rows and event files are our own
     address = os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
@@ -203,19 +227,19 @@ def concurrency_of(context: SweepContext) -> int:
 
 def run_search(context: SweepContext, study: Study, on_event: Any = None) -> None:
     """Runs the sweep to its end; returns when every trial has its final row."""
-    train, search = context.spec.train, context.spec.search
+    train = context.spec.train
     ledger = Ledger(context.folder)
     concurrency = concurrency_of(context)
-    deadline = time.time() + search.time_budget_s if search.time_budget_s else None
-    bridge = _Bridge(context, study, ledger, concurrency, deadline)
-    remaining = study.size - bridge.count + len(bridge.again)
+    clock = Clock(context.folder)
+    bridge = _Bridge(context, study, ledger, concurrency, clock)
+    remaining = len(bridge.again) + (0 if bridge.spent() else study.size - bridge.count)
     if remaining > 0:
         alone = train.workers == 1
         resources: dict[str, float] = {"CPU": train.threads if alone else 0.01}
         if alone and context.device == "cuda":
             resources["GPU"] = train.gpus_per_worker
         trainable = tune.with_resources(tune.with_parameters(_trainable, context=context), resources)
-        callbacks = [on_event] if on_event is not None else []
+        callbacks = [_Ticks(clock), *([on_event] if on_event is not None else [])]
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -237,6 +261,9 @@ def run_search(context: SweepContext, study: Study, on_event: Any = None) -> Non
         tuner.fit()
     bridge.flush()
     ledger.publish()
+    clock.save(force=True)
+    if bridge.halted:
+        raise FullDiskError(bridge.halted)
 
 
 def _scratch(context: SweepContext) -> Path:

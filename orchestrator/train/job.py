@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from methods.contract import Deployed, Feed, Given, TrainStage, trainable_parameters
+from methods.outputs import Output
 from methods.parts.dense import segmenter
 from orchestrator.data.labels import open_labels, plain_labels
 from orchestrator.data.outputs import open_outputs, open_pool_outputs
@@ -225,14 +226,12 @@ def _feeder(
     def pixels_of(preprocessing: Preprocessing) -> Pixels:
         return open_pixels(store, task, task.train, job.policy, views, preprocessing, spec.store.pixels_gb)
 
-    def live_teacher(images: ImageSet, split: Split) -> LiveTeacher | None:
-        if not (feed.outputs and spec.train.fresh):
+    def live_teacher(images: ImageSet, split: Split, outputs: tuple[Output, ...]) -> LiveTeacher | None:
+        if not (outputs and spec.train.fresh):
             return None
         base = networks.trained("teacher")
         network = tuned_network(entry_at(store, job.of).path, job.of, base) if job.of is not None else base
-        return LiveTeacher(
-            network, RenderedPixels(images, split, job.policy, network.preprocessing), feed.outputs, device
-        )
+        return LiveTeacher(network, RenderedPixels(images, split, job.policy, network.preprocessing), outputs, device)
 
     generated = None
     if job.pool:
@@ -244,7 +243,7 @@ def _feeder(
             stored = [[stored_pixels(store, s, s.split, job.policy, v, trained) for s in shards] for v in range(views)]
             pixels = StoredPixels([JoinedRecords(tables) for tables in stored])
         generated = Feeder(
-            Feed("all", outputs=feed.outputs),
+            Feed("all", outputs=feed.pool_outputs),
             len(joined.split),
             pixels,
             trained,
@@ -252,7 +251,7 @@ def _feeder(
                 key: open_pool_outputs([[entry_at(store, a) for a in shards] for shards in addresses])
                 for key, addresses in job.pool_outputs.items()
             },
-            live=live_teacher(joined, joined.split),
+            live=live_teacher(joined, joined.split, feed.pool_outputs),
             batch=pool_batch(job),
             stream=8,
             **common,
@@ -270,7 +269,7 @@ def _feeder(
         labelled=task.labelled,
         labels=labels.batch if labels is not None else None,
         tables={key: open_outputs([entry_at(store, a) for a in found]) for key, found in job.outputs.items()},
-        live=live_teacher(task, task.train),
+        live=live_teacher(task, task.train, feed.outputs),
         teacher=(pixels_of(theirs), theirs) if theirs is not None else None,
         generated=generated,
         batch=spec.train.batch,

@@ -159,7 +159,8 @@ def stage_reads(
     if feed.pool:
         reads["pool"] = inputs[feed.pool]
     own = isinstance(stage, TrainStage) and stage.feed.teacher_images
-    if cell.teacher is not None and ((feed.outputs and feed.of == TEACHER) or own or "teacher" in stage.reads):
+    attached = feed.outputs or (isinstance(stage, TrainStage) and stage.feed.pool_outputs)
+    if cell.teacher is not None and ((attached and feed.of == TEACHER) or own or "teacher" in stage.reads):
         reads["teacher"] = source_reads(spec.teachers[cell.teacher], "teacher")
     if cell.student is not None and "student" in stage.reads:
         reads["student"] = source_reads(spec.students[cell.student], "student")
@@ -181,6 +182,7 @@ def stage_reads(
         reads["feed"] = {"images": feed.images, "labels": stage.feed.labels, "fraction": stage.feed.labelled_fraction}
         if stage.feed.pool:
             reads["feed"] |= {"pool_size": stage.feed.pool_size, "pool_ratio": stage.feed.pool_ratio}
+            reads["feed"]["pool_outputs"] = [asdict(o) for o in stage.feed.pool_outputs]
         reads["recipe"] = asdict(stage.recipe)
         reads["steps"] = stage_steps(stage, spec, task)
         reads["batch"] = train.batch

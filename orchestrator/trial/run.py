@@ -21,7 +21,7 @@ from orchestrator.data.contact import contact_sheet
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs, open_pool_outputs
 from orchestrator.data.pool import SHARD, Mapper, PoolJob, PoolShard, Sources, ensure_pool, make_here, pool_images
 from orchestrator.data.task import TaskData, load_task
-from orchestrator.errors import UserError, WorkError
+from orchestrator.errors import FullDiskError, UserError, WorkError, disk_full
 from orchestrator.models import Network
 from orchestrator.models.load import tuned_network
 from orchestrator.spec import SweepSpec
@@ -63,12 +63,17 @@ def run_trial(
         progress: hears how far the trial is.
         runner: runs its training stages.
         mapper: makes its generated images.
+
+    Raises:
+        FullDiskError: which is no fault of the trial.
     """
     started = time.time()
     row = blank_row(context.spec, config) | {"started": started, "pid": os.getpid(), "node": platform.node()}
     bill = Bill()
     try:
         row |= _Trial(context, config, bill, progress, runner, mapper).run() | {"status": "complete"}
+    except FullDiskError:
+        raise
     except (UserError, WorkError) as error:
         row |= {"status": "failed", "reason": str(error)}
     except torch.OutOfMemoryError:
@@ -77,6 +82,8 @@ def run_trial(
         )
         row |= {"status": "failed", "reason": reason}
     except Exception as error:  # one trial's defect must not end the sweep; its traceback is kept beside the row
+        if disk_full(error):
+            raise FullDiskError(f"The disk of {context.folder!r} is full.") from error
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         row |= {"status": "failed", "reason": f"{type(error).__name__} at {where}: {error}"[:500]}
@@ -299,7 +306,7 @@ class _Trial:
             if not self.spec.train.fresh:
                 entries = self._outputs(feed.outputs, feed.of, views)
                 if feed.pool:
-                    generated = self._pool_outputs(feed.pool, feed.outputs, feed.of, views, feed.pool_size)
+                    generated = self._pool_outputs(feed.pool, feed.pool_outputs, feed.of, views, feed.pool_size)
             shards = self._shards(feed.pool, feed.pool_size) if feed.pool else []
             job = TrainJob(
                 spec=self.spec,

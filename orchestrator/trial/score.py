@@ -132,20 +132,7 @@ def evaluate(
     about = entry.meta["about"]
     student = Path(context.folder) / "students" / config.trial_id
     if not (student / "student.json").is_file():
-        temporary = student.with_name(f".{config.trial_id}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(entry.path, temporary, ignore=shutil.ignore_patterns("meta.json"))
-        meta = json.loads((temporary / "student.json").read_text(encoding="utf-8"))
-        teacher = config.cell.teacher
-        meta |= {
-            "method": config.cell.method,
-            "trial_id": config.trial_id,
-            "teacher": spec.teachers[teacher].model if teacher is not None else None,
-            "config": config.to_json(),
-        }
-        (temporary / "student.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        shutil.rmtree(student, ignore_errors=True)
-        temporary.rename(student)
+        _keep(context, config, entry, student)
     timing = _latency(context, entry, base)
     return {
         "val_metric": about["val_metric"],
@@ -155,6 +142,27 @@ def evaluate(
         "student_path": f"students/{config.trial_id}",
         **timing,
     }
+
+
+def _keep(context: SweepContext, config: TrialConfig, entry: Entry, student: Path) -> None:
+    """Copies the deployed network to the sweep's `students/<trial>`, whole or not at all."""
+    temporary = student.with_name(f".{config.trial_id}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(entry.path, temporary, ignore=shutil.ignore_patterns("meta.json"))
+        meta = json.loads((temporary / "student.json").read_text(encoding="utf-8"))
+        teacher = config.cell.teacher
+        meta |= {
+            "method": config.cell.method,
+            "trial_id": config.trial_id,
+            "teacher": context.spec.teachers[teacher].model if teacher is not None else None,
+            "config": config.to_json(),
+        }
+        (temporary / "student.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        shutil.rmtree(student, ignore_errors=True)
+        temporary.rename(student)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _latency(context: SweepContext, entry: Entry, base: Network) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def built(method: type[Method], config: MethodConfig, case: Case, seed: int = 0)
 def outputs_of(stage: Stage) -> tuple[Output, ...]:
     if isinstance(stage, ImageStage):
         return ()
-    return stage.outputs if isinstance(stage, FitStage) else stage.feed.outputs
+    return stage.outputs if isinstance(stage, FitStage) else stage.feed.outputs + stage.feed.pool_outputs
 
 
 def batch_for(one: Built, case: Case, seed: int = 0) -> Batch:

@@ -79,12 +79,8 @@ def batch_of(case, chain, real=8, generated=8):
     images, labels = make_images()
     teacher = chain.networks[CALIBRATE]
     pool = chain.pools[GENERATE][:generated]
-    return Batch(
-        images[:real],
-        labels[:real],
-        teacher_outputs(teacher, images[:real], (LOGITS,)),
-        generated=Batch(pool, None, teacher_outputs(teacher, pool, (LOGITS,))),
-    )
+    generated_rows = Batch(pool, None, teacher_outputs(teacher, pool, (LOGITS,)))
+    return Batch(images[:real], labels[:real], generated=generated_rows)
 
 
 # IRF
@@ -131,8 +127,8 @@ def test_the_backbone_is_calibrated_more_slowly_than_the_head():
     stage, chain = until(IRF, IRFConfig(backbone=0.03, layer_decay=0.5), case_with(), CALIBRATE)
     learner = stage.learner(stage.params, given_for(stage, case_with(), torch.empty(0), chain.results))
     assert learner.lr_scale("student.head.weight") == 1.0
-    assert learner.lr_scale("student.blocks.5.mlp.fc1.weight") == pytest.approx(0.03)
-    assert learner.lr_scale("student.blocks.3.mlp.fc1.weight") == pytest.approx(0.03 * 0.25)
+    assert learner.lr_scale("student.blocks.5.mlp.fc1.weight") == pytest.approx(0.03 * 0.5)
+    assert learner.lr_scale("student.blocks.3.mlp.fc1.weight") == pytest.approx(0.03 * 0.5**3)
 
 
 @pytest.mark.parametrize(
@@ -436,11 +432,12 @@ def test_generated_images_come_in_the_ratio_that_is_asked_for():
 
 def test_the_teacher_of_the_pool_is_the_calibrated_one():
     stage = stage_of(OTAConfig(), case_with(), DISTIL)
-    assert (stage.feed.of, stage.feed.outputs) == (CALIBRATE, (LOGITS,))
+    assert (stage.feed.of, stage.feed.pool_outputs) == (CALIBRATE, (LOGITS,))
+    assert stage.feed.outputs == ()  # on the labelled images nobody asks it
     plain = stage_of(OTAConfig(teacher_tuning="none"), case_with(), DISTIL)
-    assert (plain.feed.of, plain.feed.outputs) == ("teacher", (POOLED,))
+    assert (plain.feed.of, plain.feed.pool_outputs) == ("teacher", (POOLED,))
     lora = stage_of(OTAConfig(teacher_tuning="lora"), case_with(), DISTIL)
-    assert (lora.feed.of, lora.feed.outputs) == ("tune", (LOGITS,))
+    assert (lora.feed.of, lora.feed.pool_outputs) == ("tune", (LOGITS,))
 
 
 def test_ota_learns_with_every_teacher():

@@ -19,12 +19,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from methods.contract import (
+    IGNORE,
     TEACHER,
     Batch,
     Deployed,
     FitStage,
     Given,
     ImageStage,
+    Kind,
     Learner,
     Method,
     NetworkInfo,
@@ -37,6 +39,7 @@ from methods.generators.diffusion import DiffusionPackage
 from methods.generators.vq import VQPackage
 from methods.knobs import MethodConfig
 from methods.outputs import Output, intermediate_channels, read_outputs
+from methods.parts.dense import segmenter
 
 SIDE = 32
 CLASSES = 5
@@ -127,16 +130,19 @@ def make_case(
     unlabelled: int = 12,
     labelled: int = 20,
     upstream: Sequence[str] = (),
+    task_kind: Kind = "classification",
 ) -> Case:
     builders: dict[str, Callable[..., nn.Module]] = {"vit": vit, "hybrid": hybrid_vit, "cnn": cnn}
     kinds = {"vit": "vit", "hybrid": "vit", "cnn": "cnn"}
     networks = {"teacher": builders[teacher](seed=1), "student": builders[student](seed=2)}
-    task = TaskInfo("classification", CLASSES, labelled, unlabelled, upstream=tuple(upstream))
+    task = TaskInfo(task_kind, CLASSES, labelled, unlabelled, upstream=tuple(upstream))
     setting = Setting(
         task=task,
         teacher=describe(networks["teacher"], kinds[teacher]),
         student=describe(networks["student"], kinds[student]),
     )
+    if task_kind == "segmentation":
+        networks["student"] = segmenter(networks["student"], CLASSES).eval()
     return Case(
         **networks,
         setting=setting,
@@ -151,6 +157,19 @@ def make_images(n: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
     labels = torch.arange(n) % CLASSES
     colours = torch.randn(CLASSES, 3, 1, 1, generator=generator)
     return colours[labels] + 0.5 * torch.randn(n, 3, SIDE, SIDE, generator=generator), labels
+
+
+def labels_of(kind: Kind, labels: Tensor) -> Tensor:
+    """Labels of another kind for images of these classes [n]: further classes [n, C], or masks [n, S, S]."""
+    if kind == "multilabel":
+        several = F.one_hot(labels, CLASSES) + F.one_hot((labels + 1) % CLASSES, CLASSES)
+        return several.float() * (torch.arange(len(labels)) % 4 > 0)[:, None]
+    if kind == "segmentation":
+        masks = labels[:, None, None].repeat(1, SIDE, SIDE)
+        masks[:, : SIDE // 2] = (masks[:, : SIDE // 2] + 1) % CLASSES
+        masks[:, :, 0] = IGNORE
+        return masks
+    return labels
 
 
 def tensor_hash(network: nn.Module) -> str:
@@ -346,13 +365,16 @@ def draw(
         rows = torch.cat([torch.randperm(known)[:share], torch.randint(known, len(images), (batch - share,))])
     else:
         rows = torch.randperm(len(images))[:batch]
-    shown = torch.where(rows < known, labels[rows], -1) if feed.labels else None
-    teacher = _whose(feed.of, case, chain) if feed.outputs else case.teacher
+    shown = None
+    if feed.labels:
+        shown = labels[rows].clone()
+        shown[rows >= known] = IGNORE if case.setting.task.kind == "segmentation" else -1
+    teacher = _whose(feed.of, case, chain) if feed.outputs or feed.pool_outputs else case.teacher
     generated = None
     if feed.pool:
         assert chain is not None
         pool = chain.pools[feed.pool][: feed.pool_size or None]
         drawn = pool[torch.randint(0, len(pool), (round(batch * feed.pool_ratio),))]
-        generated = Batch(drawn, None, teacher_outputs(teacher, drawn, feed.outputs))
+        generated = Batch(drawn, None, teacher_outputs(teacher, drawn, feed.pool_outputs))
     live = images[rows] if feed.teacher_images else None
     return Batch(images[rows], shown, teacher_outputs(teacher, images[rows], feed.outputs), live, generated)
