@@ -104,7 +104,7 @@ class VPTLearner(TuningLearner):
             return as_registers(network)
         for module in network.modules():
             if isinstance(module, Prompted):
-                module.drop = nn.Identity()
+                module.drop = None
         return network
 
     def changes(self) -> dict[str, Any]:
@@ -116,8 +116,7 @@ class VPTLearner(TuningLearner):
         return Structure("methods.parts.prompts:add_prompts", {"prompts": self.params["prompts"], "deep": self.deep})
 
     def dropouts(self) -> list[nn.Module]:
-        drops = [module.drop for module in self.student.modules() if isinstance(module, Prompted)]
-        return [drop for drop in drops if isinstance(drop, nn.Dropout)]
+        return [m.drop for m in self.student.modules() if isinstance(m, Prompted) and m.drop is not None]
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         return super().decays(name, parameter) and not name.endswith(".prompts")

@@ -189,7 +189,7 @@ def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     if as_json:
         print(frame.to_json(orient="records"))
     else:
-        print_leaderboard(out, frame, prepared.spec.objectives)
+        print_leaderboard(out, frame, prepared.spec.objectives, kind=prepared.spec.task.kind)
         out.print(f"\nNext: python -m orchestrator best {folder}", markup=False, soft_wrap=True)
     if not (frame["status"] == "complete").any():
         raise WorkError(f"No trial of {folder} is complete; its leaderboard says why.")

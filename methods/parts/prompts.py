@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 def insert(tokens: Tensor, prompts: Tensor, at: int) -> Tensor:
-    """[B, N, D] tokens of any kind and [1, p, D] prompts → [B, N + p, D], the prompts from position `at` on."""
-    return torch.cat([tokens[:, :at], prompts.expand(len(tokens), -1, -1), tokens[:, at:]], dim=1)
+    """[B, N, D] tokens of any kind and [B, p, D] prompts → [B, N + p, D], the prompts from position `at` on."""
+    return torch.cat([tokens[:, :at], prompts, tokens[:, at:]], dim=1)
 
 
 def remove(tokens: Tensor, count: int, at: int) -> Tensor:
@@ -36,11 +36,13 @@ class Prompted(nn.Module):
         self.at = at
         self.leave = leave
         self.prompts = nn.Parameter(torch.zeros(1, enter, width)) if enter else None
-        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        # No module at all without dropout: torch's counter of operations takes no parameter for a module's input.
+        self.drop = nn.Dropout(dropout) if dropout else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.prompts is not None:
-            x = insert(x, self.drop(self.prompts), self.at)
+            prompts = self.prompts.expand(x.shape[0], -1, -1)  # len(x) would fix the batch in an export
+            x = insert(x, prompts if self.drop is None else self.drop(prompts), self.at)
         x = self.block(x)
         return remove(x, self.leave, self.at) if self.leave else x
 

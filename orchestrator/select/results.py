@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import UserError, listed, nearest
-from orchestrator.spec import METRICS, Kind, Objective
+from orchestrator.spec import METRIC_NAMES, METRICS, Kind, Objective
 
 TEXTS = ("method", "teacher", "student", "status", "reason", "config", "latency_setup", "student_path")
 COUNTS = (
@@ -311,6 +311,7 @@ def print_leaderboard(
     *,
     title: str = "",
     limit: int | None = None,
+    kind: Kind = "classification",
 ) -> None:
     """Prints complete trials by rank, the others below with their reasons, and the units.
 
@@ -320,6 +321,7 @@ def print_leaderboard(
         objectives: the sweep's.
         title: a line above.
         limit: show only the best so many complete trials.
+        kind: of the task: what the val metric is.
     """
     if title:
         console.print(Text(title, style="bold"))
@@ -338,7 +340,7 @@ def print_leaderboard(
         console.print()
         console.print(_others_table(others, console.width))
     console.print()
-    for line in [f"Trials: {_tally(frame)}.", *(_footnotes(shown, objectives) if len(shown) else [])]:
+    for line in [f"Trials: {_tally(frame)}.", *(_footnotes(shown, objectives, kind) if len(shown) else [])]:
         console.print(Text(line, style="dim"))
 
 
@@ -394,10 +396,11 @@ def _others_table(rows: pd.DataFrame, width: int) -> Table:
     return table
 
 
-def _footnotes(rows: pd.DataFrame, objectives: Sequence[Objective]) -> list[str]:
+def _footnotes(rows: pd.DataFrame, objectives: Sequence[Objective], kind: Kind) -> list[str]:
     first = objectives[0]
     word = "largest" if first.direction == "max" else "smallest"
     notes = [f"Ranked by {first.metric}, {word} first; ties by parameters, then latency."]
+    notes.append(f"val: the {METRIC_NAMES[kind]} on val.")
     if len(objectives) > 1:
         notes.append(f"* on the Pareto front of {listed(o.metric for o in objectives)}.")
     notes.append("MFLOPs: 2 per multiply-add, for one image.")

@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from tiny import CLASSES, SIDE, cnn, hybrid_vit, make_images, vit
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tuned import CNNS, VITS, learner_of, perturb, rebuilt, setting_for, train, with_head
 
 from methods import discover
@@ -376,6 +377,15 @@ def test_prompt_dropout_acts_on_prompts_and_only_while_training():
     assert not torch.equal(learner.student(images), learner.student(images))
     assert torch.equal(learner.eval().student(images), learner.student(images))
     assert not any(isinstance(m, nn.Dropout) and m.p == 0.5 for m in learner.deployed().network.blocks[0].children())
+
+
+def test_what_is_deployed_can_be_counted_as_it_is():
+    """torch's counter of operations follows the inputs of modules, and these must not be parameters."""
+    for method, knobs in [*OTHERS, ("adapter", {}), ("adaptformer", {})]:
+        deployed = learner_of(method, vit(depth=2), **knobs).deployed()
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            rebuilt(deployed, VITS["plain"])(make_images(1)[0])
+        assert counter.get_total_flops() > 0
 
 
 def test_prompts_are_tuned_by_adamw_or_as_their_authors_do():
