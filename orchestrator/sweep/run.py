@@ -123,8 +123,8 @@ def check_batch_norm(prepared: Prepared) -> None:
     if found:
         raise UserError(
             f"train.workers: {prepared.spec.train.workers} on CPUs cannot synchronise the batch norm of "
-            f"{listed(found)} (torch does so on GPUs only): use workers: 1, networks without batch norm, or sync_batchnorm: false, "
-            "which normalises over each worker's own images."
+            f"{listed(found)} (torch does so on GPUs only): use workers: 1, networks without batch norm, or "
+            "sync_batchnorm: false, which normalises over each worker's own images."
         )
 
 
