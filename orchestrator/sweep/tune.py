@@ -166,12 +166,9 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
 
     try:
         if context.spec.train.workers > 1:
-            from ray.tune.integration.ray_train import TuneReportCallback
-
             from orchestrator.train.group import GroupRunner
 
-            group = GroupRunner(context, trial.trial_id, [TuneReportCallback()])
-            row = run_trial(context, trial, progress, group, make_on_actors)
+            row = run_trial(context, trial, None, GroupRunner(context, trial.trial_id), make_on_actors)
         else:
             row = run_trial(context, trial, progress, mapper=make_on_actors)
     except FullDiskError as error:
@@ -250,7 +247,7 @@ def run_search(context: SweepContext, study: Study, on_event: Any = None) -> Non
                 scheduler=_scheduler(context),
                 num_samples=remaining,
                 max_concurrent_trials=concurrency,
-                reuse_actors=train.workers == 1,  # a stopped trial with a group of its own must take that along
+                reuse_actors=True,
                 trial_dirname_creator=_folder_name,
             ),
             run_config=tune.RunConfig(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,34 +28,6 @@ class Report:
     steps: int
     parts: dict[str, float]
     learner: Learner
-
-
-class Gauge(Protocol):
-    """Measures a network while it trains. Picklable: each rank of a group has its own, and asks it alike."""
-
-    def due(self, step: int) -> bool:
-        """Whether something is to be measured after this step; ask once a step."""
-        ...
-
-    def share(self, step: int) -> float:
-        """Of the trial's whole budget that is done after this step."""
-        ...
-
-    def measure(self, state: Report) -> float:
-        """The val metric."""
-        ...
-
-
-@dataclass
-class Reporter:
-    """Measures in this process, and tells how far the trial is: (share of its budget, val metric or None)."""
-
-    gauge: Gauge
-    tell: Callable[[float, float | None], None]
-
-    def __call__(self, state: Report) -> None:
-        due = self.gauge.due(state.step)
-        self.tell(self.gauge.share(state.step), self.gauge.measure(state) if due else None)
 
 
 @dataclass

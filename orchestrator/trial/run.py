@@ -27,7 +27,7 @@ from orchestrator.models.load import tuned_network
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Entry, key_of
 from orchestrator.train.job import Networks, TrainJob, entry_at, given_for, networks_of, run_job, stage_results
-from orchestrator.train.loop import Reporter
+from orchestrator.train.loop import Report
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import (
     TrialConfig,
@@ -38,13 +38,13 @@ from orchestrator.trial.plan import (
     stage_reads,
     stage_steps,
 )
-from orchestrator.trial.score import ValGauge, evaluate
+from orchestrator.trial.score import evaluate, val_metric
 
 
 class Runner(Protocol):
     """Runs a training job, in this process or on a worker group."""
 
-    def __call__(self, job: TrainJob, folder: Path, report: Reporter | None) -> dict[str, Any]: ...
+    def __call__(self, job: TrainJob, folder: Path, report: Callable[[Report], None] | None) -> dict[str, Any]: ...
 
 
 Progress = Callable[[float, float | None], None]  # (share of the whole budget, val metric or None)
@@ -295,7 +295,9 @@ class _Trial:
 
         return self.bill.add(self.store.compute(stage.name, key, write, reads=reads))
 
-    def _train(self, stage: TrainStage, key: str, reads: dict[str, Any], report: Reporter | None) -> Entry:
+    def _train(
+        self, stage: TrainStage, key: str, reads: dict[str, Any], report: Callable[[Report], None] | None
+    ) -> Entry:
         feed, cell, views = stage.feed, self.config.cell, self.spec.train.views
 
         def write(folder: Path) -> dict[str, Any]:
@@ -327,12 +329,28 @@ class _Trial:
 
         return self.bill.add(self.store.compute(stage.name, key, write, reads=reads))
 
-    def _reporter(self, stage: TrainStage, before: int, total: int, final: bool) -> Reporter | None:
-        """What tells `progress` how far the trial is; an earlier stage's network is not the candidate."""
-        if self.progress is None:
+    def _reporter(self, stage: TrainStage, before: int, total: int, final: bool) -> Callable[[Report], None] | None:
+        """Tells `progress` how far the trial is, with the val metric at each eighth if trials may be stopped.
+
+        Only of the stage that trains what is deployed: an earlier stage's network is not the candidate.
+        """
+        progress = self.progress
+        if progress is None:
             return None
+        measured = 0
         stops = self.spec.search.scheduler != "none" and final
-        return Reporter(ValGauge(self.context, self.config, stage.trains, before, total, stops), self.progress)
+
+        def report(state: Report) -> None:
+            nonlocal measured
+            share = (before + state.step) / total
+            metric = None
+            if stops and int(share * 8) > measured:
+                measured = int(share * 8)
+                base = self.networks.trained(stage.trains)
+                metric = val_metric(self.context, self.task, state.learner.student, base, self.method.trains_head)
+            progress(min(share, 0.999), metric)
+
+        return report
 
     def _picture(self, stages: list[Stage], rows: int = 6, copies: int = 4) -> None:
         """A contact sheet of sources and what was made of them, once for each pool."""
