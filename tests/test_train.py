@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from small import small_spec
 
+from methods.contract import Batch, Deployed, Given, Learner, Recipe
 from orchestrator.data import load_task
 from orchestrator.errors import WorkError
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store
 from orchestrator.train.job import run_job
+from orchestrator.train.loop import fit
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.run import run_trial
@@ -114,6 +116,44 @@ def test_two_trials_that_differ_in_temperature_share_everything_before_the_stude
     assert first["teacher_forwards"] > 0
     assert second["teacher_forwards"] == 0
     assert second["store_misses"] == 2  # the student and its evaluation
+
+
+class Pull(Learner):
+    """Constant gradients on four tensors; those named fast move ten times as far, those named kept do not decay."""
+
+    def __init__(self) -> None:
+        super().__init__({}, Given(values={}, num_classes=2))
+        self.student = torch.nn.ParameterDict(
+            {name: torch.nn.Parameter(torch.ones(2, 2)) for name in ("slow", "fast", "slow_kept", "fast_kept")}
+        )
+
+    def loss(self, batch: Batch, progress: float) -> dict[str, torch.Tensor]:
+        return {"loss": sum((p * p.detach().sign()).sum() for p in self.student.values())}
+
+    def deployed(self) -> Deployed:
+        return Deployed(self.student, "student")
+
+    def lr_scale(self, name: str) -> float:
+        return 10.0 if "fast" in name else 1.0
+
+    def decays(self, name: str, parameter: torch.nn.Parameter) -> bool:
+        return "kept" not in name
+
+
+class NoImages:
+    def __call__(self, step: int, device: str) -> Batch:
+        return Batch(torch.empty(0))
+
+    def close(self) -> None: ...
+
+
+def test_a_learner_decides_by_parameter_how_fast_it_moves_and_whether_it_decays() -> None:
+    learner = Pull()
+    recipe = Recipe(lr=1e-3, weight_decay=0.5, optimizer="sgd", warmup=0.0)
+    fit(learner, NoImages(), recipe, 1)  # type: ignore[arg-type]
+    moved = {name: float(1 - p[0, 0]) for name, p in learner.student.items()}
+    # One step of SGD: lr x scale x (gradient 1 + decay 0.5 x weight 1).
+    assert moved == pytest.approx({"slow": 1.5e-3, "fast": 1.5e-2, "slow_kept": 1e-3, "fast_kept": 1e-2}, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -168,7 +169,7 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
         if context.spec.train.workers > 1:
             from orchestrator.train.group import GroupRunner
 
-            row = run_trial(context, trial, None, GroupRunner(context, trial.trial_id), make_on_actors)
+            row = run_trial(context, trial, progress, GroupRunner(context, trial.trial_id), make_on_actors)
         else:
             row = run_trial(context, trial, progress, mapper=make_on_actors)
     except FullDiskError as error:
@@ -208,10 +209,30 @@ def start_ray(threads: int) -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # rows and event files are our own
     address = os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        # A stopped trial leaves its function by itself, a worker group in seconds; then its process takes the next.
+        "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",
+    }
     if address == "local":
-        # The dashboard must be on: without it, worker groups of stopped trials are never freed.
+        # The dashboard must be on: without it, worker groups whose trial has died are never freed. Nor are they with
+        # two clusters on a machine, if Ray is left to guess in which of them it is; so the port is chosen here.
         options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
-    ray.init(address=address, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}, **options)
+        port = str(_free_port())
+        os.environ["RAY_GCS_SERVER_PORT"] = port
+        variables["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+    elif ":" in address and "://" not in address:
+        variables["RAY_ADDRESS"] = address
+    try:
+        ray.init(address=address, runtime_env={"env_vars": variables}, **options)
+    finally:
+        os.environ.pop("RAY_GCS_SERVER_PORT", None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def concurrency_of(context: SweepContext) -> int:
@@ -235,7 +256,8 @@ def run_search(context: SweepContext, study: Study, on_event: Any = None) -> Non
     remaining = len(bridge.again) + (0 if bridge.spent() else study.size - bridge.count)
     if remaining > 0:
         alone = train.workers == 1
-        resources: dict[str, float] = {"CPU": train.threads if alone else 0.01}
+        # The process of a trial whose workers train elsewhere only waits: it takes no CPU from them.
+        resources: dict[str, float] = {"CPU": train.threads} if alone else {"CPU": 0, "memory": 1}
         if alone and context.device == "cuda":
             resources["GPU"] = train.gpus_per_worker
         trainable = tune.with_resources(tune.with_parameters(_trainable, context=context), resources)

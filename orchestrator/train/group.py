@@ -1,33 +1,98 @@
-"""Training on a group of workers: the only module that knows Ray Train."""
+"""Training on a group of workers: the only module that knows Ray Train.
+
+While a group trains, the trial's own process hears how far it is and what it scores on val, and may stop it. Ray's own
+way from a group to Tune reports only, and leaves a stopped group to be cleaned up after its controller's death; here
+rank 0 asks whether to go on, and if not, every rank leaves its loop at the same step and the group ends as any other.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+import torch
+import torch.distributed as dist
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.errors import WorkError
+from orchestrator.errors import FullDiskError, WorkError, disk_full
 from orchestrator.train.job import TrainJob, run_job
-from orchestrator.train.loop import Report
+from orchestrator.train.loop import DivergedError, Judge, Report, Tell, Telling
 from orchestrator.trial.context import SweepContext
 
 RESULT = "group.json"
+POLL_S = 0.5
+RESTARTS = 2  # of a group whose worker died
+
+
+class _StoppedError(Exception):
+    """Raised on every rank where the trial has been stopped."""
+
+
+class _Line:
+    """An actor between rank 0 and the trial's process: what is said waits for its own answer.
+
+    A rank that dies while it waits leaves an answer that nobody takes; the next question has its own.
+    """
+
+    def __init__(self) -> None:
+        self.said: asyncio.Queue[tuple[int, float, float | None]] = asyncio.Queue()
+        self.answers: dict[int, asyncio.Future[bool]] = {}
+        self.count = 0
+
+    async def ask(self, share: float, metric: float | None) -> bool:
+        """Called by rank 0; returns whether to go on."""
+        self.count += 1
+        number = self.count
+        self.answers[number] = asyncio.get_running_loop().create_future()
+        await self.said.put((number, share, metric))
+        return await self.answers[number]
+
+    async def hear(self) -> tuple[int, float, float | None]:
+        """Called by the trial's process; the next question."""
+        return await self.said.get()
+
+    async def answer(self, number: int, go_on: bool) -> None:
+        self.answers[number].set_result(go_on)
 
 
 def _worker(config: dict[str, Any]) -> None:
     job: TrainJob = config["job"]
     context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
     device = str(ray.train.torch.get_device()) if job.device == "cuda" else "cpu"
     folder = Path(config["folder"])
-    about = run_job(job, folder, rank=context.get_world_rank(), world=context.get_world_size(), device=device)
-    if context.get_world_rank() == 0:
+    report = _asking(config["judge"], config["line"], rank, device) if config["line"] is not None else None
+    try:
+        about = run_job(job, folder, report, rank=rank, world=world, device=device)
+    except _StoppedError:
+        return
+    except DivergedError as error:  # would be so again: no reason to start the group anew
+        about = {"diverged": str(error)}
+    if rank == 0:
         (folder / RESULT).write_text(json.dumps(about), encoding="utf-8")
-    ray.train.report({"loss": about["history"][-1]["loss"]})  # a barrier: no rank leaves before the result is written
+    ray.train.report({})  # a barrier: no rank leaves before the result is written
+
+
+def _asking(judge: Judge, line: Any, rank: int, device: str) -> Callable[[Report], None]:
+    """Rank 0 judges and asks; its answer is every rank's."""
+
+    def report(state: Report) -> None:
+        verdict = torch.ones((), device=device)
+        if rank == 0:
+            share, metric = judge(state)
+            verdict.fill_(float(ray.get(line.ask.remote(share, metric))))
+        dist.broadcast(verdict, 0)
+        if not verdict.item():
+            raise _StoppedError
+
+    return report
 
 
 class GroupRunner:
@@ -41,24 +106,58 @@ class GroupRunner:
     def __init__(self, context: SweepContext, trial_id: str) -> None:
         self.context, self.trial_id = context, trial_id
 
-    def __call__(self, job: TrainJob, folder: Path, report: Callable[[Report], None] | None = None) -> dict[str, Any]:
+    def __call__(self, job: TrainJob, folder: Path, report: Telling | None = None) -> dict[str, Any]:
+        """Whatever `report` raises stops the group, and is raised once the group has ended."""
         train = self.context.spec.train
         gpu = job.device == "cuda"
         resources = {"CPU": float(train.threads)} | ({"GPU": train.gpus_per_worker} if gpu else {})
+        line = ray.remote(num_cpus=0)(_Line).remote() if report is not None else None
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"job": job, "folder": str(folder)},
+            train_loop_config={
+                "job": job,
+                "folder": str(folder),
+                "line": line,
+                "judge": report.judge if report is not None else None,
+            },
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=train.workers, use_gpu=gpu, resources_per_worker=resources),
             run_config=RunConfig(
                 name=f"{self.trial_id}-{job.stage.name}-{folder.name[-8:]}",
                 storage_path=str(Path(self.context.folder) / ".train"),
-                failure_config=FailureConfig(max_failures=2),
+                failure_config=FailureConfig(max_failures=RESTARTS),
             ),
         )
-        result = trainer.fit()
-        if result.error is not None:
-            raise WorkError(f"The worker group of {self.trial_id} failed: {result.error}")
+        with ThreadPoolExecutor(1) as pool:  # leaving it waits for the group's end
+            running = pool.submit(trainer.fit)
+            if report is not None:
+                _listen(line, running, report.tell)
+        try:
+            running.result()
+        except TrainingFailedError as error:
+            if disk_full(error):
+                raise FullDiskError(f"The disk of {self.context.folder!r} is full.") from error
+            last = str(error).strip().splitlines()[-1]
+            raise WorkError(f"The worker group failed {RESTARTS + 1} times, the last time so: {last}") from error
         about = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         (folder / RESULT).unlink()
+        if "diverged" in about:
+            raise DivergedError(about["diverged"])
         return about
+
+
+def _listen(line: Any, running: Future[Any], tell: Tell) -> None:
+    """Passes on what the group says until it has ended."""
+    question = line.hear.remote()
+    while not running.done():
+        heard, _ = ray.wait([question], timeout=POLL_S)
+        if not heard:
+            continue
+        number, share, metric = ray.get(question)
+        try:
+            tell(share, metric)
+        except BaseException:  # how a stopped trial leaves its function: SystemExit
+            ray.get(line.answer.remote(number, False))
+            raise
+        question = line.hear.remote()
+        line.answer.remote(number, True)

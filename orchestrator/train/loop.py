@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,10 @@ from orchestrator.errors import WorkError
 from orchestrator.train.feed import Feeder
 
 
+class DivergedError(WorkError):
+    """The loss is not finite."""
+
+
 @dataclass
 class Report:
     """What the loop tells while it runs: how far it is, and the parts of the loss (means since the last report)."""
@@ -28,6 +32,32 @@ class Report:
     steps: int
     parts: dict[str, float]
     learner: Learner
+
+
+class Judge(Protocol):
+    """Says of a report how far the trial is (share of its budget) and what it scores on val (None: not measured).
+
+    Picklable: it is called where the training runs.
+    """
+
+    def __call__(self, report: Report) -> tuple[float, float | None]: ...
+
+
+Tell = Callable[[float, float | None], None]
+
+
+@dataclass(frozen=True)
+class Telling:
+    """What a trial does with reports: they are judged where it trains, and told where it runs.
+
+    What `tell` raises ends the training.
+    """
+
+    judge: Judge
+    tell: Tell
+
+    def __call__(self, report: Report) -> None:
+        self.tell(*self.judge(report))
 
 
 @dataclass
@@ -46,17 +76,19 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def build_optimizer(learner: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser; tensors of fewer than two dimensions are not decayed."""
-    trainable = [p for p in learner.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
+def build_optimizer(learner: Learner, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser. The learner says by parameter what is decayed and at which share of the learning rate,
+    which each group keeps as `scale`.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad:
+            scale, decay = learner.lr_scale(name), recipe.weight_decay * learner.decays(name, parameter)
+            group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
+            group["params"].append(parameter)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+        return torch.optim.SGD(list(groups.values()), lr=recipe.lr, momentum=0.9)
+    return torch.optim.AdamW(list(groups.values()), lr=recipe.lr, betas=recipe.betas)
 
 
 class Checkpoint:
@@ -121,7 +153,7 @@ def fit(
         report: called on every rank about every `report_every` steps and after the last one.
 
     Raises:
-        WorkError: if the loss is not finite.
+        DivergedError: if the loss is not finite; on all ranks at the same step.
     """
     learner.to(device)
     if world > 1 and sync_batchnorm and device != "cpu":
@@ -148,48 +180,52 @@ def fit(
     counts: dict[str, int] = {}  # a part may occur in some steps only
     began = time.perf_counter()
     wrapped.train()
-    for step in range(start, steps):
-        torch.manual_seed((seed * 1_000_003 + step) * 64 + rank)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step, steps)
-        batch = feeder(step, device)
-        with torch.autocast(device.split(":")[0], dtype=half, enabled=half is not None):
-            parts = wrapped(batch, step / steps)
-        scaler.scale(parts["loss"]).backward()
-        if recipe.clip is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.requires_grad], recipe.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        for name, value in parts.items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
-            counts[name] = counts.get(name, 0) + 1
-        done = step + 1
-        if done % every == 0 or done == steps:
-            means = _mean_over_ranks({k: v / counts[k] for k, v in sums.items()}, world)
-            if not math.isfinite(means["loss"]):
-                raise WorkError(f"The loss is {means['loss']} at step {done} of {steps}: try a smaller learning rate.")
-            history.points.append({"step": float(done), **means})
-            sums, counts = {}, {}
-            history.loop_seconds += time.perf_counter() - began
-            if report is not None:
-                learner.eval()
-                report(Report(done, steps, means, learner))
-                wrapped.train()
-            if checkpoint is not None and rank == 0 and done < steps and checkpoint.due():
-                checkpoint.save(
-                    {
-                        "moving": _moving(learner),
-                        "optimizer": optimizer.state_dict(),
-                        "scaler": scaler.state_dict(),
-                        "points": history.points,
-                        "loop_seconds": history.loop_seconds,
-                        "step": done,
-                    }
-                )
-            began = time.perf_counter()
-    feeder.close()
+    try:
+        for step in range(start, steps):
+            torch.manual_seed((seed * 1_000_003 + step) * 64 + rank)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, step, steps) * group["scale"]
+            batch = feeder(step, device)
+            with torch.autocast(device.split(":")[0], dtype=half, enabled=half is not None):
+                parts = wrapped(batch, step / steps)
+            scaler.scale(parts["loss"]).backward()
+            if recipe.clip is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.requires_grad], recipe.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            for name, value in parts.items():
+                sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
+                counts[name] = counts.get(name, 0) + 1
+            done = step + 1
+            if done % every == 0 or done == steps:
+                means = _mean_over_ranks({k: v / counts[k] for k, v in sums.items()}, world)
+                if not math.isfinite(means["loss"]):
+                    raise DivergedError(
+                        f"The loss is {means['loss']} at step {done} of {steps}: try a smaller learning rate."
+                    )
+                history.points.append({"step": float(done), **means})
+                sums, counts = {}, {}
+                history.loop_seconds += time.perf_counter() - began
+                if report is not None:
+                    learner.eval()
+                    report(Report(done, steps, means, learner))
+                    wrapped.train()
+                if checkpoint is not None and rank == 0 and done < steps and checkpoint.due():
+                    checkpoint.save(
+                        {
+                            "moving": _moving(learner),
+                            "optimizer": optimizer.state_dict(),
+                            "scaler": scaler.state_dict(),
+                            "points": history.points,
+                            "loop_seconds": history.loop_seconds,
+                            "step": done,
+                        }
+                    )
+                began = time.perf_counter()
+    finally:
+        feeder.close()
     learner.eval()
     return history
 
