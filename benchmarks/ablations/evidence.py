@@ -1,6 +1,6 @@
 """Renders `benchmarks/results/ablation_*.json` as the tables of `docs/evidence.md`, between its markers.
 
-    python -m benchmarks.ablations.evidence
+python -m benchmarks.ablations.evidence
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def table(result: dict[str, Any]) -> str:
     """One result as Markdown."""
     steps = result["spec"]["train"]["steps"]
     lines = [
-        f"{result['question']} {result['seeds']} seeds, {steps} steps at budget 1 of {result['spec']['train']['batch']} "
-        f"images; {result['seconds'] / 60:.0f} minutes on {result['machine']}.",
+        f"{result['question']} {result['seeds']} seeds, {steps} steps at budget 1, batch "
+        f"{result['spec']['train']['batch']}; {result['seconds'] / 60:.0f} minutes on {result['machine']}.",
         "",
         "| arm | val, mean ± sd | parameters | trained | steps |",
         "| --- | --- | --- | --- | --- |",
