@@ -131,10 +131,11 @@ def check(
 
 def _tell(prepared: Any) -> None:
     task, spec = prepared.task, prepared.spec
+    times = f" x {spec.search.repeats} repeats" if spec.search.repeats > 1 else ""
     out.print(
         f"{len(task.classes)} classes; train {len(task.labelled)} labelled + {task.info.unlabelled} unlabelled, "
         f"val {len(task.val)}, test {len(task.test)} images. "
-        f"{len(prepared.cells)} combinations of method, teacher and student; {spec.search.trials} trials of "
+        f"{len(prepared.cells)} combinations of method, teacher and student; {spec.search.trials} trials{times} of "
         f"{spec.train.total_steps(len(task.train))} steps x {spec.train.batch} images."
     )
     if task.skipped:
@@ -177,7 +178,8 @@ def resume(folder: SweepDir, as_json: JsonFlag = False) -> None:
 
 
 def _run(prepared: Any, folder: Path, as_json: bool) -> None:
-    from orchestrator.select.results import print_leaderboard, read_trials
+    from orchestrator.select.leaderboard import print_leaderboard
+    from orchestrator.select.results import read_trials
     from orchestrator.sweep.board import finish
     from orchestrator.sweep.run import run
 

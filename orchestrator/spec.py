@@ -101,6 +101,11 @@ class Task(Section):
     seed: int = Field(
         default=0, ge=0, description="Draws the split and the labelled images; another seed, another draw."
     )
+    draw: int = Field(
+        default=0,
+        ge=0,
+        description="Which draw of the labelled images, in the same split; `search.repeats` counts it up.",
+    )
 
     @field_validator("data")
     @classmethod
@@ -202,6 +207,12 @@ class Search(Section):
     time_budget_s: float | None = Field(default=None, gt=0, description="No new trial after this many seconds.")
     device_hours: float | None = Field(default=None, gt=0, description="No new trial after this many device-hours.")
     seed: int = Field(default=0, ge=0, description="Seed of the sampler and of every trial.")
+    repeats: int = Field(
+        default=1,
+        ge=1,
+        le=20,
+        description="Runs of each trial, with other labelled images and another seed: rows and search get the mean.",
+    )
 
 
 class Train(Section):

@@ -15,7 +15,8 @@ from rich.console import Console
 from small import small_spec
 
 from orchestrator.errors import FullDiskError
-from orchestrator.select.results import leaderboard, print_leaderboard, read_trials
+from orchestrator.select.leaderboard import print_leaderboard
+from orchestrator.select.results import leaderboard, read_trials
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store
 from orchestrator.sweep.board import export_trial, finish, recommend
@@ -112,7 +113,7 @@ def test_several_objectives_give_the_front_in_the_study_and_in_the_leaderboard(c
         students=[{"model": f"timm/{name}", "image_size": 32} for name in ("test_convnext", "test_vit")],
         methods=FINETUNE,
         objectives=["val_metric", "flops"],
-        search={"trials": 6, "concurrency": 1},
+        search={"trials": 6, "concurrency": 1, "repeats": 2},
     )
     folder, rows = swept(spec)
     assert [r["status"] for r in rows] == ["complete"] * 6, [r["reason"] for r in rows]
@@ -124,6 +125,11 @@ def test_several_objectives_give_the_front_in_the_study_and_in_the_leaderboard(c
     study = optuna.load_study(study_name="small", storage=storage)
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
     assert {f"t{t.number:04d}" for t in study.best_trials} == front
+    for row in rows:  # the search hears the mean of the repeats
+        values = json.loads(row["val_values"])
+        assert len(values) == row["repeats"] == 2
+        assert study.trials[row["number"]].values[0] == pytest.approx(sum(values) / 2)
+    assert sorted(p.name for p in (folder / "students").iterdir()) == [r["trial_id"] for r in rows]
     stream = io.StringIO()
     print_leaderboard(Console(file=stream, width=120, color_system=None), read_trials(folder), spec.objectives)
     assert "* on the Pareto front of val_metric and flops." in stream.getvalue()

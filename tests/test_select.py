@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from orchestrator.errors import UserError
+from orchestrator.select.leaderboard import print_leaderboard
 from orchestrator.select.results import (
     COLUMNS,
     choose,
     leaderboard,
     margin_note,
     pareto,
-    print_leaderboard,
     read_trials,
     short_name,
 )
@@ -41,7 +41,9 @@ def trial(number: int, **values: Any) -> dict[str, Any]:
         "reason": "",
         "config": "{}",
         "seed": 0,
+        "repeats": 1,
         "val_metric": 0.8,
+        "val_sd": math.nan,
         "params_total": 1000,
         "params_trained": 1000,
         "flops": 2_000_000,

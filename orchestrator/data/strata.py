@@ -136,7 +136,8 @@ def draw_shots(task: Task, classes: tuple[str, ...], ids: Sequence[str], sets: S
         for c in one or (-1,):
             members.setdefault(c, []).append(row)
     for c, rows in members.items():
-        rows.sort(key=lambda i: rank("shots", task.seed, ids[i]))
+        draw = (task.draw,) if task.draw else ()
+        rows.sort(key=lambda i: rank("shots", task.seed, *draw, ids[i]))
         if task.kind == "classification" and len(rows) < task.shots:
             raise UserError(
                 f"task.shots: {task.shots} labelled images a class are asked for, and the class {classes[c]!r} has "

@@ -19,7 +19,14 @@ from orchestrator.evaluate.metrics import score
 from orchestrator.models import load_student
 from orchestrator.models.load import Preprocessing
 from orchestrator.select.export import export_student
-from orchestrator.select.results import as_accuracy, choose, margin_note, read_trials
+from orchestrator.select.results import (
+    as_accuracy,
+    choose,
+    margin_note,
+    over_repeats,
+    read_trials,
+    standard_error,
+)
 from orchestrator.spec import METRIC_NAMES, METRICS, Kind, Task
 from orchestrator.store import Store
 from orchestrator.sweep.ledger import Ledger, at_once
@@ -80,7 +87,8 @@ def recommend(
     task = load_task(spec.task, Store(Path(spec.storage) / "store"))
     kind = spec.task.kind
     sentences = [
-        f"Take {row['trial_id']}: {row['method']} ({networks}), {METRIC_NAMES[kind]} on val {row['val_metric']:.3f}, "
+        f"Take {row['trial_id']}: {row['method']} ({networks}), {METRIC_NAMES[kind]} on val {row['val_metric']:.3f}"
+        f"{_spread(row)}, "
         f"on test {test['value']:.3f} over {test['images']} images (standard error {test['standard_error']:.3f}).",
         f"{int(row['params_total']):,} parameters, {row['flops'] / 1e6:.1f} MFLOPs an image (2 per multiply-add), "
         f"{row['latency_ms']:.2f} ms ({row['latency_setup']}).",
@@ -92,8 +100,9 @@ def recommend(
     if reads > 1:
         sentences.append(f"The test images were now read for {reads} different choices: the last score is optimistic.")
     sentences.append(f"Next: python -m orchestrator export {folder} OUT_DIR --trial {row['trial_id']}")
-    facts = {k: row[k] for k in ("trial_id", "method", "teacher", "student", "val_metric", "params_total", "flops")}
-    facts |= {k: row[k] for k in ("latency_ms", "latency_iqr_ms", "latency_setup", "student_path", "config")}
+    names = ["trial_id", "method", "teacher", "student", "val_metric", "val_sd", "repeats", "params_total", "flops"]
+    names += ["latency_ms", "latency_iqr_ms", "latency_setup", "student_path", "config"]
+    facts = {k: None if isinstance(row[k], float) and math.isnan(row[k]) else row[k] for k in names}
     plain = json.loads(json.dumps(facts, default=lambda v: v.item()))
     return plain | {"metric": name, "test": test, "test_choices": reads, "sentences": sentences}
 
@@ -110,12 +119,20 @@ def _against_baseline(frame: Any, row: Any, images: int, kind: Kind) -> list[str
         ]
     value = float(own["val_metric"].max())
     gain = float(row["val_metric"]) - value
-    noise = math.sqrt(2 * value * (1 - value) / images)
+    best = own.loc[own["val_metric"].idxmax()]
+    noise = math.sqrt(standard_error(best, images) ** 2 + standard_error(row, images) ** 2)
     verdict = "more than" if gain > 2 * noise else "within"
     return [
         f"The best network trained on the labels alone reaches val {value:.3f}: the difference {gain:+.3f} is "
-        f"{verdict} twice its standard error ({noise:.3f}{as_accuracy(kind)} on {images} images)."
+        f"{verdict} twice its standard error ({noise:.3f}{as_accuracy(kind)} on {images} images{over_repeats(row)})."
     ]
+
+
+def _spread(row: Any) -> str:
+    """What stands behind a val metric that is the mean of several repeats."""
+    if int(row["repeats"]) < 2:
+        return ""
+    return f" ± {row['val_sd']:.3f} over {int(row['repeats'])} repeats (the network is the first one's)"
 
 
 def _test_once(folder: Path, trial_id: str, student_path: str) -> tuple[dict[str, Any], int]:

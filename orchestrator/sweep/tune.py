@@ -26,7 +26,8 @@ from orchestrator.sweep.ledger import FINAL, Clock, Ledger
 from orchestrator.sweep.study import Study
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
-from orchestrator.trial.run import blank_row, run_trial
+from orchestrator.trial.repeat import run_repeats
+from orchestrator.trial.run import blank_row
 
 RESTARTS = 2  # of a trial whose process died; a trial that fails by itself is not repeated
 
@@ -169,9 +170,9 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
         if context.spec.train.workers > 1:
             from orchestrator.train.group import GroupRunner
 
-            row = run_trial(context, trial, progress, GroupRunner(context, trial.trial_id), make_on_actors)
+            row = run_repeats(context, trial, progress, GroupRunner(context, trial.trial_id), make_on_actors)
         else:
-            row = run_trial(context, trial, progress, mapper=make_on_actors)
+            row = run_repeats(context, trial, progress, mapper=make_on_actors)
     except FullDiskError as error:
         tune.report({"progress": 0, "val_metric": best, "full_disk": str(error)})
         return
