@@ -155,12 +155,17 @@ def sweep(
     as_json: JsonFlag = False,
 ) -> None:
     """Run a sweep to its end and show the leaderboard."""
-    from orchestrator.sweep.run import check_storage, create, prepare
+    from orchestrator.sweep.run import check_storage, create, discard, prepare
 
     read = _read(spec, storage, name, trials, overrides)
     check_storage(read)
     prepared = prepare(read)
-    _run(prepared, create(read), as_json)
+    folder = create(read)
+    try:
+        _run(prepared, folder, as_json)
+    except UserError:
+        discard(folder)
+        raise
 
 
 @app.command()

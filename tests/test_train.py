@@ -151,7 +151,7 @@ def test_a_learner_decides_by_parameter_how_fast_it_moves_and_whether_it_decays(
     learner = Pull()
     recipe = Recipe(lr=1e-3, weight_decay=0.5, optimizer="sgd", warmup=0.0)
     fit(learner, NoImages(), recipe, 1)  # type: ignore[arg-type]
-    moved = {name: float(1 - p[0, 0]) for name, p in learner.student.items()}
+    moved = {name: 1 - p[0, 0].item() for name, p in learner.student.items()}
     # One step of SGD: lr x scale x (gradient 1 + decay 0.5 x weight 1).
     assert moved == pytest.approx({"slow": 1.5e-3, "fast": 1.5e-2, "slow_kept": 1e-3, "fast_kept": 1e-2}, rel=1e-3)
 

@@ -226,6 +226,16 @@ def plan_network(entry: Model, role: Role) -> tuple[NetworkInfo, Preprocessing]:
     return _plan(entry.model_dump_json(), role)
 
 
+def has_batch_norm(entry: Model) -> bool:
+    """Whether the network normalises over the batch."""
+    try:
+        with torch.device("meta"):
+            network = build_network(entry)
+    except (NotImplementedError, RuntimeError):
+        network = build_network(entry)
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+
+
 def deploy_network(
     entry: Model,
     num_classes: int,

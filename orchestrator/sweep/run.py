@@ -13,10 +13,11 @@ from filelock import FileLock, Timeout
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import FullDiskError, UserError, disk_full, listed
 from orchestrator.models import check_model, load_network, plan_network
+from orchestrator.models.load import has_batch_norm
 from orchestrator.models.names import Role
 from orchestrator.spec import SweepSpec, read_spec
 from orchestrator.store import Store
-from orchestrator.sweep.space import Space, check_cell, grid, method_space, wanted_outputs
+from orchestrator.sweep.space import Space, check_cell, grid, method_space, trained_models, wanted_outputs
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, feasible_cells
 
@@ -93,7 +94,59 @@ def prepare(spec: SweepSpec) -> Prepared:
             next(grid(spaces[cell.method], cell.method))
     if not runnable:
         raise UserError(f"methods: none of {listed(spec.methods)} can run on this data: {'; '.join(dropped)}.")
-    return Prepared(spec, task, runnable, spaces, list(dict.fromkeys(dropped)), unchecked)
+    prepared = Prepared(spec, task, runnable, spaces, list(dict.fromkeys(dropped)), unchecked)
+    if spec.train.device == "cpu":
+        check_batch_norm(prepared)
+    elif spec.train.device == "auto" and _unsynchronised(prepared):
+        unchecked.append(
+            "train.workers: whether the cluster has GPUs, without which batch norm is not synchronised over workers."
+        )
+    return prepared
+
+
+def _unsynchronised(prepared: Prepared) -> list[str]:
+    """The networks to train whose batch norm needs GPUs, to be over the batch of all workers as the file asks."""
+    train = prepared.spec.train
+    if train.workers == 1 or not train.sync_batchnorm:
+        return []
+    models = trained_models(prepared.spec, prepared.spaces, prepared.cells, prepared.task.info)
+    return [m.model for m in models if has_batch_norm(m)]
+
+
+def check_batch_norm(prepared: Prepared) -> None:
+    """For a sweep without GPUs: torch synchronises batch norm on GPUs only.
+
+    Raises:
+        UserError: if a network with batch norm would be trained on several workers.
+    """
+    found = _unsynchronised(prepared)
+    if found:
+        raise UserError(
+            f"train.workers: {prepared.spec.train.workers} on CPUs cannot synchronise the batch norm of "
+            f"{listed(found)} (torch does so on GPUs only): use workers: 1, networks without batch norm, or "
+            "sync_batchnorm: false, which normalises over each worker's own images."
+        )
+
+
+def check_capacity(spec: SweepSpec, device: str) -> None:
+    """For a cluster of this machine alone, which never grows.
+
+    Raises:
+        UserError: if one trial needs more than there is, so that it would wait for ever.
+    """
+    import ray
+
+    train = spec.train
+    wanted = {"CPU": float(train.threads * train.workers)}
+    if device == "cuda":
+        wanted["GPU"] = train.gpus_per_worker * train.workers
+    for name, amount in wanted.items():
+        there = ray.cluster_resources().get(name, 0)
+        if amount > there:
+            share = "threads" if name == "CPU" else "gpus_per_worker"
+            raise UserError(
+                f"train.workers x train.{share} = {amount:g} {name}s are needed by a trial, and there are {there:g}."
+            )
 
 
 def device_of(spec: SweepSpec) -> str:
@@ -127,6 +180,12 @@ def create(spec: SweepSpec) -> Path:
     temporary.write_text(spec.to_yaml(), encoding="utf-8")
     os.replace(temporary, folder / "sweep.yaml")
     return folder
+
+
+def discard(folder: Path) -> None:
+    """Takes away the folder of a sweep that was refused before anything was proposed, so that its name is free."""
+    if not (folder / "study.db").exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_sweep(folder: str | Path) -> SweepSpec:
@@ -171,10 +230,15 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
     for entry in spec.teachers:
         load_network(entry, "teacher")  # unreadable weights end the sweep here, before a trial is paid for
     start_ray(spec.train.threads)
+    device = device_of(spec)
+    if device == "cpu":
+        check_batch_norm(prepared)
+    if not os.environ.get("RAY_ADDRESS"):
+        check_capacity(spec, device)
     context = SweepContext(
         spec,
         str(folder),
-        device_of(spec),
+        device,
         wanted_outputs(spec, prepared.spaces, prepared.cells, prepared.task.info),
     )
     study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from methods.contract import TEACHER, Feed, FitStage, TrainStage
+from methods.contract import TEACHER, Feed, FitStage, Stage, TrainStage
 from methods.knobs import Choice, Range, default_space
 from methods.outputs import Output
 from orchestrator.errors import UserError, listed, nearest
-from orchestrator.spec import SweepSpec, explain
+from orchestrator.spec import Model, SweepSpec, explain
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 
 Space = dict[str, Any]  # knob -> Range, Choice, or a fixed value
@@ -170,6 +170,20 @@ def check_cell(spec: SweepSpec, space: Space, cell: Cell, task: Any, draws: int 
     return reason
 
 
+def _stage_lists(
+    spec: SweepSpec, spaces: Mapping[str, Space], cell: Cell, task: Any, draws: int
+) -> Iterator[list[Stage]]:
+    """The stages of the cell's defaults and of some draws from its space."""
+    setting = setting_of(spec, task, cell)
+    method = method_named(cell.method)
+    space = spaces[cell.method]
+    for seed in range(draws):
+        knobs = default_knobs(space, cell.method) if seed == 0 else sample(space, cell.method, _Dice(seed))
+        config = configure(spec, TrialConfig("", 0, cell, knobs, 0))
+        if method.invalid(config, setting) is None:
+            yield method.stages(config, setting)
+
+
 def wanted_outputs(
     spec: SweepSpec, spaces: Mapping[str, Space], cells: list[Cell], task: Any, draws: int = 48
 ) -> dict[int, tuple[Output, ...]]:
@@ -178,16 +192,27 @@ def wanted_outputs(
     for cell in cells:
         if cell.teacher is None:
             continue
-        setting = setting_of(spec, task, cell)
-        method = method_named(cell.method)
-        space = spaces[cell.method]
-        for seed in range(draws):
-            knobs = default_knobs(space, cell.method) if seed == 0 else sample(space, cell.method, _Dice(seed))
-            config = configure(spec, TrialConfig("", 0, cell, knobs, 0))
-            if method.invalid(config, setting) is not None:
-                continue
-            for stage in method.stages(config, setting):
+        for stages in _stage_lists(spec, spaces, cell, task, draws):
+            for stage in stages:
                 feed = stage.feed if isinstance(stage, TrainStage) else stage
                 if isinstance(feed, Feed | FitStage) and feed.of == TEACHER and not (feed is stage and feed.pool):
                     wanted.setdefault(cell.teacher, {}).update(dict.fromkeys(feed.outputs))
     return {teacher: tuple(sorted(outputs, key=lambda o: o.key)) for teacher, outputs in wanted.items()}
+
+
+def trained_models(
+    spec: SweepSpec, spaces: Mapping[str, Space], cells: list[Cell], task: Any, draws: int = 8
+) -> list[Model]:
+    """The teachers and students that some stage trains, as far as draws tell."""
+    found: dict[str, Model] = {}
+    for cell in cells:
+        for stages in _stage_lists(spec, spaces, cell, task, draws):
+            for stage in stages:
+                if not isinstance(stage, TrainStage):
+                    continue
+                entries, number = (
+                    (spec.teachers, cell.teacher) if stage.trains == "teacher" else (spec.students, cell.student)
+                )
+                if number is not None:
+                    found[entries[number].model_dump_json()] = entries[number]
+    return list(found.values())
