@@ -178,7 +178,7 @@ class DARTS(KD):
         search = replace(
             distil,
             name=SEARCH,
-            version=1,
+            version=2,
             learner=SearchLearner,
             params={**params, "alpha_scale": config.alpha_lr / config.search_lr},
             recipe=Recipe(lr=config.search_lr, weight_decay=config.weight_decay, budget=config.search_budget),

@@ -70,4 +70,4 @@ class FullTuning(TunedTeacher):
     paper = "Yu et al., Visual Tuning (survey), ACM CSUR 2024: full fine-tuning; Kumar et al., LP-FT, ICLR 2022"
     Config = FullTuningConfig
     learner = FullTuningLearner
-    version = 2
+    version = 3  # its rates below the head are obeyed

@@ -110,7 +110,7 @@ def prompt_stage(params: Mapping[str, Any], lr: float, weight_decay: float) -> T
     """The stage that trains prompt and proxy; `params` are those of `PromptLearner`."""
     return TrainStage(
         name=PROMPT,
-        version=1,
+        version=2,
         learner=PromptLearner,
         params=params,
         feed=Feed(images="labelled", labels=True),

@@ -120,6 +120,7 @@ class SideTuning(TunedTeacher):
     paper = "Zhang et al., Side-Tuning, ECCV 2020"
     Config = SideTuningConfig
     learner = SideTuningLearner
+    version = 2
 
     @classmethod
     def params(cls, config: Any, setting: Setting) -> dict[str, Any]:

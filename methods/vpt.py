@@ -134,6 +134,7 @@ class VPT(TunedTeacher):
     paper = "Jia et al., Visual Prompt Tuning, ECCV 2022"
     Config = VPTConfig
     learner = VPTLearner
+    version = 2
     teacher_kinds = ("vit",)
 
     @classmethod

@@ -131,6 +131,43 @@ def test_early_stopped_trials_are_pruned_with_a_reason_and_say_how_far_they_came
             assert row["student_path"] == ""
 
 
+def test_a_group_that_is_stopped_early_is_pruned_and_gives_everything_back(colours: Path, tmp_path: Path) -> None:
+    import ray
+    from ray.util import placement_group_table
+
+    from orchestrator.sweep.run import create, prepare, run
+    from orchestrator.sweep.tune import start_ray
+
+    spec = small_spec(
+        colours,
+        tmp_path / "runs",
+        methods={"finetune": {"lr": [0.003, 1e-6, 2e-6]}},
+        search={"trials": 3, "sampler": "grid", "scheduler": "asha", "reduction": 2, "concurrency": 1},
+        train={"steps": 80, "batch": 12, "views": 2, "workers": 2},
+    )
+    start_ray(1)
+    try:
+        folder = create(spec)
+        run(prepare(spec), folder)
+        rows = Ledger(folder).rows()
+        assert [r["status"] for r in rows] == ["complete", "pruned", "pruned"], [r["reason"] for r in rows]
+        for row in rows[1:]:
+            assert row["reason"].startswith("stopped by asha at ")
+            assert float(row["reason"].split(" at ")[1].split("%")[0]) < 60  # its work was stopped, not only its name
+            assert 0 < row["val_metric"] < rows[0]["val_metric"]
+            assert row["student_path"] == ""
+        (trained,) = (tmp_path / "runs" / "store" / "finetune").iterdir()  # nothing of a stopped one is published
+        assert (trained / "meta.json").is_file()
+        cpus = ray.cluster_resources()["CPU"]
+        deadline = time.monotonic() + LIMIT_S
+        while ray.available_resources().get("CPU", 0) < cpus:
+            assert time.monotonic() < deadline, "a stopped group still holds CPUs"
+            time.sleep(0.2)
+        assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+    finally:
+        ray.shutdown()
+
+
 def test_two_sweeps_at_once_on_one_storage_pay_for_the_teacher_once(colours: Path, tmp_path: Path) -> None:
     methods = {"kd": {"temperature": [2.0, 4.0], "teacher_tuning": "none"}, "wecolora": {"rank": 4, "factor": 2}}
     spec = small_spec(colours, tmp_path / "runs", methods=methods, search={"trials": 3, "sampler": "grid"})

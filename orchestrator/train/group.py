@@ -7,7 +7,6 @@ rank 0 asks whether to go on, and if not, every rank leaves its loop at the same
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.errors import FullDiskError, WorkError, disk_full
 from orchestrator.train.job import TrainJob, run_job
-from orchestrator.train.loop import DivergedError, Judge, Report, Tell, Telling
+from orchestrator.train.line import Line
+from orchestrator.train.loop import DivergedError, Gauge, Report, Reporter, Tell
 from orchestrator.trial.context import SweepContext
 
 RESULT = "group.json"
@@ -35,40 +35,13 @@ class _StoppedError(Exception):
     """Raised on every rank where the trial has been stopped."""
 
 
-class _Line:
-    """An actor between rank 0 and the trial's process: what is said waits for its own answer.
-
-    A rank that dies while it waits leaves an answer that nobody takes; the next question has its own.
-    """
-
-    def __init__(self) -> None:
-        self.said: asyncio.Queue[tuple[int, float, float | None]] = asyncio.Queue()
-        self.answers: dict[int, asyncio.Future[bool]] = {}
-        self.count = 0
-
-    async def ask(self, share: float, metric: float | None) -> bool:
-        """Called by rank 0; returns whether to go on."""
-        self.count += 1
-        number = self.count
-        self.answers[number] = asyncio.get_running_loop().create_future()
-        await self.said.put((number, share, metric))
-        return await self.answers[number]
-
-    async def hear(self) -> tuple[int, float, float | None]:
-        """Called by the trial's process; the next question."""
-        return await self.said.get()
-
-    async def answer(self, number: int, go_on: bool) -> None:
-        self.answers[number].set_result(go_on)
-
-
 def _worker(config: dict[str, Any]) -> None:
     job: TrainJob = config["job"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = str(ray.train.torch.get_device()) if job.device == "cuda" else "cpu"
     folder = Path(config["folder"])
-    report = _asking(config["judge"], config["line"], rank, device) if config["line"] is not None else None
+    report = _asking(config["gauge"], config["line"], rank, device) if config["line"] is not None else None
     try:
         about = run_job(job, folder, report, rank=rank, world=world, device=device)
     except _StoppedError:
@@ -77,17 +50,19 @@ def _worker(config: dict[str, Any]) -> None:
         about = {"diverged": str(error)}
     if rank == 0:
         (folder / RESULT).write_text(json.dumps(about), encoding="utf-8")
-    ray.train.report({})  # a barrier: no rank leaves before the result is written
+    dist.barrier()  # no rank leaves before the result is written
 
 
-def _asking(judge: Judge, line: Any, rank: int, device: str) -> Callable[[Report], None]:
-    """Rank 0 judges and asks; its answer is every rank's."""
+def _asking(gauge: Gauge, line: Any, rank: int, device: str) -> Callable[[Report], None]:
+    """Rank 0 measures and asks; its answer is every rank's."""
 
     def report(state: Report) -> None:
+        if not gauge.due(state.step):
+            return
         verdict = torch.ones((), device=device)
         if rank == 0:
-            share, metric = judge(state)
-            verdict.fill_(float(ray.get(line.ask.remote(share, metric))))
+            go_on = ray.get(line.ask.remote(gauge.share(state.step), gauge.measure(state)))
+            verdict.fill_(float(go_on))
         dist.broadcast(verdict, 0)
         if not verdict.item():
             raise _StoppedError
@@ -106,19 +81,20 @@ class GroupRunner:
     def __init__(self, context: SweepContext, trial_id: str) -> None:
         self.context, self.trial_id = context, trial_id
 
-    def __call__(self, job: TrainJob, folder: Path, report: Telling | None = None) -> dict[str, Any]:
+    def __call__(self, job: TrainJob, folder: Path, report: Reporter | None = None) -> dict[str, Any]:
         """Whatever `report` raises stops the group, and is raised once the group has ended."""
         train = self.context.spec.train
         gpu = job.device == "cuda"
         resources = {"CPU": float(train.threads)} | ({"GPU": train.gpus_per_worker} if gpu else {})
-        line = ray.remote(num_cpus=0)(_Line).remote() if report is not None else None
+        stops = report is not None and self.context.spec.search.scheduler != "none"
+        line = ray.remote(num_cpus=0)(Line).remote() if stops else None
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
                 "job": job,
                 "folder": str(folder),
                 "line": line,
-                "judge": report.judge if report is not None else None,
+                "gauge": report.gauge if report is not None else None,
             },
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=train.workers, use_gpu=gpu, resources_per_worker=resources),
@@ -130,7 +106,7 @@ class GroupRunner:
         )
         with ThreadPoolExecutor(1) as pool:  # leaving it waits for the group's end
             running = pool.submit(trainer.fit)
-            if report is not None:
+            if line is not None and report is not None:
                 _listen(line, running, report.tell)
         try:
             running.result()

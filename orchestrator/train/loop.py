@@ -34,30 +34,38 @@ class Report:
     learner: Learner
 
 
-class Judge(Protocol):
-    """Says of a report how far the trial is (share of its budget) and what it scores on val (None: not measured).
-
-    Picklable: it is called where the training runs.
-    """
-
-    def __call__(self, report: Report) -> tuple[float, float | None]: ...
-
-
 Tell = Callable[[float, float | None], None]
 
 
-@dataclass(frozen=True)
-class Telling:
-    """What a trial does with reports: they are judged where it trains, and told where it runs.
+class Gauge(Protocol):
+    """Measures a network while it trains. Picklable: each rank of a group has its own, and asks it alike."""
+
+    def due(self, step: int) -> bool:
+        """Whether something is to be measured after this step; ask once a step."""
+        ...
+
+    def share(self, step: int) -> float:
+        """Of the trial's whole budget that is done after this step."""
+        ...
+
+    def measure(self, state: Report) -> float:
+        """The val metric."""
+        ...
+
+
+@dataclass
+class Reporter:
+    """Measures in this process, and tells how far the trial is: (share of its budget, val metric or None).
 
     What `tell` raises ends the training.
     """
 
-    judge: Judge
+    gauge: Gauge
     tell: Tell
 
-    def __call__(self, report: Report) -> None:
-        self.tell(*self.judge(report))
+    def __call__(self, state: Report) -> None:
+        due = self.gauge.due(state.step)
+        self.tell(self.gauge.share(state.step), self.gauge.measure(state) if due else None)
 
 
 @dataclass

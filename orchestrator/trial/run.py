@@ -7,6 +7,7 @@ import os
 import platform
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ from orchestrator.models.load import tuned_network
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Entry, key_of
 from orchestrator.train.job import Networks, TrainJob, entry_at, given_for, networks_of, run_job, stage_results
-from orchestrator.train.loop import Tell, Telling
+from orchestrator.train.loop import Reporter
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import (
     TrialConfig,
@@ -37,27 +38,29 @@ from orchestrator.trial.plan import (
     stage_reads,
     stage_steps,
 )
-from orchestrator.trial.score import evaluate
-from orchestrator.trial.watch import Watch
+from orchestrator.trial.score import ValGauge, evaluate
 
 
 class Runner(Protocol):
     """Runs a training job, in this process or on a worker group."""
 
-    def __call__(self, job: TrainJob, folder: Path, report: Telling | None) -> dict[str, Any]: ...
+    def __call__(self, job: TrainJob, folder: Path, report: Reporter | None) -> dict[str, Any]: ...
+
+
+Progress = Callable[[float, float | None], None]  # (share of the whole budget, val metric or None)
 
 
 def run_trial(
     context: SweepContext,
     config: TrialConfig,
-    progress: Tell | None = None,
+    progress: Progress | None = None,
     runner: Runner = run_job,
     mapper: Mapper = make_here,
 ) -> dict[str, Any]:
     """Runs one trial to its row. Whatever goes wrong inside becomes a row with status `failed` and a reason.
 
     Args:
-        progress: hears how far the trial is (share of its whole budget), and what it scores on val, or None.
+        progress: hears how far the trial is.
         runner: runs its training stages.
         mapper: makes its generated images.
 
@@ -158,7 +161,7 @@ class _Trial:
     context: SweepContext
     config: TrialConfig
     bill: Bill
-    progress: Tell | None
+    progress: Progress | None
     runner: Runner
     mapper: Mapper
     addresses: dict[str, str] = field(default_factory=dict)
@@ -191,7 +194,7 @@ class _Trial:
             if isinstance(stage, FitStage):
                 entry = self._fit(stage, key, reads)
             else:
-                report = self._telling(stage, facts["optimizer_steps"], total, stage is trained[-1])
+                report = self._reporter(stage, facts["optimizer_steps"], total, stage is trained[-1])
                 entry = self._train(stage, key, reads, report)
                 about = entry.meta["about"]
                 for name in ("optimizer_steps", "images_seen", "loop_seconds"):
@@ -295,7 +298,7 @@ class _Trial:
 
         return self.bill.add(self.store.compute(stage.name, key, write, reads=reads))
 
-    def _train(self, stage: TrainStage, key: str, reads: dict[str, Any], report: Telling | None) -> Entry:
+    def _train(self, stage: TrainStage, key: str, reads: dict[str, Any], report: Reporter | None) -> Entry:
         feed, cell, views = stage.feed, self.config.cell, self.spec.train.views
 
         def write(folder: Path) -> dict[str, Any]:
@@ -327,15 +330,12 @@ class _Trial:
 
         return self.bill.add(self.store.compute(stage.name, key, write, reads=reads))
 
-    def _telling(self, stage: TrainStage, before: int, total: int, final: bool) -> Telling | None:
+    def _reporter(self, stage: TrainStage, before: int, total: int, final: bool) -> Reporter | None:
+        """What tells `progress` how far the trial is; an earlier stage's network is not the candidate."""
         if self.progress is None:
             return None
-        # An earlier stage's network is not the candidate.
-        measures = self.spec.search.scheduler != "none" and final
-        head = self.method.trains_head
-        return Telling(
-            Watch(self.context, self.config.cell, stage.trains, head, before, total, measures), self.progress
-        )
+        stops = self.spec.search.scheduler != "none" and final
+        return Reporter(ValGauge(self.context, self.config, stage.trains, before, total, stops), self.progress)
 
     def _picture(self, stages: list[Stage], rows: int = 6, copies: int = 4) -> None:
         """A contact sheet of sources and what was made of them, once for each pool."""

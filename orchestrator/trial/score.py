@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from methods.dense import structure_of
 from orchestrator.data.labels import Labels, open_labels
 from orchestrator.data.outputs import Bill
 from orchestrator.data.pixels import Pixels, open_pixels
-from orchestrator.data.task import Split, TaskData
+from orchestrator.data.task import Split, TaskData, load_task
 from orchestrator.errors import WorkError
 from orchestrator.evaluate.cost import flops, latency, parameters
 from orchestrator.evaluate.metrics import score
@@ -26,9 +27,10 @@ from orchestrator.models import Network, load_student, save_student
 from orchestrator.models.load import describe
 from orchestrator.models.load import structure_of as stored_structure
 from orchestrator.store import Entry, key_of
-from orchestrator.train.job import Networks, fresh_student
+from orchestrator.train.job import Networks, fresh_student, networks_of
+from orchestrator.train.loop import Report
 from orchestrator.trial.context import SweepContext
-from orchestrator.trial.plan import TrialConfig, policy_of
+from orchestrator.trial.plan import TrialConfig, method_named, policy_of
 
 EVALUATION_VERSION = 1
 
@@ -46,6 +48,46 @@ def val_metric(context: SweepContext, task: TaskData, network: nn.Module, base: 
     labels = _labels(context, task, task.val, range(len(task.val)), size)
     pixels = _pixels(context, task, task.val, base)
     return score(scored, base.preprocessing, pixels, labels, len(task.val), task.spec.kind, len(task.classes)).value
+
+
+@dataclass
+class ValGauge:
+    """The val metric of the stage that trains what is deployed, at each eighth of the trial's budget.
+
+    Attributes:
+        context, config: the trial.
+        trains: whose preprocessing the stage's network has.
+        before, total: optimizer steps of earlier stages, and of all.
+        stops: whether anybody wants to know: trials may be stopped, and this stage trains the candidate.
+    """
+
+    context: SweepContext
+    config: TrialConfig
+    trains: str
+    before: int
+    total: int
+    stops: bool
+    measured: int = 0
+
+    def share(self, step: int) -> float:
+        """Of the trial's whole budget that is done after this step, below 1."""
+        return min((self.before + step) / self.total, 0.999)
+
+    def due(self, step: int) -> bool:
+        """Whether a further eighth of the budget is done; ask once a step."""
+        eighth = int(self.share(step) * 8)
+        if not self.stops or eighth <= self.measured:
+            return False
+        self.measured = eighth
+        return True
+
+    def measure(self, state: Report) -> float:
+        """What the network scores on val now."""
+        cell, spec = self.config.cell, self.context.spec
+        task = load_task(spec.task, self.context.store)
+        base = networks_of(spec, cell.teacher, cell.student).trained(self.trains)
+        has_head = method_named(cell.method).trains_head
+        return val_metric(self.context, task, state.learner.student, base, has_head)
 
 
 def _pixels(context: SweepContext, task: TaskData, split: Split, base: Network) -> Pixels:
