@@ -177,11 +177,10 @@ TeacherTuning = Annotated[str, AfterValidator(_known_tuning)]
 
 
 def tuning_knob() -> Any:
-    """The knob `teacher_tuning` of a distillation."""
+    """The knob `teacher_tuning` of a distillation; searched only where the sweep file lists values."""
     return knob(
         NONE,
         "none: the teacher as it comes, with a fitted head; or the method (its defaults) that first tunes the teacher.",
-        search=Choice(values=(NONE, "lora", "full_tuning")),
         pattern=r"^[a-z0-9_]+$",
     )
 

@@ -344,7 +344,7 @@ class SweepSpec(Section):
 
     def to_yaml(self) -> str:
         """The whole file with every default written out; reading it gives an equal spec."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def read_spec(path: str | Path, overrides: list[str] | None = None) -> SweepSpec:

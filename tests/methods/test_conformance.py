@@ -100,7 +100,7 @@ def other_values(method: type[Method], name: str) -> list[Any]:
     if choices:
         return [v for v in choices if v != default]
     if isinstance(default, str):
-        return ["none"]  # a name of something that may be left out
+        return ["lora" if default == "none" else "none"]  # the name of a tuned teacher
     return [default / 2 or 0.5]
 
 
