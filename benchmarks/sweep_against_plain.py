@@ -1,6 +1,6 @@
 """A sweep of 12 KD and WeCoLoRA trials here, against the same trials in a plain Optuna and PyTorch script.
 
-    python -m benchmarks.sweep_against_plain            # benchmarks/results/sweep_against_plain.json, docs/performance.md
+    python -m benchmarks.sweep_against_plain            # writes benchmarks/results/ and docs/performance.md
     python -m benchmarks.sweep_against_plain --quick    # minutes, nothing written
 
 Same networks, data, steps, batch, two processes of one thread. The peer runs its teacher in every step. Each round runs
@@ -184,8 +184,8 @@ def table(result: dict[str, Any]) -> str:
     warm = result["outside_loop_s"]
     images = statistics.median(result["teacher_images"]["ours"])
     lines = [
-        f"`{result['command']}`: 12 trials of {result['steps']} steps x 64 images, median of {result['rounds']} rounds; "
-        f"{result['machine']}; {result['versions']}.",
+        f"`{result['command']}`: 12 trials of {result['steps']} steps x 64 images, median of {result['rounds']} "
+        f"rounds; {result['machine']}; {result['versions']}.",
         "",
         "| | wall seconds | against the plain script |",
         "| --- | --- | --- |",
@@ -197,8 +197,8 @@ def table(result: dict[str, Any]) -> str:
         f"From the command to the first trial: {result['cold_start_s']:.1f} s. Between two trials of a process: "
         f"{result['between_trials_s']:.2f} s. Outside the training loop, a warm trial (imports done, teacher outputs "
         f"there): median {warm['median']:.2f} s of {warm['trials']} trials; KD {warm['kd_median']:.2f} s, WeCoLoRA "
-        f"{warm['wecolora_median']:.2f} s, nearly all of it the evaluation. Images that the teacher saw: {images:,.0f} here, "
-        f"{result['teacher_images']['plain']:,} there.",
+        f"{warm['wecolora_median']:.2f} s, nearly all of it the evaluation. Images that the teacher saw: "
+        f"{images:,.0f} here, {result['teacher_images']['plain']:,} there.",
     ]
     return "\n".join(lines)
 

@@ -51,6 +51,13 @@ def resumed(folder: Path) -> list[dict[str, Any]]:
     return Ledger(folder).rows()
 
 
+def events(folder: Path) -> Any:
+    """What TensorBoard reads in a folder of event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload()
+
+
 def test_median_prunes_what_stays_below_the_median_of_earlier_trials(colours: Path, tmp_path: Path) -> None:
     spec = small_spec(
         colours,
@@ -147,6 +154,12 @@ def test_a_moved_and_renamed_sweep_is_resumed_chosen_from_and_exported(colours: 
     assert [r["status"] for r in rows] == ["complete"] * 2
     assert rows[0] == before[0]
     assert not (tmp_path / "runs").exists()
+    shown = events(folder / "tensorboard" / "t0001-finetune")
+    assert shown.Scalars("result/val_metric")[0].value == pytest.approx(rows[1]["val_metric"])
+    assert [e.step for e in shown.Scalars("train/loss")] == list(range(1, spec.train.steps + 1))
+    plugin = events(folder / "tensorboard").SummaryMetadata("_hparams_/experiment").plugin_data
+    assert plugin.plugin_name == "hparams"
+    assert all(name in plugin.content for name in (b"Method", b"Teacher", b"Student", b"finetune.lr"))
     choice = recommend(folder)
     assert choice["val_metric"] == max(r["val_metric"] for r in rows)
     assert export_trial(folder, tmp_path / "exported", None, "safetensors")["trial_id"] == choice["trial_id"]

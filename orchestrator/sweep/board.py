@@ -25,6 +25,7 @@ from orchestrator.select.results import (
     margin_note,
     over_repeats,
     read_trials,
+    short_name,
     standard_error,
 )
 from orchestrator.spec import METRIC_NAMES, METRICS, Kind, Task
@@ -37,26 +38,51 @@ BASELINES = ("finetune", "linear_probe")
 
 
 def finish(folder: Path) -> None:
-    """Writes TensorBoard event files (learning curves, HParams) from the recorded rows."""
-    from tensorboardX import SummaryWriter
+    """Writes TensorBoard event files (learning curves, HParams) from the recorded rows.
 
-    ledger = Ledger(folder)
-    for row in ledger.rows():
-        target = folder / "tensorboard" / row["trial_id"]
-        if target.exists() or row["status"] == "running":
+    The experiment's own file names every knob of every method: TensorBoard shows the columns that it names.
+    """
+    from tensorboardX import SummaryWriter
+    from tensorboardX.summary import hparams
+
+    rows = [row for row in Ledger(folder).rows() if row["status"] != "running"]
+    root = folder / "tensorboard"
+    for old in root.glob("events.*"):
+        old.unlink()
+    if not rows:
+        return
+    every = {name: value for row in rows for name, value in _choices(row).items()}
+    with SummaryWriter(str(root), write_to_disk=True) as writer:
+        writer.file_writer.add_summary(hparams(every, dict.fromkeys(_results(rows), 0.0))[0])
+    for row in rows:
+        target = root / f"{row['trial_id']}-{row['method']}"
+        if target.exists():
             continue
-        config = TrialConfig.from_json(row["config"])
-        knobs = {f"{row['method']}.{k}": v for k, v in config.knobs.items()}
-        hparams = {"method": row["method"], "teacher": row["teacher"] or "-", "student": row["student"] or "-", **knobs}
-        metrics = {m: float(row[m]) for m in METRICS if math.isfinite(float(row[m]))}
+        results = _results([row])
         with SummaryWriter(str(target), write_to_disk=True) as writer:
-            writer.add_hparams(hparams, metrics, name=".")
-            for name, value in metrics.items():
+            # `add_hparams` opens a second file, which has the first one's name within a second of it.
+            for summary in hparams(_choices(row), results)[1:]:
+                writer.file_writer.add_summary(summary)
+            for name, value in results.items():
                 writer.add_scalar(name, value, row["optimizer_steps"])
             for point in _history(folder, row):
                 for part, value in point.items():
                     if part != "step":
                         writer.add_scalar(f"train/{part}", value, int(point["step"]))
+
+
+def _choices(row: dict[str, Any]) -> dict[str, Any]:
+    """What HParams shows as chosen: method, networks, and the method's knobs under its name."""
+    config = TrialConfig.from_json(row["config"])
+    knobs = {f"{row['method']}.{k}": v for k, v in config.knobs.items()}
+    teacher, student = short_name(row["teacher"]) or "-", short_name(row["student"]) or "-"
+    # TensorBoard sorts by name and shows the first few: capitals come before the knobs.
+    return {"Method": row["method"], "Teacher": teacher, "Student": student, **knobs}
+
+
+def _results(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The metrics that the rows have, in a group beside the learning curves."""
+    return {f"result/{m}": float(row[m]) for row in rows for m in METRICS if math.isfinite(float(row[m]))}
 
 
 def _history(folder: Path, row: dict[str, Any]) -> list[dict[str, float]]:

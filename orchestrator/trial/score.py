@@ -163,6 +163,8 @@ def evaluate(
             "task": spec.task.model_dump(mode="json"),
         }
         save_student(folder, Deployed(network, method.deploys, changes, structure), meta)
+        if last is not None and (last.path / "history.json").is_file():
+            shutil.copy(last.path / "history.json", folder)  # the learning curves of what is deployed
         return {
             "val_metric": val,
             "params_total": parameters(network),
