@@ -359,6 +359,8 @@ def read_spec(path: str | Path, overrides: list[str] | None = None) -> SweepSpec
     except FileNotFoundError:
         known = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UserError(f"There is no sweep file {str(path)!r}.{nearest(path.name, known)}") from None
+    except IsADirectoryError:
+        raise UserError(f"The sweep file {str(path)!r} is a folder.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The sweep file {str(path)!r} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
@@ -366,8 +368,10 @@ def read_spec(path: str | Path, overrides: list[str] | None = None) -> SweepSpec
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         raise UserError(f"The sweep file {str(path)!r} is not valid YAML{where}: {problem}.") from None
+    if raw is None:
+        raise UserError(f"The sweep file {str(path)!r} is empty; `orchestrator check --keys` prints its keys.")
     if not isinstance(raw, dict):
-        raise UserError(f"The sweep file {str(path)!r} holds {type(raw).__name__}, not a mapping of keys.")
+        raise UserError(f"The sweep file {str(path)!r} holds a {type(raw).__name__}, not a mapping of keys.")
     for override in overrides or []:
         _override(raw, override)
     return parse_spec(raw, str(path))

@@ -384,3 +384,29 @@ def test_batch_norm_on_several_cpu_workers_says_what_to_do_instead(raw: dict[str
     checked(changed(raw, train=train, students=[student]), tmp_path)
     prepared = checked(changed(raw, train=train | {"device": "auto"}, students=[STUDENT]), tmp_path)
     assert any("batch norm" in sentence for sentence in prepared.unchecked)
+
+
+def test_check_reads_local_weights_and_says_what_is_wrong_with_them(raw: dict[str, Any], tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    save_file(timm.create_model("test_vit", img_size=32).state_dict(), whole)
+    cut.write_bytes(whole.read_bytes()[:500])
+
+    def teacher(path: Path, architecture: str) -> list[dict[str, Any]]:
+        return [{"model": f"local:{path}", "architecture": architecture, "image_size": 32}]
+
+    checked(changed(raw, teachers=teacher(whole, "timm/test_vit")), tmp_path)
+    message = refusal(changed(raw, teachers=teacher(cut, "timm/test_vit")), tmp_path)
+    assert message.startswith(f"The weight file '{cut}' cannot be read")
+    message = refusal(changed(raw, teachers=teacher(whole, "timm/test_resnet")), tmp_path)
+    assert message.startswith(f"The weights in '{whole}' do not fit timm/test_resnet")
+
+
+def test_an_empty_file_and_a_folder_are_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(UserError, match=r"empty\.yaml' is empty; .*check --keys"):
+        read_spec(tmp_path / "empty.yaml")
+    with pytest.raises(UserError, match="is a folder"):
+        read_spec(tmp_path)

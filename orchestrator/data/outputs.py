@@ -52,8 +52,10 @@ class Bill:
             self.seconds_paid += seconds
         else:
             self.hits += 1
-            self.forwards_shared += forwards
-            self.seconds_saved += seconds
+            # Whoever reads any output of a pass would have had to make the whole pass.
+            about = entry.meta["about"]
+            self.forwards_shared += int(about.get("pass_forwards", forwards))
+            self.seconds_saved += float(about.get("pass_seconds", seconds))
         return entry
 
 
@@ -209,6 +211,7 @@ def _pass(
                 "forwards": len(split) if number == 0 else 0,
                 "seconds": seconds if number == 0 else 0.0,
                 "pass_forwards": len(split),
+                "pass_seconds": seconds,
                 "teacher": teacher.entry.model_dump(mode="json"),
                 **images.identity(),
                 "view": view,

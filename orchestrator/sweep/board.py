@@ -135,22 +135,24 @@ def recommend(
 
 def _against_baseline(frame: Any, row: Any, images: int, kind: Kind) -> list[str]:
     """Whether transfer beat training on the labels alone, and by more than the noise of `images` images."""
-    complete = frame[frame["status"] == "complete"]
-    own = complete[complete["method"].isin(BASELINES)]
-    if own.empty:
+    complete = frame[(frame["status"] == "complete") & frame["val_metric"].notna()]
+    chose_baseline = row["method"] in BASELINES
+    rivals = complete[complete["method"].isin(BASELINES) != chose_baseline]
+    if rivals.empty:
         return []
-    if row["method"] in BASELINES:
-        return [
-            "No transfer method beat training on the labels alone here: the teacher's knowledge does not fit this task."
-        ]
-    value = float(own["val_metric"].max())
-    gain = float(row["val_metric"]) - value
-    best = own.loc[own["val_metric"].idxmax()]
-    noise = math.sqrt(standard_error(best, images) ** 2 + standard_error(row, images) ** 2)
+    rival = rivals.loc[rivals["val_metric"].idxmax()]
+    gain = float(row["val_metric"]) - float(rival["val_metric"])
+    noise = math.sqrt(standard_error(rival, images) ** 2 + standard_error(row, images) ** 2)
     verdict = "more than" if gain > 2 * noise else "within"
+    error = f"{verdict} twice its standard error ({noise:.3f}{as_accuracy(kind)} on {images} images{over_repeats(row)})"
+    if chose_baseline:
+        name = f"{rival['trial_id']} ({rival['method']})"
+        return [
+            f"No transfer method beat training on the labels alone: the best, {name}, is {-gain:.3f} below, {error}."
+        ]
+    value = float(rival["val_metric"])
     return [
-        f"The best network trained on the labels alone reaches val {value:.3f}: the difference {gain:+.3f} is "
-        f"{verdict} twice its standard error ({noise:.3f}{as_accuracy(kind)} on {images} images{over_repeats(row)})."
+        f"The best network trained on the labels alone reaches val {value:.3f}: the difference {gain:+.3f} is {error}."
     ]
 
 

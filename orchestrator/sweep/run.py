@@ -72,6 +72,8 @@ def prepare(spec: SweepSpec) -> Prepared:
         for entry in entries:
             unchecked += check_model(entry, role)
             plan_network(entry, role)
+            if entry.model.startswith("local:"):
+                load_network(entry, role)  # the file is here: whether it can be read and fits is known now
     if spec.upstream.given:
         from orchestrator.models.upstream import check_section
 
