@@ -70,6 +70,15 @@ class PeftLearner(TuningLearner):
     def peft_config(self, network: nn.Module, params: Mapping[str, Any]) -> PeftConfig:
         """The tuner and its targets. peft is imported in here, not with the module."""
 
+    @classmethod
+    def rehearse(cls, params: Mapping[str, Any], skeleton: nn.Module, num_classes: int) -> str | None:
+        """Whether there is anything to adapt: peft itself takes long to import."""
+        try:
+            target_modules(skeleton, params.get("targets", "all"))
+        except ValueError as error:
+            return str(error).rstrip(".")
+        return None
+
     def adapt(self, network: nn.Module, params: Mapping[str, Any]) -> nn.Module:
         from peft import get_peft_model
 

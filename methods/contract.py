@@ -38,6 +38,7 @@ class NetworkInfo:
         channels: of each intermediate map.
         image_size: side of the square input, in pixels.
         pretrained: whether its weights come from pre-training.
+        skeleton: its modules, whatever their weights (on the meta device where that can be); never to be changed.
     """
 
     name: str
@@ -47,6 +48,7 @@ class NetworkInfo:
     channels: tuple[int, ...]
     image_size: int
     pretrained: bool
+    skeleton: nn.Module | None = field(default=None, compare=False, repr=False)
 
     @property
     def intermediates(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -171,12 +172,20 @@ class FNALearner(KDLearner):
         student = given.student
         mine = student.backbone if isinstance(student, Segmenter) else student
         reached = remap(mine, given.teacher, params["share"], params["noise"])
-        if reached < LEAST_REMAPPED:
-            raise ValueError(
-                f"fna copies weights between networks of one family, and only {reached:.0%} of the student's weights "
-                f"have a counterpart in the teacher (at least {LEAST_REMAPPED:.0%} are needed)."
-            )
+        reason = _too_far(reached)
+        if reason:
+            raise ValueError(reason)
         return student
+
+
+def _too_far(reached: float) -> str | None:
+    """Why a student of which only the share `reached` has a counterpart is refused."""
+    if reached >= LEAST_REMAPPED:
+        return None
+    return (
+        f"fna copies weights between networks of one family, and only {reached:.0%} of the student's weights "
+        f"have a counterpart in the teacher (at least {LEAST_REMAPPED:.0%} are needed)"
+    )
 
 
 class FNA(KD):
@@ -201,7 +210,9 @@ class FNA(KD):
             return reason
         families = {family(teacher.name), family(student.name)} - {None}
         if teacher.kind == student.kind and (teacher.kind == "vit" or len(families) < 2):
-            return None
+            if teacher.skeleton is None or student.skeleton is None:
+                return None
+            return _too_far(remap(copy.deepcopy(student.skeleton), teacher.skeleton))
         return f"{cls.name} copies weights within a family, and {student.name} is no relative of {teacher.name}"
 
     @classmethod

@@ -80,4 +80,4 @@ class LoRA(TunedTeacher):
             return (
                 f"targets {targets!r} names parts of a transformer block, and {setting.teacher.name} is of kind {kind}"
             )
-        return None
+        return super().invalid(config, setting)

@@ -267,4 +267,4 @@ class Net2Net(TunedTeacher):
         assert isinstance(config, Net2NetConfig)
         if config.width == 1 and config.deeper == 0:
             return "width 1 and deeper 0 leave the teacher as it is: that is full_tuning"
-        return None
+        return super().invalid(config, setting)

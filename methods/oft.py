@@ -80,4 +80,4 @@ class OFT(TunedTeacher):
         assert setting.teacher is not None
         if setting.teacher.width % config.block:
             return f"block {config.block} does not divide the width {setting.teacher.width} of {setting.teacher.name}"
-        return None
+        return super().invalid(config, setting)

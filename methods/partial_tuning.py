@@ -58,4 +58,4 @@ class PartialTuning(TunedTeacher):
         there = teacher.blocks or teacher.intermediates
         if config.last > there:
             return f"last is {config.last}, and {teacher.name} has {there} {'blocks' if teacher.blocks else 'stages'}"
-        return None
+        return super().invalid(config, setting)

@@ -13,6 +13,7 @@ from methods.contract import Batch, Deployed, Feed, Given, Learner, Recipe, Trai
 from methods.heads import POOLED
 from methods.outputs import read_outputs
 from methods.proxy import Proxy, load_proxy, proxy_loss, proxy_tensors
+from methods.ranks import gathered
 
 PROMPT = "prompt"
 PROMPT_RATE = 10.0  # the prompt learns so much faster than P and W [inferred]
@@ -65,8 +66,8 @@ class Reprogrammed(nn.Module):
 class PromptLearner(Learner):
     """Stage A with a prompt: δ, P and W under `L_A`, every step through the frozen teacher.
 
-    The geometry that α keeps is that of the prompted images' features. Batch statistics of P are running averages
-    here, since no stored features exist [inferred].
+    The geometry that α keeps is that of the prompted images' features. Batch statistics of P are those of the global
+    batch, and running averages afterwards, since no stored features exist [inferred].
     """
 
     student: Reprogrammed
@@ -81,8 +82,8 @@ class PromptLearner(Learner):
 
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         assert batch.labels is not None
-        features = self.student.features(batch.images)
-        return proxy_loss(self.student.proxy, features, batch.labels, self.kind, self.alpha)
+        features = gathered(self.student.features(batch.images))
+        return proxy_loss(self.student.proxy, features, gathered(batch.labels), self.kind, self.alpha)
 
     def deployed(self) -> Deployed:
         raise TypeError("The stage `prompt` leaves tensors for the stage after it and deploys nothing.")
@@ -110,7 +111,7 @@ def prompt_stage(params: Mapping[str, Any], lr: float, weight_decay: float) -> T
     """The stage that trains prompt and proxy; `params` are those of `PromptLearner`."""
     return TrainStage(
         name=PROMPT,
-        version=2,
+        version=3,
         learner=PromptLearner,
         params=params,
         feed=Feed(images="labelled", labels=True),

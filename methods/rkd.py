@@ -15,6 +15,7 @@ from methods.heads import POOLED
 from methods.kd import KD, KDConfig, KDLearner
 from methods.knobs import Choice, Range, knob
 from methods.outputs import read_outputs
+from methods.ranks import gathered
 from methods.tuning import LOGITS
 
 
@@ -79,10 +80,7 @@ def _huber(student: Tensor, teacher: Tensor, source: Tensor) -> Tensor:
 
 
 class RKDLearner(KDLearner):
-    """Logit distillation + `distance` · L_D + `angle` · L_A of the pooled features [B, D] of a batch's rows.
-
-    On several workers the relations are those of a worker's own rows.
-    """
+    """Logit distillation + `distance` · L_D + `angle` · L_A of the pooled features [B, D] of the global batch."""
 
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
@@ -92,7 +90,7 @@ class RKDLearner(KDLearner):
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         own = read_outputs(self.student, batch.images, [POOLED, LOGITS])
         parts = self.distillation(own[LOGITS.key], batch)
-        mine, theirs = own[POOLED.key], batch.outputs[POOLED.key]
+        mine, theirs = gathered(own[POOLED.key]), gathered(batch.outputs[POOLED.key])
         distance, angle = distance_loss(mine, theirs), angle_loss(mine, theirs)
         total = parts["loss"] + self.distance * distance + self.angle * angle
         return {**parts, "loss": total, "distance": distance, "angle": angle}
@@ -120,5 +118,5 @@ class RKD(KD):
         params = {**distil.params, "distance": config.distance, "angle": config.angle}
         return [
             *earlier,
-            replace(distil, version=1, learner=RKDLearner, params=params, feed=replace(distil.feed, outputs=outputs)),
+            replace(distil, version=2, learner=RKDLearner, params=params, feed=replace(distil.feed, outputs=outputs)),
         ]

@@ -30,6 +30,7 @@ from methods.kd import distillation_loss
 from methods.knobs import Choice, MethodConfig, Range, knob
 from methods.outputs import Output, intermediate_channels, read_outputs
 from methods.proxy import PROXY, Proxy, load_proxy, proxy_stage
+from methods.ranks import gathered
 from methods.reprogram import PROMPT, PromptKind, Reprogrammed, load_reprogrammed, prompt_stage
 from methods.transport import transport_cost
 from methods.tuning import NONE, TeacherTuning, tuning_knob, tuning_refuses, tunings
@@ -157,7 +158,7 @@ def feature_distance(own: Tensor, target: Tensor, kind: Distance) -> Tensor:
 
     `cosine` is `1 - cos`. `mse` is the squared distance of the vectors at length 1, which is twice that: another β,
     kept to match a later reading of the paper. `similarity` is the KL divergence of each row's distribution over
-    the other rows of the batch, softmax(cos / 0.1), from the proxy's; it sees the rows of one process only.
+    the other rows of the global batch, softmax(cos / 0.1), from the proxy's.
     """
     own, target = F.normalize(own.float(), dim=-1), F.normalize(target.float(), dim=-1)
     if kind == "cosine":
@@ -253,9 +254,10 @@ class TDMRLearner(Learner):
         for k in range(active_depths(progress, len(vectors), self.params["switch"], mode)):
             if self.weights[k] == 0:
                 continue
-            one = feature_distance(vectors[k], z, distance)
+            mine, theirs = gathered(vectors[k]), gathered(z)
+            one = feature_distance(mine, theirs, distance)
             if self.params["transport"] > 0:
-                one = one + self.params["transport"] * transport_cost(vectors[k], z)
+                one = one + self.params["transport"] * transport_cost(mine, theirs)
             feature = feature + self.weights[k] * one
             parts[f"depth_{k + 1}"] = one
         loss = (1 - share) * ce + share * (self.params["beta"] * feature + self.params["gamma"] * kd)
@@ -360,7 +362,7 @@ class TDMR(Method):
             *earlier,
             TrainStage(
                 name="distil",
-                version=1,
+                version=2,
                 learner=TDMRLearner,
                 params={
                     **terms,

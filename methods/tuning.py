@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from methods.contract import (
     Given,
     Learner,
     Method,
+    NetworkInfo,
     Recipe,
     Setting,
     Stage,
@@ -79,6 +82,22 @@ class TuningLearner(Learner):
     def adapt(self, network: nn.Module, params: Mapping[str, Any]) -> nn.Module:
         """Makes trainable what this method trains, in place or around `network` (frozen, its classifier linear)."""
 
+    @classmethod
+    def rehearse(cls, params: Mapping[str, Any], skeleton: nn.Module, num_classes: int) -> str | None:
+        """Why `adapt` cannot take a network with these modules; None if it can. Its weights are not used."""
+        learner = cls.__new__(cls)
+        nn.Module.__init__(learner)
+        learner.params = params
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                network = zero_head(copy.deepcopy(skeleton), num_classes)
+                learner.adapt(network.requires_grad_(False), params)
+        except ValueError as error:
+            return str(error).rstrip(".")
+        except (NotImplementedError, RuntimeError):  # it computes with weights, and a skeleton has none
+            return None
+        return None
+
     def fold(self, network: nn.Module) -> nn.Module:
         """The plain network of a copy of the trained one: adapters merged where they can be."""
         return network
@@ -129,6 +148,15 @@ class TunedTeacher(Method):
     teaches: ClassVar[bool] = True
 
     @classmethod
+    def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:
+        teacher = setting.teacher
+        if teacher is None or teacher.skeleton is None:
+            return None
+        params = json.dumps(cls.params(config, setting), sort_keys=True)
+        reason = _rehearsed(cls.learner, params, teacher, setting.task.num_classes)
+        return f"{cls.name} cannot serve {teacher.name}: {reason}" if reason else None
+
+    @classmethod
     def params(cls, config: Any, setting: Setting) -> dict[str, Any]:
         """What the learner reads of the configuration: everything that is not the recipe's."""
         return config.model_dump(exclude={"lr", "weight_decay", "budget"}, mode="json")
@@ -153,6 +181,12 @@ class TunedTeacher(Method):
             inputs=(TEACHER_HEAD,) if from_probe else (),
         )
         return [teacher_head_stage(setting.task.kind), train] if from_probe else [train]
+
+
+@functools.lru_cache(maxsize=1024)
+def _rehearsed(learner: type[TuningLearner], params: str, teacher: NetworkInfo, num_classes: int) -> str | None:
+    assert teacher.skeleton is not None
+    return learner.rehearse(json.loads(params), teacher.skeleton, num_classes)
 
 
 def tunings() -> dict[str, type[TunedTeacher]]:

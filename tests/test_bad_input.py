@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -399,9 +400,9 @@ def test_check_reads_local_weights_and_says_what_is_wrong_with_them(raw: dict[st
 
     checked(changed(raw, teachers=teacher(whole, "timm/test_vit")), tmp_path)
     message = refusal(changed(raw, teachers=teacher(cut, "timm/test_vit")), tmp_path)
-    assert message.startswith(f"The weight file '{cut}' cannot be read")
+    assert message.startswith("The weight file '/cut.safetensors' cannot be read")
     message = refusal(changed(raw, teachers=teacher(whole, "timm/test_resnet")), tmp_path)
-    assert message.startswith(f"The weights in '{whole}' do not fit timm/test_resnet")
+    assert message.startswith("The weights in '/whole.safetensors' do not fit timm/test_resnet")
 
 
 def test_an_empty_file_and_a_folder_are_named_as_such(tmp_path: Path) -> None:
@@ -410,3 +411,38 @@ def test_an_empty_file_and_a_folder_are_named_as_such(tmp_path: Path) -> None:
         read_spec(tmp_path / "empty.yaml")
     with pytest.raises(UserError, match="is a folder"):
         read_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "reason"),
+    [
+        ("net2net", "timm/vgg11", "net2net cannot grow a VGG as asked"),
+        (
+            "adapter",
+            "timm/vit_small_patch16_18x2_224",
+            "adapter serves timm's pre-norm transformer blocks (Block), and the",
+        ),
+        ("adaptformer", "timm/vit_small_patch16_18x2_224", "of VisionTransformer are ParallelThingsBlock"),
+        (
+            "net2net",
+            "timm/vit_small_patch16_18x2_224",
+            "net2net cannot widen a transformer block of kind ParallelThingsBlock",
+        ),
+    ],
+)
+def test_a_teacher_that_a_tuning_cannot_adapt_is_refused_before_any_trial(
+    raw: dict[str, Any], tmp_path: Path, method: str, model: str, reason: str
+) -> None:
+    teacher = {"model": model, "pretrained": False, "image_size": 224}
+    message = refusal(changed(raw, teachers=[teacher], methods={method: {}}), tmp_path)
+    assert f"{method} cannot serve {model}: " in message
+    assert reason in message
+
+
+def test_an_empty_split_folder_is_not_silently_drawn_anew(raw: dict[str, Any], tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(Path(raw["task"]["data"].removeprefix("folder:")), tmp_path / "images" / split)
+    (tmp_path / "images" / "test").mkdir()
+    message = refusal(changed(raw, task__data=f"folder:{tmp_path / 'images'}"), tmp_path)
+    folder = "task.data: the folder '/images/test' holds no images; "
+    assert message == folder + "without that folder, test is drawn from the other images."

@@ -85,7 +85,14 @@ class Folder(Source):
         ready = bool(folders) and all(s in SPLITS for s in splits.values())
         if not ready:
             return self.below(self.root, "")
-        return [item for folder in folders for item in self.below(folder, splits[folder])]
+        found = {folder: self.below(folder, splits[folder]) for folder in folders}
+        for folder, items in found.items():
+            if not items:
+                raise UserError(
+                    f"task.data: the folder {str(folder)!r} holds no images; without that folder, "
+                    f"{splits[folder]} is drawn from the other images."
+                )
+        return [item for items in found.values() for item in items]
 
     @abstractmethod
     def below(self, root: Path, split: str) -> list[Item]:

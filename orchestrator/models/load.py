@@ -206,6 +206,7 @@ def _plan(key: str, role: Role) -> tuple[NetworkInfo, Preprocessing]:
         channels=intermediate_channels(network),
         image_size=preprocessing.size,
         pretrained=wants_weights(entry, role),
+        skeleton=network,
     )
     return info, preprocessing
 
@@ -228,11 +229,8 @@ def plan_network(entry: Model, role: Role) -> tuple[NetworkInfo, Preprocessing]:
 
 def has_batch_norm(entry: Model) -> bool:
     """Whether the network normalises over the batch."""
-    try:
-        with torch.device("meta"):
-            network = build_network(entry)
-    except (NotImplementedError, RuntimeError):
-        network = build_network(entry)
+    network = plan_network(entry, "student")[0].skeleton
+    assert network is not None
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
