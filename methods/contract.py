@@ -11,7 +11,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from methods.knobs import MethodConfig
 from methods.outputs import Output
 
-Images = Literal["labelled", "all"]
+Images = Literal["labelled", "all", "corpus"]
 Kind = Literal["classification", "multilabel", "segmentation"]
-Source = Literal["teacher", "student", "labels", "vq", "diffusion", "pipeline"]
+Source = Literal["teacher", "student", "labels", "vq", "diffusion", "pipeline", "sentences", "prompts", "captions"]
+Texts = Literal["sentences", "prompts", "captions"]
 TEACHER = "teacher"
 IGNORE = 255  # a pixel that has no class
 
@@ -32,22 +33,25 @@ class NetworkInfo:
 
     Attributes:
         name: as in the sweep file, e.g. `timm/vit_base_patch16_224`.
-        kind: `vit` (uniform transformer blocks, class or pooled token), `cnn`, or `other`.
+        kind: `vit` (uniform transformer blocks, class or pooled token), `cnn`, `clip` (an image tower with a text
+            tower beside it), or `other`.
         width: channels of the pooled feature.
         blocks: number of transformer blocks; 0 where there are none.
         channels: of each intermediate map.
         image_size: side of the square input, in pixels.
         pretrained: whether its weights come from pre-training.
+        embedding: width of the space that a `clip` network's images and texts share; 0 of any other kind.
         skeleton: its modules, whatever their weights (on the meta device where that can be); never to be changed.
     """
 
     name: str
-    kind: Literal["vit", "cnn", "other"]
+    kind: Literal["vit", "cnn", "clip", "other"]
     width: int
     blocks: int
     channels: tuple[int, ...]
     image_size: int
     pretrained: bool
+    embedding: int = 0
     skeleton: nn.Module | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -65,6 +69,9 @@ class TaskInfo:
         num_classes: of the label space.
         labelled, unlabelled: training images.
         upstream: which upstream generators the sweep file brings: of `vq`, `diffusion`, `pipeline`.
+        texts: which texts there are: of `prompts` (of the class names), `sentences`, `captions` (of the corpus).
+        streamed: whether the corpus's images are streamed; else they are the training images.
+        batch: images of a step, over all workers.
     """
 
     kind: Kind
@@ -72,6 +79,9 @@ class TaskInfo:
     labelled: int
     unlabelled: int
     upstream: tuple[str, ...] = ()
+    texts: tuple[Texts, ...] = ("prompts",)
+    streamed: bool = False
+    batch: int = 64
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,9 @@ class Batch:
             were stored or computed just now cannot be told.
         teacher_images: [B, 3, T, T] the same views as the teacher expects them, if the stage's feed asks for them.
         generated: rows of a generated pool, without labels, if the stage's feed names one.
+        texts: [M, d] float32 teacher embeddings of texts, not normalised, if the stage's feed asks for them. They are
+            of no image in particular, and the same ones on all ranks.
+        captions: [B, d] float32 the same of each image's own caption, if the stage's feed asks for them.
     """
 
     images: Tensor
@@ -103,6 +116,8 @@ class Batch:
     outputs: dict[str, Tensor] = field(default_factory=dict)
     teacher_images: Tensor | None = None
     generated: Batch | None = None
+    texts: Tensor | None = None
+    captions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -110,28 +125,39 @@ class Feed:
     """What a training stage reads in each step.
 
     Attributes:
-        images: `labelled` for the few labelled images, `all` for every training image.
+        images: `labelled` for the few labelled images, `all` for every training image, `corpus` for the images of the
+            sweep file's corpus (streamed), or every training image where it has none.
         labels: whether the batch carries labels. False makes the stage unsupervised: labels are not in its key.
         labelled_fraction: with `images="all"` and labels, the share of each batch drawn from labelled images.
         outputs: teacher outputs to attach to the images.
+        plain: attach those of view 0, whatever view of an image the student sees. What is streamed is always so.
         of: whose outputs: the teacher's, or those of the network that the named earlier training stage made of it.
         teacher_images: attach the views as the teacher expects them, for a learner that runs the teacher itself.
         pool: an earlier `ImageStage` whose images come along in `Batch.generated`.
         pool_outputs: teacher outputs to attach to these; the same teacher's.
         pool_size: the first so many images of the pool are drawn from.
         pool_ratio: generated rows for each real one.
+        texts: which texts come along, in an order of their own; "" for none.
+        text_rows: an earlier `FitStage` whose tensor `rows` says which of these texts; "" for all of them.
+        text_batch: how many texts a step; 0 for as many as images.
+        captions: attach the embedding of each image's own caption. Only a corpus has captions.
     """
 
     images: Images = "all"
     labels: bool = False
     labelled_fraction: float = 0.25
     outputs: tuple[Output, ...] = ()
+    plain: bool = False
     of: str = TEACHER
     teacher_images: bool = False
     pool: str = ""
     pool_outputs: tuple[Output, ...] = ()
     pool_size: int = 0
     pool_ratio: float = 1.0
+    texts: Texts | Literal[""] = ""
+    text_rows: str = ""
+    text_batch: int = 0
+    captions: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,6 +220,21 @@ class Deployed:
     structure: Structure | None = None
 
 
+class Table(Protocol):
+    """Rows of numbers that need not fit into memory."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one row."""
+        ...
+
+    def rows(self, indices: Any) -> Tensor:
+        """[n, ...] the rows at these positions."""
+        ...
+
+
 class UndeclaredInputError(LookupError):
     """A stage asked for something that its declaration does not name."""
 
@@ -204,7 +245,8 @@ class Given:
     Args:
         values: `teacher`, `student` (fresh copies, safe to change), `labels` ([n] int64).
         results: tensors of earlier stages by stage name.
-        outputs: for a `FitStage`, teacher outputs by `Output.key`, view 0, one row an image: [n, ...].
+        outputs: for a `FitStage`, teacher outputs by `Output.key`, view 0, one row an image: [n, ...]; a `Table` of
+            them where `images` is `corpus`.
         num_classes: of the task.
         kind: of the task.
     """
@@ -215,7 +257,7 @@ class Given:
         values: Mapping[str, Any],
         num_classes: int,
         results: Mapping[str, Mapping[str, Tensor]] | None = None,
-        outputs: Mapping[str, Tensor] | None = None,
+        outputs: Mapping[str, Any] | None = None,
         kind: Kind = "classification",
     ) -> None:
         self._values = dict(values)
@@ -253,6 +295,14 @@ class Given:
         if output.key not in self._outputs:
             raise UndeclaredInputError(f"The stage reads the output {output.key!r} but does not declare it.")
         return self._outputs[output.key]
+
+    def table(self, output: Output) -> Table:
+        """[n, ...] a teacher output on the images of a `FitStage` over the corpus."""
+        return self.output(output)  # type: ignore[return-value]
+
+    def texts(self, name: Texts) -> Table:
+        """[n, d] the teacher's embeddings of texts, not normalised; of `prompts` class by class, then templates."""
+        return self._value(name)
 
     def result(self, stage: str) -> Mapping[str, Tensor]:
         """The tensors that an earlier stage published."""
@@ -439,6 +489,8 @@ class Method(ABC):
         deploys: which architecture is deployed: a `student` of the sweep file, or one derived from the `teacher`.
         needs_labels: whether a stage of its own trains on labels.
         trains_head: False if the deployed network's head is not trained by a stage: the common probe then fits it.
+        zero_shot: the deployed network embeds images into the teacher's space, and classes are told by the teacher's
+            embeddings of their names. It needs no label.
         teacher_kinds: kinds of teacher that it can serve.
         tasks: kinds of task that it can serve.
         upstream: upstream generators without which it cannot run at all.
@@ -452,6 +504,7 @@ class Method(ABC):
     deploys: ClassVar[Literal["teacher", "student"]] = "student"
     needs_labels: ClassVar[bool] = True
     trains_head: ClassVar[bool] = True
+    zero_shot: ClassVar[bool] = False
     teacher_kinds: ClassVar[tuple[str, ...]] = ("vit", "cnn", "other")
     tasks: ClassVar[tuple[Kind, ...]] = ("classification", "multilabel")
     upstream: ClassVar[tuple[str, ...]] = ()

@@ -20,13 +20,15 @@ class Output:
         kind: `pooled` [B, D], the feature before the head; `logits` [B, C], of the network's own head;
             `tokens` [B, N, D], all tokens after transformer block `layer`; `map` [B, C, g, g], intermediate
             map `layer` averaged onto a `grid` x `grid` raster (patch tokens of a transformer on their raster);
-            `dense` [B, D, h, w], the map that a decoder of pixels reads (see `methods.parts.dense.join_maps`).
+            `dense` [B, D, h, w], the map that a decoder of pixels reads (see `methods.parts.dense.join_maps`);
+            `embedding` [B, d], what an image tower gives when called: the image in the space that it shares with
+            texts, not normalised. It cannot be asked for together with others.
         layer: which block or intermediate map; from the end where negative.
         norm: for `tokens` of the last block: after the final norm (True) or before it.
         grid: side of the raster of a `map`; 0 keeps the network's own.
     """
 
-    kind: Literal["pooled", "logits", "tokens", "map", "dense"]
+    kind: Literal["pooled", "logits", "tokens", "map", "dense", "embedding"]
     layer: int = -1
     norm: bool = False
     grid: int = 0
@@ -34,7 +36,7 @@ class Output:
     @property
     def key(self) -> str:
         """A short name that is also a valid file name."""
-        if self.kind in ("pooled", "logits", "dense"):
+        if self.kind in ("pooled", "logits", "dense", "embedding"):
             return self.kind
         if self.kind == "tokens":
             return f"tokens_{self.layer}_{'post' if self.norm else 'pre'}norm"
@@ -50,6 +52,8 @@ def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) 
     Raises:
         ValueError: if the network cannot give one of them.
     """
+    if {o.kind for o in outputs} == {"embedding"}:
+        return {outputs[0].key: network(images)}
     whole = network
     if isinstance(network, Segmenter):
         network = network.backbone

@@ -101,6 +101,15 @@ class Task(Section):
     seed: int = Field(
         default=0, ge=0, description="Draws the split and the labelled images; another seed, another draw."
     )
+    names: dict[str, str] = Field(
+        default_factory=dict,
+        description="Words for classes whose labels are none, as in {n01440764: tench}; for prompts.",
+    )
+    templates: list[str] = Field(
+        default=["{}", "a picture of a {}", "an image of the {}", "a drawing of a {}", "an icon of a {}"],
+        min_length=1,
+        description="Sentences with {} for a class's words; a class is the mean of its sentences' embeddings.",
+    )
     draw: int = Field(
         default=0,
         ge=0,
@@ -114,6 +123,14 @@ class Task(Section):
         if value.startswith("packaged/") or (kind in ("folder", "parquet") and rest):
             return value
         raise ValueError(f"{value!r} is not a data source; allowed: packaged/clipart, folder:PATH, parquet:PATH")
+
+    @field_validator("templates")
+    @classmethod
+    def _with_a_gap(cls, value: list[str]) -> list[str]:
+        for template in value:
+            if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
+                raise ValueError(f"{template!r} is no template: it needs {{}} once, where a class's words go")
+        return value
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Task:
@@ -129,13 +146,16 @@ class Model(Section):
     """A teacher or a student by name; a plain string stands for `{model: STRING}`."""
 
     model: str = Field(
-        description="`timm/NAME[.TAG]`, `local:PATH` (safetensors, or .pth read safely), `packaged/NAME`."
+        description="`timm/NAME[.TAG]`, `open_clip/NAME[:TAG]`, `packaged/NAME`, or `local:PATH` (safetensors, or .pth "
+        "read safely; of open_clip also a folder with an open_clip_config.json)."
     )
     pretrained: bool | None = Field(
         default=None,
         description="Load pre-trained weights (timm: from the hub). Null: yes for a teacher, no for a timm student.",
     )
-    architecture: str | None = Field(default=None, description="For `local:`: the `timm/NAME` that the weights fit.")
+    architecture: str | None = Field(
+        default=None, description="For a `local:` file: the `timm/NAME` or `open_clip/NAME` that its weights fit."
+    )
     image_size: int | None = Field(
         default=None, ge=16, le=2048, description="Side of the input in pixels; null: its own."
     )
@@ -146,9 +166,9 @@ class Model(Section):
     @field_validator("model")
     @classmethod
     def _known_prefix(cls, value: str) -> str:
-        if value.startswith(("timm/", "local:", "packaged/")) and len(value.split("/", 1)[-1]):
+        if value.startswith(("timm/", "open_clip/", "local:", "packaged/")) and len(value.split("/", 1)[-1]):
             return value
-        raise ValueError(f"{value!r} is not a model; allowed: timm/NAME, local:PATH, packaged/NAME")
+        raise ValueError(f"{value!r} is not a model; allowed: timm/NAME, open_clip/NAME, local:PATH, packaged/NAME")
 
 
 def _as_model(value: Any) -> Any:
@@ -279,6 +299,34 @@ class Generate(Section):
     gpus: float = Field(default=0.0, ge=0, description="GPUs that each reserves; leave as many free of trials.")
 
 
+class Corpus(Section):
+    """Images and sentences beyond the task's own, for the methods that learn from unpaired ones."""
+
+    images: str | None = Field(
+        default=None, description="A folder that `corpus build` wrote; null: the training images of the task."
+    )
+    sentences: str | None = Field(default=None, description="A folder that `corpus build` wrote; null: none.")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        default="float16", description="Type in which the teacher's embeddings of the corpus are stored."
+    )
+    actors: int = Field(default=1, ge=1, le=4096, description="At most this many actors embed at the same time.")
+    min_actors: int = Field(default=1, ge=1, le=4096, description="At least this many are kept while there is work.")
+    cpus: float = Field(default=0.0, ge=0, description="CPUs that each actor reserves; 0 shares those of its trial.")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs that each actor reserves.")
+    window: int = Field(
+        default=4096, ge=1, description="Images among which the stream is shuffled; they are in memory, decoded."
+    )
+    readers: int = Field(
+        default=2, ge=0, le=1024, description="Ray Data tasks that decode ahead for each worker; 0: its own threads."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Corpus:
+        if self.min_actors > self.actors:
+            raise ValueError(f"min_actors: {self.min_actors} is more than actors: {self.actors}")
+        return self
+
+
 class StoreLimits(Section):
     """Limits of the shared store."""
 
@@ -313,6 +361,7 @@ class SweepSpec(Section):
     search: Search = Field(default_factory=Search, description="How trials are proposed and stopped.")
     train: Train = Field(default_factory=Train, description="The budget that all methods share.")
     generate: Generate = Field(default_factory=Generate, description="The actors that generate images.")
+    corpus: Corpus = Field(default_factory=Corpus, description="Images and sentences beyond the task's own.")
     store: StoreLimits = Field(default_factory=StoreLimits, description="Limits of the shared store.")
     storage: str = Field(default="runs", description="Folder for sweeps and the store; a shared one on a cluster.")
 

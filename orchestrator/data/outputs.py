@@ -20,6 +20,7 @@ from orchestrator.data.views import Policy, stored_view, view_parameters
 from orchestrator.models import Network
 from orchestrator.models.load import describe
 from orchestrator.store import Entry, JoinedRecords, Records, Store, key_of, write_records
+from orchestrator.store.records import TYPES
 from orchestrator.store.store import BusyError
 
 VERSION = 1
@@ -59,14 +60,14 @@ class Bill:
         return entry
 
 
-def output_reads(teacher: Network, parameters_key: str, output: Output) -> dict[str, Any]:
+def output_reads(teacher: Network, parameters_key: str, output: Output, dtype: str = DTYPE) -> dict[str, Any]:
     """What the address of one output of one view hashes."""
     return {
         "weights": teacher.weights_hash,
         "preprocessing": describe(teacher.preprocessing),
         "parameters": parameters_key,
         "output": asdict(output),
-        "dtype": DTYPE,
+        "dtype": dtype,
         "version": VERSION,
     }
 
@@ -83,6 +84,7 @@ def ensure_outputs(
     also: Iterable[Output] = (),
     device: str = "cpu",
     bill: Bill | None = None,
+    dtype: str = DTYPE,
 ) -> dict[str, list[Entry]]:
     """Entries of `wanted` outputs for each of `views`, computed where missing.
 
@@ -96,6 +98,7 @@ def ensure_outputs(
         wanted, also: see above. `also` is in no key.
         device: where the teacher runs.
         bill: counts what was paid and what was shared.
+        dtype: of the stored values: `float16`, `bfloat16` or `float32`.
 
     Returns:
         By `Output.key`, one entry for each view, in the order of `views`.
@@ -108,7 +111,9 @@ def ensure_outputs(
         before = len(waiting)
         for view in list(waiting):
             last_resort = before == len(waiting) and view == waiting[-1]
-            found = _ensure_view(store, images, split, teacher, policy, view, wanted, also, device, wait=last_resort)
+            found = _ensure_view(
+                store, images, split, teacher, policy, view, wanted, also, device, dtype, wait=last_resort
+            )
             if found is not None:
                 entries[view] = found
                 waiting.remove(view)
@@ -131,6 +136,7 @@ def _ensure_view(
     wanted: list[Output],
     also: Iterable[Output],
     device: str,
+    dtype: str,
     *,
     wait: bool,
 ) -> dict[str, Entry] | None:
@@ -139,7 +145,7 @@ def _ensure_view(
     def lookup() -> dict[str, Entry]:
         found = {}
         for output in wanted:
-            entry = store.get("outputs", key_of(output_reads(teacher, parameters.key, output)))
+            entry = store.get("outputs", key_of(output_reads(teacher, parameters.key, output, dtype)))
             if entry is not None:
                 found[output.key] = entry
         return found
@@ -156,12 +162,12 @@ def _ensure_view(
             missing = [
                 o
                 for o in dict.fromkeys([*wanted, *also])
-                if store.get("outputs", key_of(output_reads(teacher, parameters.key, o))) is None
+                if store.get("outputs", key_of(output_reads(teacher, parameters.key, o, dtype))) is None
             ]
             folder = store.scratch("pass", flight)
             shutil.rmtree(folder, ignore_errors=True)  # of a pass that was killed
             try:
-                found.update(_pass(store, images, split, teacher, parameters, view, missing, device, folder))
+                found.update(_pass(store, images, split, teacher, parameters, view, missing, device, dtype, folder))
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return {o.key: found[o.key] for o in wanted}
@@ -178,6 +184,7 @@ def _pass(
     view: int,
     outputs: list[Output],
     device: str,
+    dtype: str,
     folder: Path,
 ) -> dict[str, Entry]:
     started = time.perf_counter()
@@ -189,23 +196,23 @@ def _pass(
         for pixels in rendered_view(images, split, view_parameters(parameters), teacher.preprocessing):
             results = live_outputs(teacher, module, pixels.to(device), outputs)
             for key, value in results.items():
-                half = value.half().cpu().contiguous()
-                shapes[key] = tuple(half.shape[1:])
-                raw[key].write(half.numpy().tobytes())
+                stored = value.to(TYPES[dtype]).cpu().contiguous()
+                shapes[key] = tuple(stored.shape[1:])
+                raw[key].write(stored.view(torch.uint8).numpy().tobytes())
     finally:
         for file in raw.values():
             file.close()
     seconds = time.perf_counter() - started
     entries = {}
     for number, output in enumerate(outputs):
-        reads = output_reads(teacher, parameters.key, output)
+        reads = output_reads(teacher, parameters.key, output, dtype)
 
         def write(target: Path, output: Output = output, number: int = number) -> dict[str, Any]:
-            values = np.memmap(folder / f"{output.key}.raw", dtype=np.float16, mode="c")
-            table = torch.from_numpy(np.asarray(values).reshape(len(split), *shapes[output.key]).view())
+            values = np.memmap(folder / f"{output.key}.raw", dtype=np.uint8, mode="c")
+            table = torch.from_numpy(np.asarray(values)).view(TYPES[dtype]).view(len(split), *shapes[output.key])
             step = 256
             batches = (table[i : i + step] for i in range(0, len(split), step))
-            write_records(target / "records.arrow", len(split), batches, DTYPE)
+            write_records(target / "records.arrow", len(split), batches, dtype)
             return {
                 # The pass is paid once, whatever the number of outputs that it gave.
                 "forwards": len(split) if number == 0 else 0,

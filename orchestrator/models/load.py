@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from methods.contract import Deployed, NetworkInfo, Structure
 from methods.outputs import intermediate_channels
 from orchestrator.errors import UserError
+from orchestrator.models.clip import ImageTower, image_tower, is_clip
 from orchestrator.models.names import Role, local_weights, timm_name, wants_weights
 from orchestrator.spec import Model
 
@@ -75,6 +76,8 @@ def build_network(
     kwargs: dict[str, Any] = {**entry.kwargs, **(changes or {})}
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
+    if is_clip(entry):
+        return image_tower(entry, weights=weights, num_classes=num_classes)
     if entry.model == "packaged/vit_clipart":
         from orchestrator.packaged.models import vit_clipart
 
@@ -149,6 +152,9 @@ def _first_line(error: BaseException) -> str:
 
 def preprocessing_of(entry: Model, network: nn.Module) -> Preprocessing:
     """Normalisation and size belong to the checkpoint; `image_size` of the entry overrides the size."""
+    if isinstance(network, ImageTower):
+        facts = network.facts
+        return Preprocessing(entry.image_size or facts["size"], facts["mean"], facts["std"], facts["interpolation"])
     config = timm.data.resolve_model_data_config(network)
     return Preprocessing(
         size=entry.image_size or int(config["input_size"][-1]),
@@ -198,14 +204,16 @@ def _plan(key: str, role: Role) -> tuple[NetworkInfo, Preprocessing]:
     blocks = getattr(network, "blocks", None)
     uniform = hasattr(network, "patch_embed") and hasattr(network, "norm") and isinstance(blocks, nn.Sequential)
     preprocessing = preprocessing_of(entry, network)
+    clip = isinstance(network, ImageTower)
     info = NetworkInfo(
         name=entry.model,
-        kind="vit" if uniform else "cnn" if intermediate_channels(network) else "other",
+        kind="clip" if clip else "vit" if uniform else "cnn" if intermediate_channels(network) else "other",
         width=int(getattr(network, "head_hidden_size", None) or network.num_features),
         blocks=len(blocks) if uniform and isinstance(blocks, nn.Sequential) else 0,
         channels=intermediate_channels(network),
         image_size=preprocessing.size,
         pretrained=wants_weights(entry, role),
+        embedding=int(network.num_features) if clip else 0,
         skeleton=network,
     )
     return info, preprocessing

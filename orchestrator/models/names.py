@@ -9,10 +9,11 @@ import timm
 from timm.models import get_pretrained_cfg
 
 from orchestrator.errors import UserError, listed, nearest
+from orchestrator.models.clip import check_clip, is_clip
 from orchestrator.spec import Model
 
 Role = Literal["teacher", "student"]
-PACKAGED = ("efficientnet_lite0", "vit_clipart")
+PACKAGED = ("clip_icons", "efficientnet_lite0", "vit_clipart")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -81,11 +82,11 @@ def check_model(entry: Model, role: Role) -> list[str]:
     if entry.model.startswith("packaged/"):
         name = entry.model.removeprefix("packaged/")
         if name not in PACKAGED:
-            raise UserError(
-                f"There is no packaged model {entry.model!r}; there are packaged/{' and packaged/'.join(PACKAGED)}."
-                f"{nearest(name, PACKAGED)}"
-            )
+            known = listed(f"packaged/{one}" for one in PACKAGED)
+            raise UserError(f"There is no packaged model {entry.model!r}; there are {known}.{nearest(name, PACKAGED)}")
         return []
+    if is_clip(entry):
+        return check_clip(entry, wants_weights(entry, role))
     if entry.model.startswith("local:"):
         local_weights(entry)
         timm_name(entry)

@@ -14,7 +14,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-TYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8, "int64": torch.int64}
+TYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "uint8": torch.uint8,
+    "int64": torch.int64,
+}
+_CARRIED = {"bfloat16": "int16"}  # numpy has no such type: its bits travel as another one
 
 
 def write_records(path: Path, count: int, batches: Iterable[Tensor], dtype: str) -> None:
@@ -33,7 +40,7 @@ def write_records(path: Path, count: int, batches: Iterable[Tensor], dtype: str)
             if tuple(batch.shape[1:]) != shape:
                 raise ValueError(f"Records of shape {tuple(batch.shape[1:])} after records of shape {shape}.")
             written += len(batch)
-            file.write(batch.numpy().tobytes())
+            file.write(batch.view(torch.uint8).numpy().tobytes())
     if written != count or shape is None:
         raise ValueError(f"{written} records were given where {count} were expected.")
     width = int(np.prod(shape, dtype=np.int64)) * TYPES[dtype].itemsize
@@ -63,7 +70,9 @@ class Records:
         self._batch = reader.get_batch(0)
         column = self._batch.column(0)
         shape = tuple(int(n) for n in metadata["shape"].split(",") if n)
-        values = np.frombuffer(column.buffers()[1], dtype=metadata["dtype"], count=len(column) * _size(shape))
+        self._dtype = TYPES[metadata["dtype"]]
+        carried = _CARRIED.get(metadata["dtype"], metadata["dtype"])
+        values = np.frombuffer(column.buffers()[1], dtype=carried, count=len(column) * _size(shape))
         # Torch warns that the map is read-only; nothing here writes to it.
         values.flags.writeable = False
         self._values = values.reshape(len(column), *shape)
@@ -79,15 +88,15 @@ class Records:
     @property
     def dtype(self) -> torch.dtype:
         """Of the values."""
-        return TYPES[str(self._values.dtype)]
+        return self._dtype
 
     def rows(self, indices: Tensor | np.ndarray | list[int]) -> Tensor:
         """[n, ...] the records at `indices`, copied out of the map."""
-        return torch.from_numpy(self._values[np.asarray(indices, dtype=np.int64)])
+        return torch.from_numpy(self._values[np.asarray(indices, dtype=np.int64)]).view(self._dtype)
 
     def all(self) -> Tensor:
         """[N, ...] every record, copied out of the map."""
-        return torch.from_numpy(self._values.copy())
+        return torch.from_numpy(self._values.copy()).view(self._dtype)
 
 
 class JoinedRecords:

@@ -1,0 +1,57 @@
+"""The plain alternative to DIME-FM: the student's embedding of an image is pulled to the teacher's."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from methods.contract import Batch, Feed, Method, Recipe, Setting, Stage, TrainStage
+from methods.knobs import MethodConfig, Range, knob
+from methods.vision_language import EMBEDDING, EmbeddingLearner
+
+
+class EmbeddingRegressionConfig(MethodConfig):
+    """Knobs of embedding regression."""
+
+    lr: float = knob(8e-4, "Peak learning rate.", search=Range(low=1e-4, high=2e-3, log=True), gt=0, le=10)
+    weight_decay: float = knob(0.05, "AdamW's weight decay.", search=Range(low=0.01, high=0.2, log=True), ge=0, le=1)
+    budget: float = knob(1.0, "Share of the sweep's steps; above 1 costs more than the other methods.", gt=0, le=4)
+
+
+class RegressionLearner(EmbeddingLearner):
+    """`1 - cos(v_s, v_t)`, the mean over images; texts play no part."""
+
+    def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        own, target = self.student(batch.images).float(), batch.outputs[EMBEDDING.key]
+        loss = (1 - F.cosine_similarity(own, target, dim=-1)).mean()
+        return {"loss": loss, "cosine": loss}
+
+
+class EmbeddingRegression(Method):
+    """Cosine regression to a dual encoder's image embeddings: what DIME-FM is measured against."""
+
+    name = "embedding_regression"
+    family = "remapping"
+    paper = "the feature baseline of Sun et al., DIME-FM, ICCV 2023 [inferred]"
+    Config = EmbeddingRegressionConfig
+    needs_labels = False
+    trains_head = False
+    zero_shot = True
+    teacher_kinds = ("clip",)
+    tasks = ("classification",)
+
+    @classmethod
+    def stages(cls, config: EmbeddingRegressionConfig, setting: Setting) -> list[Stage]:
+        assert setting.teacher is not None
+        return [
+            TrainStage(
+                name="regress_embeddings",
+                version=1,
+                learner=RegressionLearner,
+                params={"width": setting.teacher.embedding},
+                feed=Feed(images="corpus", outputs=(EMBEDDING,), plain=True),
+                recipe=Recipe(lr=config.lr, weight_decay=config.weight_decay, warmup=0.04, budget=config.budget),
+                trains="student",
+                reads=("student",),
+            )
+        ]

@@ -1,0 +1,34 @@
+"""What the methods with a dual-encoder teacher share: similarities, and the student that embeds images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.contract import Deployed, Given, Learner
+from methods.outputs import Output
+
+EMBEDDING = Output("embedding")
+
+
+def similarities(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`A(a, b) = scale · â b̂ᵀ` [n, m] of rows [n, d] and [m, d], in float32 at least: half precision fails at 100."""
+    a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
+    with torch.autocast(a.device.type, enabled=False):
+        return scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+
+
+class EmbeddingLearner(Learner):
+    """A student whose head gives an embedding as wide as the teacher's: the projection of the paper's models."""
+
+    def __init__(self, params: Mapping[str, Any], given: Given) -> None:
+        super().__init__(params, given)
+        self.student: nn.Module = given.student
+        self.student.reset_classifier(params["width"])  # type: ignore[operator]
+
+    def deployed(self) -> Deployed:
+        return Deployed(self.student.eval(), "student")
