@@ -7,15 +7,24 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 MAX_PIXELS = 64_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+CONVERSIONS = (
+    "CMYK colours",
+    "palette",
+    "other colours",
+    "16-bit values",
+    "transparency",
+    "more than one frame",
+    "EXIF rotation",
+)
 
 
 class CorruptError(ValueError):
-    """An image that cannot be used; the message is the reason it is counted under."""
+    """An image or sentence that cannot be used; the message is the reason it is counted under."""
 
 
 def decode(data: bytes) -> Tensor:
@@ -23,6 +32,20 @@ def decode(data: bytes) -> Tensor:
 
     Raises:
         CorruptError: `empty file`, `cannot be decoded`, `more than 64 megapixels`, or `smaller than 8 pixels`.
+    """
+    pixels = np.array(open_rgb(data)[0])
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def open_rgb(data: bytes, least: int = 8) -> tuple[Image.Image, list[str]]:
+    """The image as upright RGB, and what of its file plain RGB does not have: `CONVERSIONS`, in their order.
+
+    Args:
+        data: an encoded image.
+        least: pixels that each side must have.
+
+    Raises:
+        CorruptError: see `decode`.
     """
     if not data:
         raise CorruptError("empty file")
@@ -32,9 +55,11 @@ def decode(data: bytes) -> Tensor:
             image: Image.Image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise CorruptError("more than 64 megapixels")
+            found = _peculiar(image)
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                found.add("transparency")
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, (255, 255, 255, 255))
                 image = Image.alpha_composite(white, image)
@@ -42,16 +67,36 @@ def decode(data: bytes) -> Tensor:
                 # 16-bit greyscale: PIL's own conversion clips instead of scaling.
                 wide = np.asarray(image, dtype=np.float64)
                 image = Image.fromarray((wide / max(wide.max(), 1) * 255).astype(np.uint8))
-            pixels = np.array(image.convert("RGB"))
+            image = image.convert("RGB")
     except CorruptError:
         raise
     except Image.DecompressionBombError:
         raise CorruptError("more than 64 megapixels") from None
     except Exception:  # decoders raise whatever they like on broken files
         raise CorruptError("cannot be decoded") from None
-    if min(pixels.shape[:2]) < 8:
-        raise CorruptError("smaller than 8 pixels")
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    if min(image.size) < least:
+        raise CorruptError(f"smaller than {least} pixels")
+    return image, [reason for reason in CONVERSIONS if reason in found]
+
+
+def _peculiar(image: Image.Image) -> set[str]:
+    """What an image that is not loaded yet will have to be converted from; transparency shows only later."""
+    found = set()
+    if image.mode == "CMYK":
+        found.add("CMYK colours")
+    elif image.mode in ("P", "PA"):
+        found.add("palette")
+    elif image.mode not in ("1", "L", "LA", "RGB", "RGBA") and not image.mode.startswith("I"):
+        found.add("other colours")
+    # PIL reduces colours of 16 bits as it loads; only the raw mode still tells.
+    if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        found.add("16-bit values")
+    # Phones put a second picture behind a JPEG's first (MPO), which is not an animation.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        found.add("more than one frame")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
+        found.add("EXIF rotation")
+    return found
 
 
 def decode_mask(data: bytes) -> Tensor:

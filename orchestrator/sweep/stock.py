@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from methods.outputs import Output
+from orchestrator.data.corpus import shard_of
 from orchestrator.data.outputs import live_outputs, open_outputs
 from orchestrator.data.pool import PoolShard
 from orchestrator.data.task import ImageSet, load_task
@@ -82,6 +83,11 @@ def _against_live(store: Store, entry: Entry) -> float | None:
             return None
         images = PoolShard(made)
         split = images.split
+    elif "corpus" in about:
+        shard = shard_of(about)
+        if shard is None:
+            return None
+        images, split = shard, shard.split
     else:
         images = load_task(Task.model_validate(about["task"]), store)
         split = images.train
