@@ -341,6 +341,10 @@ class Learner(nn.Module, ABC):
         """What a stage that publishes tensors leaves for later stages. Called once, after training."""
         return {}
 
+    def facts(self) -> dict[str, float]:
+        """Numbers that the stage found and that belong into the trial's row. Called once, after training."""
+        return {}
+
     def lr_scale(self, name: str) -> float:
         """Factor on the recipe's learning rate for the parameter `name`."""
         return 1.0

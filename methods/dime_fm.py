@@ -53,7 +53,7 @@ def diagonal_mass(embeddings: Tensor, temperature: float, scale: float, batch: i
 
 
 def calibrate(params: Mapping[str, Any], given: Given) -> dict[str, Tensor]:
-    """`temperature` [1] at which the diagonal of the self-similarities takes the mass that is asked for, and `mass` [1].
+    """`temperature` [1] at which the diagonal of the teacher's self-similarities takes the wanted mass, and `mass` [1].
 
     In batches as large as those of training. With the diagonal near 1 the losses that hold it are numerically 0.
     """
@@ -157,8 +157,8 @@ class DimeFM(Method):
 
     Losses, scale 100, temperatures 1 / 3 / 7, weights 0.7 / 0.3 / 0, AdamW(0.9, 0.999) at 8e-4 with weight decay 0.05,
     the kept text tower and the teacher's embeddings of plain images are the released code's [code]. Calibrated
-    temperatures, the choice of sentences, and the schedule in shares of the sweep's steps are ours [inferred]; `mass: 0`
-    gives the code's temperatures. A smaller text student is not built.
+    temperatures, the choice of sentences, and the schedule in shares of the sweep's steps are ours [inferred];
+    `mass: 0` gives the code's temperatures. A smaller text student is not built.
     """
 
     name = "dime_fm"
@@ -177,7 +177,7 @@ class DimeFM(Method):
         if config.pvl_weight + config.udist_weight > 1:
             return f"pvl_weight {config.pvl_weight:g} + udist_weight {config.udist_weight:g} leave L_vl nothing"
         if config.texts not in setting.task.texts:
-            return f"texts {config.texts!r}: there are none; the sweep file's corpus brings {', '.join(setting.task.texts)}"
+            return f"texts {config.texts!r}: there are none; the sweep file brings {', '.join(setting.task.texts)}"
         if config.teacher_view == "same" and setting.task.streamed:
             return "teacher_view 'same' needs stored views, and the corpus is streamed; its teacher sees plain images"
         return None

@@ -32,7 +32,7 @@ def groundedness(sentences: Table, images: Tensor, top: int) -> tuple[Tensor, Te
 
     Args:
         sentences: [n, d].
-        images: [m, d] at length 1; beyond `EXACT` of them neighbours are sought approximately (faiss, an inverted file).
+        images: [m, d] at length 1; beyond `EXACT` of them neighbours are sought approximately (faiss, inverted lists).
         top: k.
 
     Returns:

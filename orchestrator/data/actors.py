@@ -1,42 +1,93 @@
-"""Maps over a pool of actors: the only module that knows Ray Data."""
+"""Maps over a pool of actors, and streams of blocks: the only module that knows Ray Data."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
-from orchestrator.data.pool import PoolJob, ShardMaker
+from orchestrator.data.pool import ShardJob
+
+SEGMENT = 512  # blocks of one Ray Data execution; the next one starts before it ends
 
 
 class _ShardActor:
-    """One actor of the pool: its generator is loaded once, each shard is published as soon as it is made."""
+    """One actor of the pool: its model is loaded once, each shard is published as soon as it is made."""
 
-    def __init__(self, job: PoolJob) -> None:
-        self._make = ShardMaker(job)
+    def __init__(self, job: ShardJob) -> None:
+        self._make = job.worker()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         self._make(int(row["shard"]))
         return row
 
 
-def make_on_actors(job: PoolJob, shards: list[int]) -> None:
-    """Makes shards on at most `generate.actors` actors. After a death only what is missing is made again."""
-    generate = job.spec.generate
+def make_on_actors(job: ShardJob, shards: list[int]) -> None:
+    """Makes shards on the job's actors. After a death only what is missing is made again."""
+    wanted = job.resources
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    resources: dict[str, Any] = {"num_cpus": generate.cpus}
-    if generate.gpus:
-        resources["num_gpus"] = generate.gpus
+    resources: dict[str, Any] = {"num_cpus": wanted.cpus}
+    if wanted.gpus:
+        resources["num_gpus"] = wanted.gpus
+    most = min(wanted.most, len(shards))
     rows = ray.data.from_items([{"shard": i} for i in shards], override_num_blocks=len(shards))
     made = rows.map(
         _ShardActor,  # type: ignore[arg-type]
         fn_constructor_args=[job],
-        compute=ActorPoolStrategy(min_size=1, max_size=min(generate.actors, len(shards))),
+        compute=ActorPoolStrategy(min_size=min(wanted.least, most), max_size=most),
         # Its trial's placement group has no room for a generator of its own, and ends at that trial's node.
-        scheduling_strategy="SPREAD" if generate.cpus or generate.gpus else "DEFAULT",
+        scheduling_strategy="SPREAD" if wanted.cpus or wanted.gpus else "DEFAULT",
         **resources,
     )
     for _ in made.iter_rows():
         pass
+
+
+def stream_blocks(
+    requests: Iterator[Any], decode: Callable[[Any], dict[str, Any]], readers: int
+) -> Iterator[dict[str, Any]]:
+    """`decode` of each request, in order, by at most `readers` Ray Data tasks that work ahead.
+
+    Args:
+        requests: picklable; maybe endless, for they are handed to Ray Data in segments.
+        decode: module-level; gives a mapping of numpy arrays.
+        readers: tasks at a time; each uses one CPU while it runs, beyond those of the trial.
+    """
+
+    def start(segment: list[Any]) -> Iterator[dict[str, Any]]:
+        rows = ray.data.from_items([{"request": r} for r in segment], override_num_blocks=len(segment))
+        rows.context.execution_options.preserve_order = True
+        rows.context.enable_progress_bars = False
+        mapped = rows.map_batches(
+            _Decode(decode),
+            batch_size=1,
+            batch_format="numpy",
+            compute=TaskPoolStrategy(size=readers),
+            num_cpus=0,
+            zero_copy_batch=True,
+        )
+        return iter(mapped.iter_batches(batch_size=None, prefetch_batches=readers, batch_format="numpy"))
+
+    with ThreadPoolExecutor(1) as ahead:
+        segment = list(itertools.islice(requests, SEGMENT))
+        waiting = ahead.submit(start, segment) if segment else None
+        while waiting is not None:
+            blocks = waiting.result()
+            segment = list(itertools.islice(requests, SEGMENT))
+            waiting = ahead.submit(start, segment) if segment else None
+            yield from blocks
+
+
+class _Decode:
+    """A request of a block to its arrays."""
+
+    def __init__(self, decode: Callable[[Any], dict[str, Any]]) -> None:
+        self._decode = decode
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return self._decode(batch["request"][0])

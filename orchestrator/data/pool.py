@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,27 @@ from orchestrator.store import Entry, JoinedRecords, Records, Store, key_of, wri
 SHARD = 64  # images: the unit of work, of resuming, and of sharing between budgets
 BATCH = 32
 UPSTREAM = ("vq", "diffusion", "pipeline")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Actors that work on shards: from `least` to `most` of them, and what each reserves."""
+
+    least: int
+    most: int
+    cpus: float
+    gpus: float
+
+
+class ShardJob(Protocol):
+    """Work on numbered shards, each published as soon as it is done. Picklable."""
+
+    @property
+    def resources(self) -> Resources: ...
+
+    def worker(self) -> Callable[[int], Entry]:
+        """What does one shard after another in one process."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,12 +74,20 @@ class PoolJob:
     def store(self) -> Store:
         return Store(self.store_root, min_free_gb=self.spec.store.min_free_gb)
 
+    @property
+    def resources(self) -> Resources:
+        generate = self.spec.generate
+        return Resources(1, generate.actors, generate.cpus, generate.gpus)
+
+    def worker(self) -> ShardMaker:
+        return ShardMaker(self)
+
     def shard_key(self, shard: int) -> str:
         """The address of one shard below the stage's name."""
         return key_of({"pool": self.key, "shard": shard, "images": SHARD})
 
 
-Mapper = Callable[[PoolJob, list[int]], None]  # makes the shards of these numbers
+Mapper = Callable[[ShardJob, list[int]], None]  # makes the shards of these numbers
 
 
 class Sources:
@@ -123,11 +152,11 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "little")
 
 
-def make_here(job: PoolJob, shards: list[int]) -> None:
+def make_here(job: ShardJob, shards: list[int]) -> None:
     """Makes shards in this process, one after another."""
-    maker = ShardMaker(job)
+    work = job.worker()
     for shard in shards:
-        maker(shard)
+        work(shard)
 
 
 def ensure_pool(job: PoolJob, count: int, mapper: Mapper) -> list[Entry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from methods.contract import Batch, Feed
+from methods.contract import Batch, Feed, Table
 from methods.outputs import Output
 from orchestrator.data.outputs import live_outputs
 from orchestrator.data.pixels import Pixels
+from orchestrator.data.stream import Stream
 from orchestrator.models.load import Network, Preprocessing
 from orchestrator.store import JoinedRecords, Records
 
@@ -59,6 +60,26 @@ class Order:
         return items, epochs
 
 
+class TextFeed:
+    """Texts of each step, in an order that images play no part in; the same on every rank.
+
+    Args:
+        table: teacher embeddings [n, d].
+        rows: which of them are drawn from; None for all.
+        batch: texts of a step.
+        seed: decides the order.
+    """
+
+    def __init__(self, table: Table, rows: np.ndarray | None, batch: int, seed: int) -> None:
+        self.table, self.kept, self.batch = table, rows, batch
+        self.order = Order(len(table) if rows is None else len(rows), seed, 20)
+
+    def take(self, step: int) -> Tensor:
+        """[M, d] float32."""
+        items, _ = self.order.take(step * self.batch, self.batch)
+        return self.table.rows(items if self.kept is None else self.kept[items]).float()
+
+
 Tables = Mapping[str, Sequence[Records | JoinedRecords]]
 Labels = Callable[[np.ndarray, np.ndarray], Tensor]
 
@@ -77,6 +98,7 @@ class Feeder:
         live: the teacher, for fresh views.
         teacher: pixels and preprocessing of the teacher, if its own images are asked for.
         generated: feeds what comes along from a pool.
+        texts: feeds the texts that come along.
         batch: global batch size.
         views: stored views; None for fresh ones, a new view each epoch.
         seed: decides order and views.
@@ -97,6 +119,7 @@ class Feeder:
         live: LiveTeacher | None = None,
         teacher: tuple[Pixels, Preprocessing] | None = None,
         generated: Feeder | None = None,
+        texts: TextFeed | None = None,
         batch: int,
         views: int | None,
         seed: int,
@@ -106,6 +129,7 @@ class Feeder:
     ) -> None:
         self.feed, self.pixels, self.preprocessing, self.labels = feed, pixels, preprocessing, labels
         self.tables, self.live, self.teacher, self.generated = tables or {}, live, teacher, generated
+        self.texts = texts
         self.batch, self.views, self.seed, self.rank, self.world = batch, views, seed, rank, world
         known = np.asarray(labelled, dtype=np.int64)
         everything = np.arange(count, dtype=np.int64)
@@ -140,6 +164,9 @@ class Feeder:
         rows, views = self.rows(step)
         outputs: dict[str, Tensor] = {}
         for key, tables in self.tables.items():
+            if self.feed.plain:
+                outputs[key] = tables[0].rows(rows).float()
+                continue
             values = torch.empty((len(rows), *tables[0].shape), dtype=tables[0].dtype)
             for view in np.unique(views):
                 where = np.flatnonzero(views == view)
@@ -150,7 +177,8 @@ class Feeder:
         labels = self.labels(rows, views) if self.feed.labels and self.labels is not None else None
         theirs = self.teacher[0].batch(rows, views) if self.teacher is not None else None
         more = self.generated._read(step) if self.generated is not None else None
-        return Batch(self.pixels.batch(rows, views), labels, outputs, theirs, more)
+        texts = self.texts.take(step) if self.texts is not None else None
+        return Batch(self.pixels.batch(rows, views), labels, outputs, theirs, more, texts)
 
     def __call__(self, step: int, device: str) -> Batch:
         """The batch of `step` on `device`; the next one is read meanwhile."""
@@ -165,21 +193,17 @@ class Feeder:
     def _prepared(self, batch: Batch, device: str) -> Batch:
         """On `device`, pixels normalised."""
 
-        def move(tensor: Tensor) -> Tensor:
-            if device == "cpu":
-                return tensor
-            return tensor.pin_memory().to(device, non_blocking=True) if tensor.device.type == "cpu" else tensor
-
         return Batch(
-            self.preprocessing.normalise(move(batch.images)),
-            _indices(move(batch.labels)) if batch.labels is not None else None,
-            {k: move(v) for k, v in batch.outputs.items()},
-            self.teacher[1].normalise(move(batch.teacher_images))
+            self.preprocessing.normalise(_move(batch.images, device)),
+            _indices(_move(batch.labels, device)) if batch.labels is not None else None,
+            {k: _move(v, device) for k, v in batch.outputs.items()},
+            self.teacher[1].normalise(_move(batch.teacher_images, device))
             if self.teacher is not None and batch.teacher_images is not None
             else None,
             self.generated._prepared(batch.generated, device)
             if self.generated is not None and batch.generated is not None
             else None,
+            _move(batch.texts, device) if batch.texts is not None else None,
         )
 
     @property
@@ -193,6 +217,78 @@ class Feeder:
         if self.generated is not None:
             self.generated.close()
         self._reader.shutdown(wait=True, cancel_futures=True)
+
+
+class StreamFeeder:
+    """Batches by step of a corpus that is streamed. Rank r of w has a stream of its own.
+
+    Args:
+        stream: this rank's images.
+        preprocessing: the trained network's.
+        tables: by output key, teacher outputs of the plain images, one row an image of the corpus.
+        captions: embeddings of the images' captions, one row an image, if they are asked for.
+        texts: feeds the texts that come along.
+        batch: images of a step of this rank.
+    """
+
+    live_forwards = 0
+
+    def __init__(
+        self,
+        stream: Stream,
+        preprocessing: Preprocessing,
+        tables: Mapping[str, Table],
+        *,
+        captions: Table | None = None,
+        texts: TextFeed | None = None,
+        batch: int,
+    ) -> None:
+        self.stream, self.preprocessing, self.tables = stream, preprocessing, tables
+        self.captions, self.texts, self.batch = captions, texts, batch
+        self._next = -1
+        self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: Future[Batch] | None = None
+
+    def _read(self, step: int) -> Batch:
+        pixels, rows = next(self._batches)
+        return Batch(
+            torch.from_numpy(pixels),
+            outputs={key: table.rows(rows).float() for key, table in self.tables.items()},
+            texts=self.texts.take(step) if self.texts is not None else None,
+            captions=self.captions.rows(rows).float() if self.captions is not None else None,
+        )
+
+    def __call__(self, step: int, device: str) -> Batch:
+        """The batch of `step` on `device`; the next one is read meanwhile. Any other step restarts the stream."""
+        if self._ahead is None or step != self._next:
+            if self._ahead is not None:
+                self._ahead.result()
+            self._batches = self.stream.batches(step * self.batch, self.batch)
+            self._ahead = self._reader.submit(self._read, step)
+        batch = self._ahead.result()
+        self._next = step + 1
+        self._ahead = self._reader.submit(self._read, self._next)
+        return Batch(
+            self.preprocessing.normalise(_move(batch.images, device)),
+            None,
+            {k: _move(v, device) for k, v in batch.outputs.items()},
+            texts=_move(batch.texts, device) if batch.texts is not None else None,
+            captions=_move(batch.captions, device) if batch.captions is not None else None,
+        )
+
+    def close(self) -> None:
+        """Waits for the read-ahead and stops the stream."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+
+
+def _move(tensor: Tensor, device: str) -> Tensor:
+    if device == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if tensor.device.type == "cpu" else tensor
 
 
 def _indices(labels: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,19 @@ from safetensors.torch import load_file, save_file
 from methods.contract import Deployed, Feed, Given, TrainStage, trainable_parameters
 from methods.outputs import Output
 from methods.parts.dense import segmenter
+from orchestrator.data.corpus import open_corpus
 from orchestrator.data.labels import open_labels, plain_labels
 from orchestrator.data.outputs import open_outputs, open_pool_outputs
 from orchestrator.data.pixels import Pixels, RenderedPixels, StoredPixels, open_pixels, stored_pixels
 from orchestrator.data.pool import JoinedImages, PoolShard
+from orchestrator.data.stream import Plan, Stream, blocks_of, decoding_threads, read_on_ray, read_on_threads
 from orchestrator.data.task import ImageSet, Split, TaskData, load_task
 from orchestrator.data.views import Policy
 from orchestrator.models import Network, build_network, load_network, save_student
 from orchestrator.models.load import Preprocessing, describe, tuned_network
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Entry, JoinedRecords, Store
-from orchestrator.train.feed import Feeder, LiveTeacher
+from orchestrator.train.feed import Feeder, LiveTeacher, StreamFeeder, TextFeed
 from orchestrator.train.loop import Checkpoint, Report, fit
 
 
@@ -44,6 +46,10 @@ class TrainJob:
         of: store address of the tuned teacher whose outputs are read; None for the teacher itself.
         pool: store addresses of the shards of generated images that come along.
         pool_outputs: store addresses of teacher outputs on these, by output key, for each view one for each shard.
+        streamed: whether the images are the corpus's; `outputs` then have an address for each of its shards.
+        captions: store addresses of the embeddings of its captions, one for each shard.
+        texts: store addresses of the embeddings of the texts that come along, joined.
+        stream_here: decode in this process, where no Ray runs.
         steps, seed, device: for how long, from where, on what.
         scratch: folder of the checkpoint.
         policy: how views are drawn.
@@ -64,6 +70,10 @@ class TrainJob:
     of: str | None = None
     pool: list[str] = field(default_factory=list)
     pool_outputs: dict[str, list[list[str]]] = field(default_factory=dict)
+    streamed: bool = False
+    captions: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    stream_here: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,8 @@ def given_for(
     store: Store,
     seed: int,
     results: dict[str, dict[str, torch.Tensor]],
-    outputs: dict[str, torch.Tensor] | None = None,
+    outputs: Mapping[str, Any] | None = None,
+    texts: Mapping[str, Any] | None = None,
 ) -> Given:
     """What a stage declared, and nothing else. Seeds torch, so that new layers are drawn from `seed`.
 
@@ -103,7 +114,7 @@ def given_for(
     torch.manual_seed(seed)
     classes = len(task.classes)
     decoder = task.spec.decoder if task.spec.kind == "segmentation" else None
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(texts or {})
     if "teacher" in reads:
         values["teacher"] = _thawed(networks.trained("teacher").module)
     if "student" in reads:
@@ -174,7 +185,10 @@ def run_job(
     trained = networks.trained(stage.trains)
     given = given_for(stage.reads, networks, task, store, job.seed, stage_results(store, job.inputs))
     learner = stage.learner(stage.params, given)
-    feeder = _feeder(job, store, task, networks, rank=rank, world=world, device=device)
+    if job.streamed:
+        feeder: Feeder | StreamFeeder = _streamed(job, store, networks, rank=rank, world=world)
+    else:
+        feeder = _feeder(job, store, task, networks, rank=rank, world=world, device=device)
     history = fit(
         learner,
         feeder,
@@ -197,6 +211,7 @@ def run_job(
         "live_forwards": feeder.live_forwards * world + (images_seen if stage.live_teacher else 0),
         "loop_seconds": history.loop_seconds,
         "history": history.points,
+        "facts": learner.facts(),
         "seconds": time.perf_counter() - began,
     }
     if rank == 0 and stage.publishes == "tensors":
@@ -213,6 +228,39 @@ def pool_batch(job: TrainJob) -> int:
     """Generated images of a global batch, the same number on every rank."""
     workers = job.spec.train.workers
     return max(1, round(job.spec.train.batch * job.stage.feed.pool_ratio / workers)) * workers
+
+
+def joined_records(store: Store, addresses: Sequence[str]) -> JoinedRecords:
+    """The tables at these addresses as one."""
+    return JoinedRecords(open_outputs([entry_at(store, address) for address in addresses]))
+
+
+def _texts(job: TrainJob, store: Store) -> TextFeed | None:
+    feed = job.stage.feed
+    if not feed.texts:
+        return None
+    rows = None
+    if feed.text_rows:
+        rows = stage_results(store, {feed.text_rows: job.inputs[feed.text_rows]})[feed.text_rows]["rows"].numpy()
+    return TextFeed(joined_records(store, job.texts), rows, feed.text_batch or job.spec.train.batch, job.seed)
+
+
+def _streamed(job: TrainJob, store: Store, networks: Networks, *, rank: int, world: int) -> StreamFeeder:
+    corpus = job.spec.corpus
+    assert corpus.images is not None
+    shards = open_corpus(corpus.images, "images").shards
+    trained = networks.trained(job.stage.trains).preprocessing
+    plan = Plan(blocks_of(shards), job.seed, rank, world, corpus.window)
+    here = job.stream_here or corpus.readers == 0
+    reader = read_on_threads(decoding_threads()) if here else read_on_ray(corpus.readers)
+    return StreamFeeder(
+        Stream(plan, shards, job.policy, trained, reader),
+        trained,
+        {key: joined_records(store, addresses) for key, addresses in job.outputs.items()},
+        captions=joined_records(store, job.captions) if job.captions else None,
+        texts=_texts(job, store),
+        batch=job.spec.train.batch // world,
+    )
 
 
 def _feeder(
@@ -269,9 +317,10 @@ def _feeder(
         labelled=task.labelled,
         labels=labels.batch if labels is not None else None,
         tables={key: open_outputs([entry_at(store, a) for a in found]) for key, found in job.outputs.items()},
-        live=live_teacher(task, task.train, feed.outputs),
+        live=live_teacher(task, task.train, () if feed.plain else feed.outputs),
         teacher=(pixels_of(theirs), theirs) if theirs is not None else None,
         generated=generated,
+        texts=_texts(job, store),
         batch=spec.train.batch,
         **common,
     )

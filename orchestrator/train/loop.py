@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from methods.contract import Learner, Recipe
 from orchestrator.errors import WorkError
-from orchestrator.train.feed import Feeder
+from orchestrator.train.feed import Feeder, StreamFeeder
 
 
 class DivergedError(WorkError):
@@ -135,7 +135,7 @@ def _moving(learner: nn.Module) -> dict[str, Tensor]:
 
 def fit(
     learner: Learner,
-    feeder: Feeder,
+    feeder: Feeder | StreamFeeder,
     recipe: Recipe,
     steps: int,
     *,

@@ -9,8 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from methods import discover
-from methods.contract import TEACHER, FitStage, ImageStage, Method, Setting, Stage, TaskInfo, TrainStage
+from methods.contract import TEACHER, FitStage, ImageStage, Method, Setting, Stage, TaskInfo, Texts, TrainStage
 from methods.knobs import MethodConfig
+from orchestrator.data.corpus import open_corpus
+from orchestrator.data.embed import kinds_of_texts, text_tower_of, texts_identity
 from orchestrator.data.task import TaskData
 from orchestrator.data.views import Policy
 from orchestrator.errors import UserError, listed, nearest
@@ -64,7 +66,14 @@ def setting_of(spec: SweepSpec, task: TaskInfo, cell: Cell) -> Setting:
     """What planning may know of a cell."""
     teacher = plan_network(spec.teachers[cell.teacher], "teacher")[0] if cell.teacher is not None else None
     student = plan_network(spec.students[cell.student], "student")[0] if cell.student is not None else None
-    return Setting(replace(task, upstream=spec.upstream.given), teacher, student)
+    brought = replace(
+        task,
+        upstream=spec.upstream.given,
+        texts=kinds_of_texts(spec),
+        streamed=spec.corpus.images is not None,
+        batch=spec.train.batch,
+    )
+    return Setting(brought, teacher, student)
 
 
 def feasible_cells(spec: SweepSpec, task: TaskInfo) -> tuple[list[Cell], list[str]]:
@@ -118,6 +127,7 @@ def source_reads(entry: Model, role: Any) -> dict[str, Any]:
 
 
 UPSTREAM = ("vq", "diffusion", "pipeline")
+TEXT_SOURCES: tuple[Texts, ...] = ("sentences", "prompts", "captions")
 
 
 def upstream_hash(spec: SweepSpec, name: str) -> str:
@@ -165,8 +175,20 @@ def stage_reads(
     if cell.student is not None and "student" in stage.reads:
         reads["student"] = source_reads(spec.students[cell.student], "student")
     labels = "labels" in stage.reads or (isinstance(stage, TrainStage) and stage.feed.labels)
-    if feed.images == "all":
+    streamed = feed.images == "corpus" and spec.corpus.images is not None
+    if streamed:
+        assert spec.corpus.images is not None
+        reads["corpus"] = {"images": open_corpus(spec.corpus.images, "images").identity, "dtype": spec.corpus.dtype}
+    elif feed.images in ("all", "corpus"):
         reads["images"] = task.train.images_hash
+    texts = [name for name in TEXT_SOURCES if name in stage.reads]
+    if isinstance(stage, TrainStage):
+        texts += [stage.feed.texts] if stage.feed.texts else []
+        texts += ["captions"] if stage.feed.captions else []
+    if texts:
+        assert cell.teacher is not None
+        tower = text_tower_of(spec.teachers[cell.teacher]).weights_hash
+        reads["texts"] = {name: [tower, texts_identity(spec, task, name)] for name in texts}
     if labels:
         reads["labels"] = task.labels_hash
     elif feed.images == "labelled":
@@ -180,6 +202,10 @@ def stage_reads(
     if isinstance(stage, TrainStage):
         train = spec.train
         reads["feed"] = {"images": feed.images, "labels": stage.feed.labels, "fraction": stage.feed.labelled_fraction}
+        if stage.feed.plain or streamed:
+            reads["feed"]["plain"] = True
+        if stage.feed.texts:
+            reads["feed"] |= {"text_batch": stage.feed.text_batch, "text_rows": stage.feed.text_rows}
         if stage.feed.pool:
             reads["feed"] |= {"pool_size": stage.feed.pool_size, "pool_ratio": stage.feed.pool_ratio}
             reads["feed"]["pool_outputs"] = [asdict(o) for o in stage.feed.pool_outputs]
@@ -191,6 +217,8 @@ def stage_reads(
         reads["precision"] = train.precision
         # Batch norm over each worker's own part is another computation; without workers it makes no difference.
         reads["workers"] = 1 if train.workers == 1 or train.sync_batchnorm else train.workers
+        if streamed:  # each worker has a stream of its own
+            reads |= {"workers": train.workers, "window": spec.corpus.window, "views": None}
         reads["seed"] = config.seed
     return reads
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 
-from methods.contract import TEACHER, FitStage, ImageStage, Stage, TrainStage
+from methods.contract import TEACHER, FitStage, ImageStage, Stage, Texts, TrainStage
 from methods.outputs import Output
+from methods.vision_language import EMBEDDING
 from orchestrator.data.contact import contact_sheet
+from orchestrator.data.embed import EmbedJob, embedded, embedded_prompts, shards_missing
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs, open_pool_outputs
 from orchestrator.data.pool import SHARD, Mapper, PoolJob, PoolShard, Sources, ensure_pool, make_here, pool_images
 from orchestrator.data.task import TaskData, load_task
@@ -26,10 +29,20 @@ from orchestrator.models import Network
 from orchestrator.models.load import tuned_network
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Entry, key_of
-from orchestrator.train.job import Networks, TrainJob, entry_at, given_for, networks_of, run_job, stage_results
+from orchestrator.train.job import (
+    Networks,
+    TrainJob,
+    entry_at,
+    given_for,
+    joined_records,
+    networks_of,
+    run_job,
+    stage_results,
+)
 from orchestrator.train.loop import Reporter
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import (
+    TEXT_SOURCES,
     TrialConfig,
     configure,
     method_named,
@@ -141,6 +154,7 @@ def blank_row(spec: SweepSpec, config: TrialConfig) -> dict[str, Any]:
         "store_hits": 0,
         "store_misses": 0,
         "loop_seconds": 0.0,
+        "facts": "{}",
         "student_path": "",
         "started": 0.0,
         "ended": 0.0,
@@ -183,6 +197,7 @@ class _Trial:
         total = sum(stage_steps(s, self.spec, self.task) for s in trained) or 1
         facts: dict[str, Any] = {"optimizer_steps": 0, "images_seen": 0, "params_trained": 0, "loop_seconds": 0.0}
         live = 0
+        found: dict[str, float] = {}
         last: Entry | None = None
         for stage in stages:
             reads = stage_reads(stage, self.spec, self.task, self.config, self.addresses)
@@ -200,6 +215,7 @@ class _Trial:
                 for name in ("optimizer_steps", "images_seen", "loop_seconds"):
                     facts[name] += about[name]
                 facts["params_trained"] = about["params_trained"]
+                found |= about.get("facts", {})
                 live += about["live_forwards"] if entry.computed else 0
                 last = entry if stage.publishes == "network" else last
             self.addresses[stage.name] = f"{entry.stage}/{entry.key}"
@@ -207,7 +223,7 @@ class _Trial:
         scores = evaluate(self.context, self.config, self.method, self.networks, self.task, last, self.bill)
         # The common probe's head is trained too, only not by a stage.
         facts["params_trained"] += scores.pop("probe_parameters")
-        return facts | {"teacher_forwards": live} | scores
+        return facts | {"teacher_forwards": live, "facts": json.dumps(found)} | scores
 
     def _teacher(self, of: str) -> Network:
         """The teacher, or what an earlier stage made of it."""
@@ -235,6 +251,33 @@ class _Trial:
             device=self.context.device,
             bill=self.bill,
         )
+
+    def _corpus_outputs(self, outputs: tuple[Output, ...]) -> dict[str, list[str]]:
+        """Addresses of teacher outputs on the corpus, by key, one for each shard; without a corpus on train."""
+        if self.spec.corpus.images is None:
+            return {key: [_address(one[0])] for key, one in self._outputs(outputs, TEACHER, 1).items()}
+        return {output.key: self._embedded("images", output) for output in outputs}
+
+    def _text_addresses(self, name: Texts) -> list[str]:
+        """Addresses of the teacher's embeddings of texts."""
+        if name != "prompts":
+            return self._embedded(name)
+        teacher = self.networks.trained("teacher").entry
+        entry = embedded_prompts(self.store, self.task, teacher, self.context.device)
+        return [_address(self.bill.add(entry))]
+
+    def _embedded(self, what: str, output: Output = EMBEDDING) -> list[str]:
+        """Addresses of what the teacher makes of every shard of a corpus, made where it is missing."""
+        cell = self.config.cell
+        assert cell.teacher is not None
+        job = EmbedJob(self.spec, str(self.store.root), cell.teacher, what, output, self.context.device)
+        missing = shards_missing(job, job.corpus.shards)
+        if missing:
+            self.mapper(job, missing)
+        entries = embedded(job)
+        for number, entry in enumerate(entries):
+            self.bill.add(replace(entry, computed=number in missing))
+        return [_address(entry) for entry in entries]
 
     def _pool_outputs(
         self, pool: str, outputs: tuple[Output, ...], of: str, views: int, count: int = 0
@@ -283,7 +326,11 @@ class _Trial:
     def _fit(self, stage: FitStage, key: str, reads: dict[str, Any]) -> Entry:
         def write(folder: Path) -> dict[str, Any]:
             rows = list(self.task.labelled) if stage.images == "labelled" else list(range(len(self.task.train)))
-            if stage.pool:
+            outputs: dict[str, Any]
+            if stage.images == "corpus":
+                addresses = self._corpus_outputs(stage.outputs)
+                outputs = {name: joined_records(self.store, found) for name, found in addresses.items()}
+            elif stage.pool:
                 made = self._pool_outputs(stage.pool, stage.outputs, stage.of, 1)
                 outputs = {n: open_pool_outputs(e)[0].rows(list(range(len(rows)))).float() for n, e in made.items()}
             else:
@@ -291,7 +338,12 @@ class _Trial:
                 outputs = {name: open_outputs(e)[0].rows(rows).float() for name, e in found.items()}
             began = time.perf_counter()
             inputs = stage_results(self.store, {name: self.addresses[name] for name in stage.inputs})
-            given = given_for(stage.reads, self.networks, self.task, self.store, self.config.seed, inputs, outputs)
+            texts: dict[str, Any] = {
+                n: joined_records(self.store, self._text_addresses(n)) for n in TEXT_SOURCES if n in stage.reads
+            }
+            given = given_for(
+                stage.reads, self.networks, self.task, self.store, self.config.seed, inputs, outputs, texts
+            )
             tensors = stage.fit(stage.params, given)
             save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
             return {"seconds": time.perf_counter() - began}
@@ -302,12 +354,13 @@ class _Trial:
         feed, cell, views = stage.feed, self.config.cell, self.spec.train.views
 
         def write(folder: Path) -> dict[str, Any]:
+            streamed = feed.images == "corpus" and self.spec.corpus.images is not None
             entries: dict[str, list[Entry]] = {}
             generated: dict[str, list[list[Entry]]] = {}
-            if not self.spec.train.fresh:
-                entries = self._outputs(feed.outputs, feed.of, views)
-                if feed.pool:
-                    generated = self._pool_outputs(feed.pool, feed.pool_outputs, feed.of, views, feed.pool_size)
+            if not streamed and (feed.plain or not self.spec.train.fresh):
+                entries = self._outputs(feed.outputs, feed.of, 1 if feed.plain else views)
+            if feed.pool and not self.spec.train.fresh:
+                generated = self._pool_outputs(feed.pool, feed.pool_outputs, feed.of, views, feed.pool_size)
             shards = self._shards(feed.pool, feed.pool_size) if feed.pool else []
             job = TrainJob(
                 spec=self.spec,
@@ -315,7 +368,9 @@ class _Trial:
                 stage=stage,
                 teacher=cell.teacher,
                 student=cell.student,
-                outputs={name: [_address(e) for e in found] for name, found in entries.items()},
+                outputs=self._corpus_outputs(feed.outputs)
+                if streamed
+                else {name: [_address(e) for e in found] for name, found in entries.items()},
                 inputs={name: self.addresses[name] for name in stage.inputs},
                 steps=stage_steps(stage, self.spec, self.task),
                 seed=self.config.seed,
@@ -325,6 +380,10 @@ class _Trial:
                 of=self.addresses[feed.of] if feed.of != TEACHER else None,
                 pool=[_address(e) for e in shards],
                 pool_outputs={n: [[_address(e) for e in view] for view in found] for n, found in generated.items()},
+                streamed=streamed,
+                captions=self._text_addresses("captions") if feed.captions else [],
+                texts=self._text_addresses(feed.texts) if feed.texts else [],
+                stream_here=self.mapper is make_here,
             )
             return self.runner(job, folder, report)
 

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from methods.contract import Deployed, Method
+from methods.contract import Deployed, Method, Structure
 from methods.dense import structure_of
+from methods.parts.zero_shot import Prototypes, ZeroShot
+from orchestrator.data.embed import class_vectors, embedded_prompts, text_tower_of, texts_identity
 from orchestrator.data.labels import Labels, open_labels
 from orchestrator.data.outputs import Bill
 from orchestrator.data.pixels import Pixels, open_pixels
@@ -26,7 +28,7 @@ from orchestrator.evaluate.probe import Probe, fit_probe
 from orchestrator.models import Network, load_student, save_student
 from orchestrator.models.load import describe
 from orchestrator.models.load import structure_of as stored_structure
-from orchestrator.store import Entry, key_of
+from orchestrator.store import Entry, Records, key_of
 from orchestrator.train.job import Networks, fresh_student, networks_of
 from orchestrator.train.loop import Report
 from orchestrator.trial.context import SweepContext
@@ -35,15 +37,13 @@ from orchestrator.trial.plan import TrialConfig, method_named, policy_of
 EVALUATION_VERSION = 1
 
 
-def val_metric(context: SweepContext, task: TaskData, network: nn.Module, base: Network, has_head: bool) -> float:
-    """What a network scores on val, under the common probe where it has no trained head; nothing is stored.
+def val_metric(context: SweepContext, task: TaskData, scored: nn.Module, base: Network) -> float:
+    """What a network with a head scores on val; nothing is stored.
 
     Args:
-        network: at any moment of its training.
+        scored: at any moment of its training.
         base: whose preprocessing it has.
-        has_head: whether its own head is trained.
     """
-    scored = network if has_head else _probe(context, task, network, base).over(network)
     size = base.preprocessing.size
     labels = _labels(context, task, task.val, range(len(task.val)), size)
     pixels = _pixels(context, task, task.val, base)
@@ -86,8 +86,12 @@ class ValGauge:
         cell, spec = self.config.cell, self.context.spec
         task = load_task(spec.task, self.context.store)
         base = networks_of(spec, cell.teacher, cell.student).trained(self.trains)
-        has_head = method_named(cell.method).trains_head
-        return val_metric(self.context, task, state.learner.student, base, has_head)
+        method, network = method_named(cell.method), state.learner.student
+        if method.zero_shot:
+            network = zero_shot(self.context, self.config, task, network)
+        elif not method.trains_head:
+            network = _probe(self.context, task, network, base).over(network)
+        return val_metric(self.context, task, network, base)
 
 
 def _pixels(context: SweepContext, task: TaskData, split: Split, base: Network) -> Pixels:
@@ -98,6 +102,15 @@ def _pixels(context: SweepContext, task: TaskData, split: Split, base: Network) 
 def _labels(context: SweepContext, task: TaskData, split: Split, rows: Sequence[int], size: int) -> Labels:
     limit = context.spec.store.pixels_gb
     return open_labels(context.store, task, split, rows, policy_of(context.spec), 1, size, limit)
+
+
+def zero_shot(context: SweepContext, config: TrialConfig, task: TaskData, network: nn.Module) -> ZeroShot:
+    """`network`, which embeds images into the teacher's space, under the teacher's embeddings of the class names."""
+    entry = embedded_prompts(context.store, task, context.spec.teachers[config.cell.teacher or 0], context.device)
+    vectors = class_vectors(Records(entry.path / "records.arrow").all(), len(task.classes))
+    prototypes = Prototypes(*vectors.shape)
+    prototypes.vectors.copy_(vectors)
+    return ZeroShot(network, prototypes.to(next(network.parameters()).device)).eval()
 
 
 def _probe(context: SweepContext, task: TaskData, network: nn.Module, base: Network) -> Probe:
@@ -132,6 +145,10 @@ def evaluate(
         "version": EVALUATION_VERSION,
         "probe": not method.trains_head,
     }
+    if method.zero_shot:
+        assert config.cell.teacher is not None
+        tower = text_tower_of(spec.teachers[config.cell.teacher])
+        reads["texts"] = [tower.weights_hash, texts_identity(spec, task, "prompts")]
     if task.spec.kind != "classification":
         reads |= {"kind": task.spec.kind, "decoder": task.spec.decoder}
 
@@ -145,13 +162,17 @@ def evaluate(
             torch.manual_seed(config.seed)
             network = fresh_student(base, len(task.classes)).eval()
         fitted = 0
-        if not method.trains_head:
+        if method.zero_shot:
+            network = zero_shot(context, config, task, network)
+            classes, width = network.prototypes.vectors.shape
+            structure = Structure("methods.parts.zero_shot:attach", {"width": width, "classes": classes})
+        elif not method.trains_head:
             probe = _probe(context, task, network, base)
             network, fitted = probe.attached(network), probe.parameters
             if structure is not None and structure_of(network) is not None:
                 raise WorkError(f"{method.name} leaves a network with modules of its own: no decoder can be put on it.")
             structure = structure or structure_of(network)
-        val = val_metric(context, task, network, base, has_head=True)
+        val = val_metric(context, task, network, base)
         meta = {
             "model": base.entry.model_dump(mode="json"),
             "role": base.role,

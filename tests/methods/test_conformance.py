@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from tiny import (
     CLASSES,
+    EMBEDDING,
     Case,
     Chain,
     build_optimizer,
@@ -54,7 +55,7 @@ pytestmark = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 def case_for(method: type[Method], kind: str | None = None) -> Case:
     """A teacher of one of its kinds, and a student of another kind unless it needs a relative of the teacher."""
-    kind = kind or ("vit" if "vit" in method.teacher_kinds else "cnn")
+    kind = kind or next(kind for kind in ("vit", "cnn", "clip") if kind in method.teacher_kinds)
     case = make_case(kind, "cnn", upstream=UPSTREAM)
     return case if method.refuses(case.setting) is None else make_case(kind, kind, upstream=UPSTREAM)
 
@@ -152,7 +153,7 @@ def test_its_attributes_are_from_the_known_sets(method):
     assert method.name.isidentifier()
     assert method.family in ("fine-tuning", "prompt", "adapter", "parameter", "remapping")
     assert method.deploys in ("teacher", "student")
-    assert set(method.teacher_kinds) <= {"vit", "cnn", "other"}
+    assert set(method.teacher_kinds) <= {"vit", "cnn", "clip", "other"}
     assert method.paper
     assert method.__doc__
     assert method.deploys == "student" or method.uses_teacher
@@ -435,7 +436,8 @@ def test_what_it_deploys_is_a_plain_network(method):
         assert not any(m.training for m in network.modules())
         assert "num_classes" not in chain.deployed.changes  # every deployed network has the task's
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
-        fresh = case.build[chain.deployed.base](num_classes=CLASSES, **chain.deployed.changes)
+        outputs = EMBEDDING if method.zero_shot else CLASSES
+        fresh = case.build[chain.deployed.base](num_classes=outputs, **chain.deployed.changes)
         if chain.deployed.structure is not None:
             assert json.loads(json.dumps(chain.deployed.structure.arguments)) == chain.deployed.structure.arguments
             fresh = chain.deployed.structure.apply(fresh)

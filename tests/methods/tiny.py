@@ -43,6 +43,8 @@ from methods.parts.dense import segmenter
 
 SIDE = 32
 CLASSES = 5
+EMBEDDING = 16
+TEXTS = ("prompts", "sentences", "captions")
 
 
 def vit(
@@ -77,6 +79,34 @@ def cnn(name: str = "test_efficientnet", num_classes: int = CLASSES, *, seed: in
     return network.eval()
 
 
+def clip(num_classes: int = EMBEDDING, *, seed: int = 0) -> nn.Module:
+    """Images to embeddings: what is seen of a dual encoder."""
+    return cnn(num_classes=num_classes, seed=seed)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A `Table` in memory."""
+
+    values: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape[1:])
+
+    def rows(self, indices: Any) -> Tensor:
+        return self.values[torch.as_tensor(indices)]
+
+
+def texts_of(count: int = 40) -> Tensor:
+    """Embeddings [count, d] of texts; with one direction in common, as those of real towers have."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(count, EMBEDDING, generator=generator) + 1
+
+
 def describe(network: nn.Module, kind: str) -> NetworkInfo:
     return NetworkInfo(
         name=f"tiny/{kind}",
@@ -86,6 +116,7 @@ def describe(network: nn.Module, kind: str) -> NetworkInfo:
         channels=intermediate_channels(network),
         image_size=SIDE,
         pretrained=True,
+        embedding=EMBEDDING if kind == "clip" else 0,
     )
 
 
@@ -132,10 +163,10 @@ def make_case(
     upstream: Sequence[str] = (),
     task_kind: Kind = "classification",
 ) -> Case:
-    builders: dict[str, Callable[..., nn.Module]] = {"vit": vit, "hybrid": hybrid_vit, "cnn": cnn}
-    kinds = {"vit": "vit", "hybrid": "vit", "cnn": "cnn"}
+    builders: dict[str, Callable[..., nn.Module]] = {"vit": vit, "hybrid": hybrid_vit, "cnn": cnn, "clip": clip}
+    kinds = {"vit": "vit", "hybrid": "vit", "cnn": "cnn", "clip": "clip"}
     networks = {"teacher": builders[teacher](seed=1), "student": builders[student](seed=2)}
-    task = TaskInfo(task_kind, CLASSES, labelled, unlabelled, upstream=tuple(upstream))
+    task = TaskInfo(task_kind, CLASSES, labelled, unlabelled, upstream=tuple(upstream), texts=TEXTS, batch=16)
     setting = Setting(
         task=task,
         teacher=describe(networks["teacher"], kinds[teacher]),
@@ -204,6 +235,9 @@ def given_for(
 ) -> Given:
     """Copies of exactly what the stage declares."""
     sources: dict[str, Any] = {"teacher": case.teacher, "student": case.student, "labels": labels, **case.upstream}
+    sources |= dict.fromkeys(TEXTS, Rows(texts_of()))
+    tables = isinstance(stage, FitStage) and stage.images == "corpus"
+    outputs = {key: Rows(value) for key, value in (outputs or {}).items()} if tables else outputs  # type: ignore[assignment]
     return Given(
         values={name: copy.deepcopy(sources[name]) for name in stage.reads},
         num_classes=case.setting.task.num_classes,
@@ -377,4 +411,6 @@ def draw(
         drawn = pool[torch.randint(0, len(pool), (round(batch * feed.pool_ratio),))]
         generated = Batch(drawn, None, teacher_outputs(teacher, drawn, feed.pool_outputs))
     live = images[rows] if feed.teacher_images else None
-    return Batch(images[rows], shown, teacher_outputs(teacher, images[rows], feed.outputs), live, generated)
+    texts = texts_of()[torch.randperm(len(texts_of()))[: feed.text_batch or batch]] if feed.texts else None
+    outputs = teacher_outputs(teacher, images[rows], feed.outputs)
+    return Batch(images[rows], shown, outputs, live, generated, texts)
