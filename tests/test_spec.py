@@ -16,6 +16,7 @@ from methods.knobs import Choice, Range, default_space
 from orchestrator.errors import UserError
 from orchestrator.spec import (
     METRICS,
+    Corpus,
     Generate,
     Model,
     Search,
@@ -33,10 +34,11 @@ from orchestrator.sweep.space import _Dice, default_knobs, method_space, sample
 
 FEW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}"), max_size=8)
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).filter(lambda n: n != "store")
 PLAIN = st.none() | st.booleans() | st.integers(-5, 5) | st.floats(-1e9, 1e9) | TEXT
 KNOBS = PLAIN | st.lists(PLAIN, max_size=3) | st.fixed_dictionaries({"low": st.floats(0, 1), "high": st.floats(1, 2)})
-MODELS = st.sampled_from(["timm/", "local:", "packaged/"]).flatmap(
+MODELS = st.sampled_from(["timm/", "open_clip/", "local:", "packaged/"]).flatmap(
     lambda p: TEXT.map(lambda t: p + t.replace("/", "_"))
 )
 
@@ -106,7 +108,13 @@ OBJECTIVE = METRIC | st.fixed_dictionaries({"metric": METRIC}, optional={"mode":
 SPECS = section_of(
     SweepSpec,
     name=NAMES,
-    task=section_of(Task, data=DATA, splits=SPLITS).map(one_kind),
+    task=section_of(
+        Task,
+        data=DATA,
+        splits=SPLITS,
+        names=st.dictionaries(TEXT, TEXT, max_size=2),
+        templates=st.lists(WORDS.map(lambda w: w + "{}") | WORDS.map(lambda w: "{}" + w), min_size=1, max_size=3),
+    ).map(one_kind),
     teachers=ENTRIES,
     students=ENTRIES,
     methods=st.dictionaries(NAMES, st.none() | st.dictionaries(TEXT, KNOBS, max_size=3), min_size=1, max_size=3),
@@ -120,6 +128,7 @@ SPECS = section_of(
         pipeline=st.none() | TEXT | st.dictionaries(TEXT, PLAIN, max_size=2),
     ),
     generate=section_of(Generate),
+    corpus=section_of(Corpus, images=st.none() | TEXT, sentences=st.none() | TEXT).filter(lambda c: fits(Corpus, c)),
     store=section_of(StoreLimits),
     storage=TEXT,
 )
@@ -270,7 +279,7 @@ def test_every_key_is_documented_once_and_has_a_description():
     rows = documented_keys()
     keys = [key for key, _, _ in rows]
     assert len(set(keys)) == len(keys)
-    sections = [SweepSpec, Task, Splits, Model, Model, Upstream, Search, Train, Generate, StoreLimits]
+    sections = [SweepSpec, Task, Splits, Model, Model, Upstream, Search, Train, Generate, Corpus, StoreLimits]
     assert len(rows) == sum(map(fields_of, sections)) + 2  # and metric and mode of objectives
     for top in SweepSpec.model_fields:
         assert any(key.split(".")[0].removesuffix("[]") == top for key in keys), top

@@ -175,8 +175,10 @@ def kinds_of_texts(spec: SweepSpec) -> tuple[Texts, ...]:
     found: list[Texts] = ["prompts"]
     if spec.corpus.sentences is not None:
         found.append("sentences")
-    if spec.corpus.images is not None and open_corpus(spec.corpus.images, "images").manifest.get("captions", 0):
-        found.append("captions")
+    if spec.corpus.images is not None:
+        counts = open_corpus(spec.corpus.images, "images").manifest["counts"]
+        if counts["captions"].get("kept", 0):
+            found.append("captions")
     return tuple(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,9 @@ def build_clip(entry: Model, *, weights: bool) -> nn.Module:
 
     options: dict[str, Any] = {"force_image_size": entry.image_size, **entry.kwargs}
     folder = _folder(entry)
+    before = logging.root.manager.disable
+    if not weights:
+        logging.disable(logging.WARNING)  # open_clip warns that there are none, as was asked
     try:
         if folder is not None:
             model = open_clip.create_model(f"local-dir:{folder}", load_weights=weights, **options)
@@ -138,6 +142,8 @@ def build_clip(entry: Model, *, weights: bool) -> nn.Module:
             raise
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"The weights of {entry.model!r} could not be loaded: {first[:240]}") from error
+    finally:
+        logging.disable(before)
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -53,7 +53,20 @@ def prompt() -> tuple[Learner, Batch]:
     return learner, batch_of(case)
 
 
-CASES = {"rkd": rkd, "tdmr": tdmr, "prompt": prompt}
+def dime_fm() -> tuple[Learner, Batch]:
+    from learners import learner_of
+    from tiny import make_case, make_images, teacher_outputs, texts_of
+
+    from methods.dime_fm import DimeFM
+    from methods.vision_language import EMBEDDING
+
+    case = make_case("clip", "vit")
+    learner, _ = learner_of(case, DimeFM, mass=0.0, t_pvl=20.0, t_udist=30.0, udist_weight=0.2)
+    images, labels = make_images(16)
+    return learner, Batch(images, labels, teacher_outputs(case.teacher, images, (EMBEDDING,)), texts=texts_of())
+
+
+CASES = {"rkd": rkd, "tdmr": tdmr, "prompt": prompt, "dime_fm": dime_fm}
 
 
 def run(rank: int, world: int, folder: str) -> None:
@@ -67,9 +80,8 @@ def run(rank: int, world: int, folder: str) -> None:
         torch.manual_seed(0)
         learner, batch = case()
         assert batch.labels is not None
-        part = Batch(
-            batch.images[rank::world], batch.labels[rank::world], {k: v[rank::world] for k, v in batch.outputs.items()}
-        )
+        outputs = {k: v[rank::world] for k, v in batch.outputs.items()}
+        part = Batch(batch.images[rank::world], batch.labels[rank::world], outputs, texts=batch.texts)
         wrapped: nn.Module = learner
         if world > 1:
             wrapped = DistributedDataParallel(learner, find_unused_parameters=True)
