@@ -114,7 +114,15 @@ class KD(Method):
     family = "remapping"
     paper = "Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015"
     Config = KDConfig
+    teacher_kinds: ClassVar[tuple[str, ...]] = ("vit", "cnn", "clip", "other")
     tasks: ClassVar[tuple[Kind, ...]] = ("classification", "multilabel", "segmentation")
+
+    @classmethod
+    def refuses(cls, setting: Setting) -> str | None:
+        teacher = setting.teacher
+        if setting.task.kind == "segmentation" and teacher is not None and teacher.kind == "clip":
+            return f"{cls.name} reads a map of the teacher for segmentation, and {teacher.name} gives an embedding only"
+        return super().refuses(setting)
 
     @classmethod
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:

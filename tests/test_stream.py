@@ -29,6 +29,7 @@ from orchestrator.errors import UserError
 from orchestrator.models import load_network, load_student
 from orchestrator.models.clip import text_tower
 from orchestrator.models.load import Preprocessing, hash_weights
+from orchestrator.select.export import export_student
 from orchestrator.spec import Model, SweepSpec
 from orchestrator.store import Records, Store
 from orchestrator.sweep.run import prepare
@@ -273,6 +274,21 @@ def test_texts_that_are_not_there_are_named(spec: SweepSpec) -> None:
     student = Model(model="open_clip/ViT-B-33")
     with pytest.raises(UserError, match=r"There is no open_clip model 'ViT-B-33'.*Did you mean"):
         prepare(lacking.model_copy(update={"teachers": [student], "methods": {"dime_fm": {}}}))
+
+
+def test_a_dual_encoder_also_teaches_by_its_pooled_feature_and_its_tower_is_a_student(
+    colours: Path, tmp_path: Path, teacher: Path
+) -> None:
+    towers = [f"local:{teacher}"]
+    spec = small_spec(colours, tmp_path, teachers=towers, students=towers, methods={"kd": {}, "dime_fm": {}})
+    for number, method in enumerate(("kd", "dime_fm")):
+        config = TrialConfig(f"t000{number}", number, Cell(method, 0, 0), {}, 0)
+        run(spec, config)
+        network, meta = load_student(tmp_path / "small" / "students" / config.trial_id)
+        for format in ("safetensors", "onnx"):
+            made = export_student(network, meta, tmp_path / f"{method}_{format}", format)
+            assert made["max_abs_difference"] <= 1e-4
+        assert {name.partition(".")[0] for name in network.state_dict()} <= {"visual", "head", "backbone", "prototypes"}
 
 
 @pytest.fixture(scope="module")

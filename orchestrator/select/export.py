@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orchestrator.errors import UserError, WorkError, listed, nearest
+from orchestrator.models.clip import clip_config, is_clip
 from orchestrator.select.results import short_name
 from orchestrator.select.scripts import onnx_script, torch_script
 from orchestrator.spec import METRIC_NAMES, Kind, Model
@@ -37,6 +38,7 @@ from orchestrator.spec import METRIC_NAMES, Kind, Model
 FORMATS = ("safetensors", "onnx")
 TOLERANCE = {"safetensors": 1e-5, "onnx": 1e-4}  # largest difference of a logit
 STRUCTURE_FILE = "structure.py"
+OPEN_CLIP = "open_clip"  # in place of an architecture of timm
 OUTPUT: dict[Kind, str] = {
     "multilabel": "A logit's sigmoid is the probability of its class; an image may have several classes, or none.",
     "segmentation": "The logits are [B, C, S, S], one class a pixel of the input.",
@@ -139,6 +141,8 @@ def _config(network: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
         architecture = "vit_clipart"
         fixed = {"img_size": VIT_SIDE, "patch_size": 1, "embed_dim": VIT_DIM, "num_heads": VIT_HEADS}
         arguments = {"depth": VIT_DEPTH, **fixed, "num_classes": classes, "global_pool": "token", **arguments}
+    elif is_clip(entry):
+        architecture, arguments = OPEN_CLIP, {}
     else:
         architecture = _architecture(entry)
         arguments.pop("num_classes", None)
@@ -148,15 +152,18 @@ def _config(network: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
     source = getattr(network, "pretrained_cfg", None) or {}
     mode = str(preprocessing["interpolation"])
     structure = meta.get("structure")
-    added = {}
+    added: dict[str, Any] = {}
+    if architecture == OPEN_CLIP:
+        described = clip_config(entry)
+        added["open_clip"] = {**described, "vision_cfg": {**described["vision_cfg"], "image_size": size}}
     if structure:
         module, _, function = structure["build"].partition(":")
-        added = {"structure": {"file": STRUCTURE_FILE, "function": function, "arguments": structure["arguments"]}}
+        added |= {"structure": {"file": STRUCTURE_FILE, "function": function, "arguments": structure["arguments"]}}
         added["structure"]["module"] = module
     return {
         "architecture": architecture,
         "num_classes": classes,
-        "num_features": int(getattr(network, "num_features", 0)),
+        "num_features": int(getattr(getattr(network, "backbone", network), "num_features", 0)),
         "label_names": [str(c) for c in meta["classes"]],
         "model_args": arguments,
         "pretrained_cfg": {
@@ -201,9 +208,15 @@ def _write_timm(folder: Path, network: nn.Module, config: dict[str, Any], kind: 
     save_file(_state(network, architecture), folder / "model.safetensors", metadata={"format": "pt"})
     if structure is not None:
         (folder / STRUCTURE_FILE).write_bytes(_source(structure.pop("module")))
-    _write_json(folder, config)
+    _write_json(folder, {k: v for k, v in config.items() if k != "open_clip"})
     script = folder / "load.py"
-    text = torch_script(kind, clipart=architecture == "vit_clipart", structured=structure is not None)
+    base: Any = {"vit_clipart": "clipart", OPEN_CLIP: "clip"}.get(architecture, "timm")
+    if base == "clip":
+        facts = config["pretrained_cfg"]
+        fed = {"size": facts["input_size"][-1], **{key: facts[key] for key in ("mean", "std", "interpolation")}}
+        described = {"model_cfg": config["open_clip"], "preprocess_cfg": fed}
+        (folder / "open_clip_config.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
+    text = torch_script(kind, base=base, structured=structure is not None)
     script.write_text(text, encoding="utf-8")
     try:
         loaded = runpy.run_path(str(script))["network"]()
@@ -262,7 +275,7 @@ def _write_onnx(folder: Path, network: nn.Module, config: dict[str, Any], kind: 
         raise
     except Exception as error:  # the exporter, the checker and the runtime share no base class
         raise WorkError(f"{config['architecture']} cannot be exported to ONNX: {_first_line(error)}") from error
-    _write_json(folder, {k: v for k, v in config.items() if k != "structure"})
+    _write_json(folder, {k: v for k, v in config.items() if k not in ("structure", "open_clip")})
     (folder / "load.py").write_text(onnx_script(kind), encoding="utf-8")
     return lambda images: torch.from_numpy(np.asarray(session.run(["logits"], {"images": images.numpy()})[0]))
 
@@ -371,7 +384,9 @@ def _card(meta: Mapping[str, Any], config: Mapping[str, Any], kind: Kind, format
 
 
 def _library(config: Mapping[str, Any], format: str) -> str:
-    return "onnxruntime" if format == "onnx" else "pytorch" if "structure" in config else "timm"
+    if format == "onnx":
+        return "onnxruntime"
+    return "pytorch" if "structure" in config or config["architecture"] == OPEN_CLIP else "timm"
 
 
 def _added(structure: Mapping[str, Any]) -> str:
@@ -390,6 +405,8 @@ def _use(config: Mapping[str, Any], format: str) -> str:
             f"{command}\n\n`network()` in `load.py` builds timm's network and puts the modules of `{STRUCTURE_FILE}` "
             "into it or around it."
         )
+    if config["architecture"] == OPEN_CLIP:
+        return f"{command}\n\n`network()` in `load.py` builds open_clip's image tower and puts a head on it."
     if config["architecture"] == "vit_clipart":
         return (
             f"{command}\n\ntimm has no registered model of this architecture: `network()` in `load.py` builds it "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from orchestrator.spec import Kind
 
 WHAT: dict[Kind, str] = {
@@ -13,7 +15,7 @@ WHAT: dict[Kind, str] = {
 TORCH = '''\
 """{what}
 
-Needs timm (which brings torch and torchvision) and safetensors.
+Needs {needs} (which brings torch and torchvision) and safetensors.
 """
 
 {imports}
@@ -34,6 +36,28 @@ BASE_TIMM = '''\
 def base():
     """timm's network, without weights."""
     return timm.create_model(CONFIG["architecture"], num_classes=CONFIG["num_classes"], **CONFIG["model_args"])
+'''
+
+BASE_CLIP = '''\
+class Tower(torch.nn.Module):
+    """open_clip's image tower under a head."""
+
+    def __init__(self, visual):
+        super().__init__()
+        self.visual, self.head = visual, torch.nn.Identity()
+
+    def reset_classifier(self, outputs):
+        self.head = torch.nn.Linear(CONFIG["num_features"], outputs)
+
+    def forward(self, images):
+        return self.head(self.visual(images))
+
+
+def base():
+    """The image tower, without weights."""
+    tower = Tower(open_clip.create_model(f"local-dir:{HERE}", load_weights=False).visual)
+    tower.reset_classifier(CONFIG["num_classes"])
+    return tower
 '''
 
 BASE_CLIPART = '''\
@@ -137,20 +161,22 @@ MAIN_ONNX: dict[Kind, str] = {
 }
 
 
-def torch_script(kind: Kind, *, clipart: bool, structured: bool) -> str:
+def torch_script(kind: Kind, *, base: Literal["timm", "clipart", "clip"], structured: bool) -> str:
     """`load.py` beside safetensors.
 
     Args:
         kind: of the task.
-        clipart: whether the base is the packaged transformer, which timm has not registered.
+        base: what is built first: timm's network, the packaged transformer, which timm has not registered, or
+            open_clip's image tower.
         structured: whether `structure.py` lies beside it.
     """
-    plain = not clipart and not structured
+    plain = base == "timm" and not structured
     standard = [*(["import importlib.util"] if structured else []), "import json", "import sys"]
-    packages = ["import timm", "import torch", "from PIL import Image, ImageOps"]
+    packages = ["import open_clip" if base == "clip" else "import timm"]
+    packages += ["import torch", "from PIL import Image, ImageOps"]
     if not plain:
         packages.append("from safetensors.torch import load_file")
-    if clipart:
+    if base == "clipart":
         packages.append("from timm.layers import HybridEmbed, freeze_batch_norm_2d")
         packages.append("from timm.models.vision_transformer import VisionTransformer")
     packages.append("from torchvision.transforms.v2 import functional as F")
@@ -163,8 +189,8 @@ def torch_script(kind: Kind, *, clipart: bool, structured: bool) -> str:
             "return model.eval()",
         ]
     blocks = [
-        TORCH.format(what=WHAT[kind], imports=imports),
-        *([BASE_CLIPART if clipart else BASE_TIMM] if not plain else []),
+        TORCH.format(what=WHAT[kind], needs="open_clip_torch" if base == "clip" else "timm", imports=imports),
+        *([{"timm": BASE_TIMM, "clipart": BASE_CLIPART, "clip": BASE_CLIP}[base]] if not plain else []),
         *([STRUCTURE] if structured else []),
         NETWORK.format(logits=LOGITS[kind], network="\n    ".join(steps)),
         PIXELS + MAIN_TORCH[kind] + _best(kind),

@@ -22,7 +22,7 @@ PIXELS = [m for m, kind in SERVED if kind == "segmentation"]
 
 
 def case_of(method: type[Method], kind: str):
-    teacher = "vit" if "vit" in method.teacher_kinds else "cnn"
+    teacher = next(one for one in ("vit", "cnn", "clip") if one in method.teacher_kinds)
     case = make_case(teacher, "cnn", upstream=UPSTREAM, task_kind=kind)
     if method.refuses(case.setting) is None:
         return case
