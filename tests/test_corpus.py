@@ -444,7 +444,7 @@ def test_the_share_of_bad_items_counts_at_the_end_of_a_small_source_too(tmp_path
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from orchestrator.data.corpus import build, build_corpus
+from orchestrator.data.corpus import build_corpus
 told = []
 def tell(line):
     told.append(line)
@@ -474,6 +474,35 @@ def test_a_killed_build_goes_on_and_gives_what_an_undisturbed_one_gives(tmp_path
     ours, theirs = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("c", "undisturbed"))
     assert ours == theirs
     assert not left.exists()
+
+
+def test_an_error_of_the_disk_costs_no_image_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder_source(tmp_path / "raw")
+    read = corpus_sources._read_file
+
+    def failing(system: Any, path: str, size: int) -> bytes:
+        if path.endswith("020.png"):
+            raise OSError(5, "Input/output error", path)
+        return read(system, path, size)
+
+    monkeypatch.setattr(corpus_sources, "_read_file", failing)
+    with pytest.raises(WorkError, match=r"Input/output error.*020.png.*goes on after the shards"):
+        build_images(source, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    monkeypatch.undo()
+    lines: list[str] = []
+    build_images(source, tmp_path / "c", tell=lines.append)
+    build_images(source, tmp_path / "undisturbed")
+    assert lines[0].startswith("Going on after 1 finished")
+    assert content(tmp_path / "c") == content(tmp_path / "undisturbed")
+
+    pages = tmp_path / "torn.parquet"
+    pq.write_table(pa.table({"text": SENTENCES}), pages, compression="none", use_dictionary=False)
+    pages.write_bytes(pages.read_bytes()[:4] + b"\xff" * 40 + pages.read_bytes()[44:])
+    with pytest.raises(WorkError, match=r"torn.parquet, row group 0 cannot be read"):
+        build_corpus(f"parquet:{pages}", tmp_path / "d", "sentences")
 
 
 def test_a_build_begins_anew_if_its_settings_or_its_source_changed(
@@ -576,6 +605,7 @@ def test_a_folder_that_is_no_whole_corpus_is_refused_with_a_sentence(corpus: Pat
             ({"version": 2}, "version 2.*reads version 1"),
             ({"kind": "songs"}, "'songs'; allowed are images and sentences"),
             ({"format": "x"}, "cannot be understood"),
+            ({"shards": [{"file": "part-00000.parquet"}]}, "cannot be understood: KeyError"),
         ]
     ):
         changed = copy(corpus, tmp_path / str(number))
