@@ -135,15 +135,18 @@ def read_manifest(address: str, kind: Kind | None = None) -> Corpus:
             f"The corpus {address!r} has the format version {version}, which this program does not know; it reads "
             f"version {VERSION}."
         )
-    if manifest["kind"] not in get_args(Kind):
-        raise UserError(f"The corpus {address!r} holds {manifest['kind']!r}; allowed are {listed(get_args(Kind))}.")
+    if manifest.get("kind") not in get_args(Kind):
+        raise UserError(f"The corpus {address!r} holds {manifest.get('kind')!r}; allowed are {listed(get_args(Kind))}.")
     if kind is not None and manifest["kind"] != kind:
         raise UserError(f"The corpus {address!r} holds {manifest['kind']}; {kind} are needed here.")
-    group = int(manifest["row_group"])
-    shards = tuple(
-        Shard(address, s["file"], s["rows"], s["bytes"], s["sha256"], group_rows(s["rows"], group))
-        for s in manifest["shards"]
-    )
+    try:
+        group = int(manifest["row_group"])
+        shards = tuple(
+            Shard(address, s["file"], s["rows"], s["bytes"], s["sha256"], group_rows(s["rows"], group))
+            for s in manifest["shards"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{address}/{MANIFEST} cannot be understood: {error!r}.") from None
     return Corpus(address, manifest["kind"], shards, manifest)
 
 
