@@ -303,9 +303,13 @@ class Corpus(Section):
     """Images and sentences beyond the task's own, for the methods that learn from unpaired ones."""
 
     images: str | None = Field(
-        default=None, description="A folder that `corpus build` wrote; null: the training images of the task."
+        default=None,
+        description="A folder or address that `corpus build` wrote, or `packaged/icons/images`; null: the training images "
+        "of the task.",
     )
-    sentences: str | None = Field(default=None, description="A folder that `corpus build` wrote; null: none.")
+    sentences: str | None = Field(
+        default=None, description="The same of sentences, or `packaged/icons/sentences`; null: none."
+    )
     dtype: Literal["float16", "bfloat16", "float32"] = Field(
         default="float16", description="Type in which the teacher's embeddings of the corpus are stored."
     )

@@ -1,4 +1,4 @@
-"""Addresses of files: a local path, or a URI of a file system that pyarrow knows (s3://, gs://, file://)."""
+"""Addresses of files: a local path, what is packaged, or a URI that pyarrow knows (s3://, gs://, file://)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pyarrow import fs
 
 from orchestrator.errors import UserError, listed, nearest
 
+PACKAGED = Path(__file__).parents[2] / "packaged"
 CHUNK = 1 << 20  # bytes that are read at a time
 
 
@@ -23,6 +24,8 @@ def locate(address: str) -> tuple[fs.FileSystem, str]:
     Raises:
         UserError: if no file system knows such an address.
     """
+    if address.startswith("packaged/"):
+        return fs.LocalFileSystem(), str(PACKAGED / address.removeprefix("packaged/"))
     if "://" not in address:
         return fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
     try:
