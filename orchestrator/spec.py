@@ -304,8 +304,8 @@ class Corpus(Section):
 
     images: str | None = Field(
         default=None,
-        description="A folder or address that `corpus build` wrote, or `packaged/icons/images`; null: the training images "
-        "of the task.",
+        description="A folder or address that `corpus build` wrote, or `packaged/icons/images`; null: the training "
+        "images of the task.",
     )
     sentences: str | None = Field(
         default=None, description="The same of sentences, or `packaged/icons/sentences`; null: none."

@@ -413,4 +413,5 @@ def draw(
     live = images[rows] if feed.teacher_images else None
     texts = texts_of()[torch.randperm(len(texts_of()))[: feed.text_batch or batch]] if feed.texts else None
     outputs = teacher_outputs(teacher, images[rows], feed.outputs)
-    return Batch(images[rows], shown, outputs, live, generated, texts)
+    captions = texts_of(len(images))[rows] if feed.captions else None
+    return Batch(images[rows], shown, outputs, live, generated, texts, captions)
