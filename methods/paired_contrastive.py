@@ -30,8 +30,8 @@ class PairedContrastiveConfig(MethodConfig):
 class PairedContrastiveLearner(EmbeddingLearner):
     """InfoNCE of the student's embeddings [B, d] and the teacher's embeddings of their captions, over all ranks.
 
-    Both directions, the mean of the two; the scale is learned, at most 100 [code of CLIP]. Equal captions within a batch
-    count as different, as there.
+    Both directions, the mean of the two; the scale is learned, at most 100 [code of CLIP]. Equal captions within a
+    batch count as different, as there.
     """
 
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
