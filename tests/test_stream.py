@@ -33,6 +33,7 @@ from orchestrator.select.export import export_student
 from orchestrator.spec import Model, SweepSpec
 from orchestrator.store import Records, Store
 from orchestrator.sweep.run import prepare
+from orchestrator.sweep.stock import verify
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.run import run_trial
@@ -188,6 +189,19 @@ def test_an_embedding_is_the_teachers_of_the_plain_image(spec: SweepSpec, corpus
         expected = network.module(network.preprocessing.normalise(pixels[None]))[0]
     stored = open_outputs([entry])[0].rows([5])[0].float()
     assert torch.allclose(stored, expected, atol=2e-3)
+
+
+def test_verify_compares_a_corpus_with_the_live_teacher(spec: SweepSpec, corpus: Path) -> None:
+    run(spec, trial())
+    found = verify(Path(spec.storage))
+    assert found["damaged"] == []
+    assert found["compared"] == 3
+    assert found["worst"] < 2e-3
+    store = Store(Path(spec.storage) / "store")
+    entry = next(e for e in store.entries() if e.stage == "corpus_outputs" and e.meta["about"]["rows"] == 20)
+    records = (entry.path / "records.arrow").read_bytes()
+    (entry.path / "records.arrow").write_bytes(records[:-200] + bytes(200))
+    assert any(f"corpus_outputs/{entry.key}" in said for said in verify(Path(spec.storage))["damaged"])
 
 
 def test_dm_9_the_zero_shot_of_a_student_that_is_the_teacher_is_the_teachers(spec: SweepSpec) -> None:

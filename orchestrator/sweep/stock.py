@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from methods.outputs import Output
-from orchestrator.data.corpus import shard_of
+from orchestrator.data.corpus import CorpusShard, shard_of
+from orchestrator.data.embed import plain_views
 from orchestrator.data.outputs import live_outputs, open_outputs
 from orchestrator.data.pool import PoolShard
 from orchestrator.data.task import ImageSet, load_task
@@ -56,7 +57,7 @@ def verify(where: Path) -> dict[str, Any]:
         wrong = store.damaged(entry)
         if wrong:
             damaged.append(f"{address}: {', '.join(wrong)} differs from what was published")
-        elif entry.stage == "outputs":
+        elif entry.stage in ("outputs", "corpus_outputs"):
             difference = _against_live(store, entry)
             if difference is None:
                 continue
@@ -97,13 +98,17 @@ def _against_live(store: Store, entry: Entry) -> float | None:
         if tuned is None:
             return None
         teacher = tuned_network(tuned.path, reads["weights"], teacher)
-    views = store.get("views", reads["parameters"])
     stored = open_outputs([entry])[0]
-    if views is None or teacher.weights_hash != reads["weights"] or len(stored) != len(split):
+    if "parameters" in reads:
+        views = store.get("views", reads["parameters"])
+        parameters = view_parameters(views) if views is not None else None
+    else:
+        assert isinstance(images, CorpusShard)
+        parameters = plain_views(images)
+    if parameters is None or teacher.weights_hash != reads["weights"] or len(stored) != len(split):
         return None
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(stored), generator=generator)[:SAMPLE].numpy()
-    parameters = view_parameters(views)
     size, mode = teacher.preprocessing.size, teacher.preprocessing.interpolation
     pixels = torch.stack([render(images.image(split, int(i)), parameters[i], size, mode) for i in rows])
     output = Output(**about["output"])
