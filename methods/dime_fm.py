@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods.contract import Batch, Feed, FitStage, Given, Method, Recipe, Setting, Stage, TrainStage
+from methods.contract import Batch, Feed, FitStage, Given, Recipe, Setting, Stage, TrainStage
 from methods.knobs import MethodConfig, Range, knob
 from methods.ranks import gathered
 from methods.texts import TEXTS, texts_stage
-from methods.vision_language import EMBEDDING, EmbeddingLearner, similarities
+from methods.vision_language import EMBEDDING, ByDualEncoder, EmbeddingLearner, similarities
 
 TEMPERATURES = "temperatures"
 CALIBRATED = 4096  # images whose similarities set the temperatures
@@ -152,7 +152,7 @@ class DimeFMLearner(EmbeddingLearner):
         return dict(zip(("t_vl", "t_pvl", "t_udist"), self.temperatures, strict=True))
 
 
-class DimeFM(Method):
+class DimeFM(ByDualEncoder):
     """Distillation of a dual encoder into a small image tower from unpaired images and sentences.
 
     Losses, scale 100, temperatures 1 / 3 / 7, weights 0.7 / 0.3 / 0, AdamW(0.9, 0.999) at 8e-4 with weight decay 0.05,
@@ -165,11 +165,6 @@ class DimeFM(Method):
     family = "remapping"
     paper = "Sun et al., DIME-FM: DIstilling Multimodal and Efficient Foundation Models, ICCV 2023, arXiv 2303.18232"
     Config = DimeFMConfig
-    needs_labels = False
-    trains_head = False
-    zero_shot = True
-    teacher_kinds = ("clip",)
-    tasks = ("classification",)
 
     @classmethod
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods.contract import Batch, Feed, Method, Recipe, Setting, Stage, TrainStage
+from methods.contract import Batch, Feed, Recipe, Setting, Stage, TrainStage
 from methods.knobs import MethodConfig, Range, knob
-from methods.vision_language import EMBEDDING, EmbeddingLearner
+from methods.vision_language import EMBEDDING, ByDualEncoder, EmbeddingLearner
 
 
 class EmbeddingRegressionConfig(MethodConfig):
@@ -27,18 +27,13 @@ class RegressionLearner(EmbeddingLearner):
         return {"loss": loss, "cosine": loss}
 
 
-class EmbeddingRegression(Method):
+class EmbeddingRegression(ByDualEncoder):
     """Cosine regression to a dual encoder's image embeddings: what DIME-FM is measured against."""
 
     name = "embedding_regression"
     family = "remapping"
     paper = "the feature baseline of Sun et al., DIME-FM, ICCV 2023 [inferred]"
     Config = EmbeddingRegressionConfig
-    needs_labels = False
-    trains_head = False
-    zero_shot = True
-    teacher_kinds = ("clip",)
-    tasks = ("classification",)
 
     @classmethod
     def stages(cls, config: EmbeddingRegressionConfig, setting: Setting) -> list[Stage]:

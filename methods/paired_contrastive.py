@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.contract import Batch, Feed, Given, Method, Recipe, Setting, Stage, TrainStage
+from methods.contract import Batch, Feed, Given, Recipe, Setting, Stage, TrainStage
 from methods.knobs import MethodConfig, Range, knob
 from methods.ranks import gathered
-from methods.vision_language import EmbeddingLearner, similarities
+from methods.vision_language import ByDualEncoder, EmbeddingLearner, similarities
 
 LARGEST = math.log(100)  # as in CLIP
 
@@ -53,7 +53,7 @@ class PairedContrastiveLearner(EmbeddingLearner):
         return {"temperature": float((-self.log_scale.detach()).exp())}
 
 
-class PairedContrastive(Method):
+class PairedContrastive(ByDualEncoder):
     """The student's image tower trained on captioned images; the text tower is the teacher's, frozen.
 
     Training on pairs is what users do without a distillation. CLIP trains both towers; with the teacher's text tower
@@ -64,11 +64,6 @@ class PairedContrastive(Method):
     family = "fine-tuning"
     paper = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
     Config = PairedContrastiveConfig
-    needs_labels = False
-    trains_head = False
-    zero_shot = True
-    teacher_kinds = ("clip",)
-    tasks = ("classification",)
 
     @classmethod
     def refuses(cls, setting: Setting) -> str | None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.contract import Deployed, Given, Learner
+from methods.contract import Deployed, Given, Learner, Method
 from methods.outputs import Output
 
 EMBEDDING = Output("embedding")
@@ -32,3 +32,13 @@ class EmbeddingLearner(Learner):
 
     def deployed(self) -> Deployed:
         return Deployed(self.student.eval(), "student")
+
+
+class ByDualEncoder(Method):
+    """The base of the methods whose student embeds images into a dual encoder's space, without any label."""
+
+    needs_labels = False
+    trains_head = False
+    zero_shot = True
+    teacher_kinds = ("clip",)
+    tasks = ("classification",)
