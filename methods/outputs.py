@@ -22,7 +22,7 @@ class Output:
             map `layer` averaged onto a `grid` x `grid` raster (patch tokens of a transformer on their raster);
             `dense` [B, D, h, w], the map that a decoder of pixels reads (see `methods.parts.dense.join_maps`);
             `embedding` [B, d], what an image tower gives when called: the image in the space that it shares with
-            texts, not normalised. It cannot be asked for together with others.
+            texts, not normalised.
         layer: which block or intermediate map; from the end where negative.
         norm: for `tokens` of the last block: after the final norm (True) or before it.
         grid: side of the raster of a `map`; 0 keeps the network's own.
@@ -52,8 +52,6 @@ def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) 
     Raises:
         ValueError: if the network cannot give one of them.
     """
-    if {o.kind for o in outputs} == {"embedding"}:
-        return {outputs[0].key: network(images)}
     whole = network
     if isinstance(network, Segmenter):
         network = network.backbone
@@ -92,7 +90,7 @@ def read_outputs(network: nn.Module, images: Tensor, outputs: Sequence[Output]) 
         elif isinstance(whole, Segmenter) and output.kind == "logits":
             size = (int(images.shape[-2]), int(images.shape[-1]))
             result[output.key] = whole.decode(join_maps(network, final, [raw[layer] for layer in finer]), size)
-        elif output.kind == "logits":
+        elif output.kind in ("logits", "embedding"):
             result[output.key] = network.forward_head(final)  # type: ignore[operator]
         elif output.kind == "tokens":
             tokens = tapped[output.layer]
