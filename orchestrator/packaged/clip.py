@@ -66,6 +66,4 @@ def clip_icons_preprocessing(model: Any) -> Preprocessing:
     """
     facts = model.visual.preprocess_cfg
     size = facts["size"] if isinstance(facts["size"], int) else facts["size"][0]
-    return Preprocessing(
-        size, tuple(facts["mean"]), tuple(facts["std"]), facts["interpolation"], facts["resize_mode"]
-    )
+    return Preprocessing(size, tuple(facts["mean"]), tuple(facts["std"]), facts["interpolation"], facts["resize_mode"])

@@ -231,6 +231,16 @@ def draw(fonts: Path, icons: Sequence[Icon]) -> np.ndarray:
     return pictures
 
 
+def training_pictures(fonts: Path) -> tuple[list[Icon], np.ndarray]:
+    """The training designers' icons and drawings (n, 64, 64), without blank ones and held-out ones."""
+    held_out = [icon for of_name in held_out_icons(fonts).values() for icon in of_name]
+    hidden = {picture.tobytes() for picture in draw(fonts, held_out)}  # plain squares and dots are everybody's
+    icons = training_icons(fonts)
+    pictures = draw(fonts, icons)
+    kept = [i for i, picture in enumerate(pictures) if picture.any() and picture.tobytes() not in hidden]
+    return [icons[i] for i in kept], pictures[kept]
+
+
 def encoded(picture: np.ndarray) -> bytes:
     """Lossless WebP of (64, 64) bytes of ink, black on white."""
     buffer = io.BytesIO()
@@ -273,7 +283,7 @@ def retrieval_table(fonts: Path) -> pa.Table:
     return pa.table(
         {
             "image": pa.array([encoded(picture) for picture in pictures], pa.binary()),
-            "caption": [caption(name) for name in names],
+            "caption": [name.replace("-", " ") for name in names],  # its `line` is no style: chart line
             "split": [splits[name] for name in names],
         }
     )
@@ -290,7 +300,7 @@ def labelled_table(fonts: Path) -> pa.Table:
         for icon in icons[name]
     ]
     of_class: dict[str, list[Icon]] = defaultdict(list)
-    for icon in sorted(training_icons(fonts), key=lambda icon: _order(f"{icon.designer}/{icon.names[0]}")):
+    for icon in sorted(training_pictures(fonts)[0], key=lambda icon: _order(f"{icon.designer}/{icon.names[0]}")):
         label = class_of(icon)
         if label and not icon.designer.startswith("fa5"):  # nearly the drawings of its sixth edition
             of_class[label].append(icon)
@@ -313,11 +323,10 @@ def labelled_table(fonts: Path) -> pa.Table:
 
 def corpus_table(fonts: Path) -> pa.Table:
     """Columns image, id, caption, source: the training designers' icons, equal drawings once."""
-    icons = training_icons(fonts)
     rows, seen = [], set()
-    for icon, picture in zip(icons, draw(fonts, icons), strict=True):
+    for icon, picture in zip(*training_pictures(fonts), strict=True):
         key = picture.tobytes()
-        if not picture.any() or key in seen:
+        if key in seen:
             continue
         seen.add(key)
         source = f"{icon.designer}/{icon.names[0]}"
@@ -362,13 +371,14 @@ def sentences(icons: Sequence[Icon]) -> list[str]:
     captions = sorted({text for icon in icons for text in icon.captions}, key=_order)
     templated = [TEMPLATES[i % len(TEMPLATES)].format(text) for i, text in enumerate(captions)]
     lemmas, glosses = lemmas_and_glosses()
-    return list(dict.fromkeys([*captions, *templated, *lemmas, *glosses[::EVERY_NTH_GLOSS]]))
+    texts = dict.fromkeys(text.strip() for text in [*captions, *templated, *lemmas, *glosses[::EVERY_NTH_GLOSS]])
+    return [text for text in texts if text]
 
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Parquet; WebP does not shrink further, the texts do."""
     texts = [name for name in table.column_names if name != "image"]
-    pq.write_table(table, path, compression={"image": "NONE", **{name: "ZSTD" for name in texts}})
+    pq.write_table(table, path, compression={"image": "NONE", **dict.fromkeys(texts, "ZSTD")})
 
 
 def main() -> None:
@@ -377,21 +387,23 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", help="folder; default: the package itself")
     args = parser.parse_args()
     fonts = fonts_folder()
-    paths = [CORPUS, RETRIEVAL, SENTENCES, LABELLED]
+    corpus, retrieval, labelled, texts = CORPUS, RETRIEVAL, LABELLED, SENTENCES
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        paths = [args.out / ("labelled.parquet" if path == LABELLED else path.name) for path in paths]
-    for path, table in zip(
-        (paths[0], paths[1], paths[3]),
-        (corpus_table(fonts), retrieval_table(fonts), labelled_table(fonts)),
-        strict=True,
+        corpus, retrieval = args.out / CORPUS.name, args.out / RETRIEVAL.name
+        labelled, texts = args.out / "labelled.parquet", args.out / "sentences.txt"
+    for path, table in (
+        (corpus, corpus_table(fonts)),
+        (retrieval, retrieval_table(fonts)),
+        (labelled, labelled_table(fonts)),
     ):
         write_table(table, path)
         print(f"{path.name}: {table.num_rows} rows, {path.stat().st_size} bytes")
     lines = sentences(training_icons(fonts))
+    content = "\n".join(lines).encode()
     # A fixed time stamp: the same texts give the same bytes.
-    paths[2].write_bytes(gzip.compress("\n".join(lines).encode(), 9, mtime=0))
-    print(f"{paths[2].name}: {len(lines)} lines, {paths[2].stat().st_size} bytes")
+    texts.write_bytes(gzip.compress(content, 9, mtime=0) if texts.suffix == ".gz" else content)
+    print(f"{texts.name}: {len(lines)} lines, {texts.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -31,12 +30,9 @@ from orchestrator.packaged.clip_icons.data import (
     HERE,
     SIDE,
     TEMPLATES,
-    WEIGHTS as PHOSPHOR_WEIGHTS,
-    draw,
     fonts_folder,
-    held_out_icons,
     lemmas_and_glosses,
-    training_icons,
+    training_pictures,
     words,
 )
 
@@ -121,16 +117,6 @@ def encode_text(model: Any, ids: torch.Tensor) -> torch.Tensor:
 # --- pictures -----------------------------------------------------------------------------------------------
 
 
-def pictures_and_captions(fonts: Path) -> tuple[torch.Tensor, list[tuple[str, ...]]]:
-    """Ink (n, 64, 64) bytes of the training designers, and the captions of each. No drawing equals a held-out one."""
-    icons = training_icons(fonts)
-    pictures = draw(fonts, icons)
-    held_out = [icon for of_name in held_out_icons(fonts).values() for icon in of_name]
-    hidden = {picture.tobytes() for picture in draw(fonts, held_out)}
-    kept = [i for i, picture in enumerate(pictures) if picture.any() and picture.tobytes() not in hidden]
-    return torch.from_numpy(pictures[kept]), [icons[i].captions for i in kept]
-
-
 def augmented(ink: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Random placing, stroke and colours: (n, 64, 64) bytes -> (n, 3, 64, 64) in [-1, 1]. Never mirrored."""
     count = len(ink)
@@ -154,12 +140,11 @@ def augmented(ink: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     x[thin] = torch.minimum(x[thin], -F.max_pool2d(-x[thin], (2, 2), 1, 1)[..., 1:, 1:])
     x[hollow] = (F.max_pool2d(x[hollow], 3, 1, 1) + F.max_pool2d(-x[hollow], 3, 1, 1)).clamp(0, 1)
     place = torch.arange(SIDE)
-    for _ in range(1):  # a patch of background over a quarter of the pictures
-        hit = rand(count) < 0.25
-        low, length = rand(count, 2) * SIDE, 8 + 16 * rand(count, 2)
-        inside = (place >= low[..., None]) & (place < (low + length)[..., None])
-        patch = inside[:, 0, :, None] & inside[:, 1, None, :] & hit[:, None, None]
-        x = x.masked_fill(patch[:, None], 0.0)
+    hit = rand(count) < 0.25  # a patch of background
+    low, length = rand(count, 2) * SIDE, 8 + 16 * rand(count, 2)
+    inside = (place >= low[..., None]) & (place < (low + length)[..., None])
+    patch = inside[:, 0, :, None] & inside[:, 1, None, :] & hit[:, None, None]
+    x = x.masked_fill(patch[:, None], 0.0)
     front, back = rand(count, 3, 1, 1) * 0.7, 1 - rand(count, 3, 1, 1) * 0.35
     plain = (rand(count) < 0.5)[:, None, None, None]
     front, back = front.masked_fill(plain, 0.0), back.masked_fill(plain, 1.0)
@@ -277,7 +262,7 @@ def train_both(
         follow(average, model, min(args.average, step / (step + 10)))
         if step % 200 == 0 or step == args.steps:
             tokenizer = clip_icons_tokenizer()
-            found = {name: measure.__dict__[name](average, tokenizer, "val") for name in ("retrieval", "zero_shot")}
+            found = [measure_of(average, tokenizer, "val") for measure_of in (measure.retrieval, measure.zero_shot)]
             print(
                 f"{step}: contrast {contrast.item():.3f} text {held.item():.3f} scale {model.logit_scale.exp():.1f}"
                 f" val {found} {time.time() - start:.0f} s",
@@ -299,8 +284,8 @@ def follow(average: nn.Module, model: nn.Module, keep: float) -> None:
 
 def prepared(args: argparse.Namespace) -> tuple[torch.Tensor, list[list[int]], list[str], int, torch.Tensor]:
     """Pictures, caption numbers of each, all texts, how many are captions, targets. Kept in the work folder."""
-    ink, captions = pictures_and_captions(fonts_folder())
-    names = sorted({text for of_icon in captions for text in of_icon})
+    icons, pictures = training_pictures(fonts_folder())
+    names = sorted({text for icon in icons for text in icon.captions})
     numbers = {name: i for i, name in enumerate(names)}
     texts = texts_to_learn(names)
     kept = args.work / "minilm.safetensors"
@@ -310,7 +295,8 @@ def prepared(args: argparse.Namespace) -> tuple[torch.Tensor, list[list[int]], l
         print(f"MiniLM: {len(texts)} texts, {time.time() - start:.0f} s", flush=True)
     features = load_file(kept)["features"]
     targets = principal(features, features[: len(names)], 256)
-    return ink, [[numbers[text] for text in of_icon] for of_icon in captions], texts, len(names), targets
+    rows = [[numbers[text] for text in icon.captions] for icon in icons]
+    return torch.from_numpy(pictures), rows, texts, len(names), targets
 
 
 def main() -> None:
@@ -335,7 +321,8 @@ def main() -> None:
         generator = torch.Generator().manual_seed(args.seed)
         ink, rows, names, captions, targets = prepared(args)
         model: Any = clip_icons(pretrained=False)
-        learn_merges(names, CLIP_ICONS / MERGES, model.vocab_size)
+        prompts = [template.format("") for template in TEMPLATES] * 50
+        learn_merges([*names, *prompts], CLIP_ICONS / MERGES, model.vocab_size)
         texts = Texts(names, captions, targets, clip_icons_tokenizer())
         print(f"{len(ink)} icons, {captions} captions, {len(names)} texts", flush=True)
         warm = args.work / f"text-{args.text_steps}.safetensors"
