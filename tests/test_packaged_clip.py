@@ -72,7 +72,7 @@ def test_open_clips_own_loader_reads_the_folder(model):
 
 
 def test_its_preprocessing_is_stated(model):
-    facts = clip.clip_icons_preprocessing(model)
+    facts = clip.preprocessing_of(model)
     assert facts == clip.Preprocessing(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", "shortest")
 
 

@@ -24,10 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from orchestrator.packaged.clip import CLIP_ICONS, MERGES, WEIGHTS, clip_icons, clip_icons_tokenizer
+from orchestrator.packaged.clip import CLIP_ICONS, CONFIG, MERGES, WEIGHTS, clip_of, tokenizer_of
 from orchestrator.packaged.clip_icons import measure
 from orchestrator.packaged.clip_icons.data import (
-    HERE,
     SIDE,
     TEMPLATES,
     fonts_folder,
@@ -37,7 +36,7 @@ from orchestrator.packaged.clip_icons.data import (
 )
 
 WORDS, LEMMAS, GLOSSES = 12_000, 12_000, 4_000  # texts besides captions that the text tower learns
-RESULTS = HERE / "results.json"
+RESULTS = "results.json"
 
 
 # --- texts --------------------------------------------------------------------------------------------------
@@ -228,6 +227,7 @@ def train_both(
     ink: torch.Tensor,
     caption_rows: list[list[int]],
     texts: Texts,
+    tokenizer: Any,
     args: argparse.Namespace,
     generator: torch.Generator,
 ) -> Any:
@@ -261,7 +261,6 @@ def train_both(
         schedule.step()
         follow(average, model, min(args.average, step / (step + 10)))
         if step % 200 == 0 or step == args.steps:
-            tokenizer = clip_icons_tokenizer()
             found = [measure_of(average, tokenizer, "val") for measure_of in (measure.retrieval, measure.zero_shot)]
             print(
                 f"{step}: contrast {contrast.item():.3f} text {held.item():.3f} scale {model.logit_scale.exp():.1f}"
@@ -282,13 +281,13 @@ def follow(average: nn.Module, model: nn.Module, keep: float) -> None:
             mean.copy_(new)
 
 
-def prepared(args: argparse.Namespace) -> tuple[torch.Tensor, list[list[int]], list[str], int, torch.Tensor]:
+def prepared(work: Path) -> tuple[torch.Tensor, list[list[int]], list[str], int, torch.Tensor]:
     """Pictures, caption numbers of each, all texts, how many are captions, targets. Kept in the work folder."""
     icons, pictures = training_pictures(fonts_folder())
     names = sorted({text for icon in icons for text in icon.captions})
     numbers = {name: i for i, name in enumerate(names)}
     texts = texts_to_learn(names)
-    kept = args.work / "minilm.safetensors"
+    kept = work / "minilm.safetensors"
     if not kept.is_file():
         start = time.time()
         save_file({"features": minilm(texts)}, kept)
@@ -297,6 +296,38 @@ def prepared(args: argparse.Namespace) -> tuple[torch.Tensor, list[list[int]], l
     targets = principal(features, features[: len(names)], 256)
     rows = [[numbers[text] for text in icon.captions] for icon in icons]
     return torch.from_numpy(pictures), rows, texts, len(names), targets
+
+
+def with_tower(name: str, folder: Path) -> Path:
+    """A folder whose configuration differs in the image tower only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((CLIP_ICONS / CONFIG).read_text())
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = name
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def train(folder: Path, args: argparse.Namespace) -> None:
+    """Fill the folder with merges and half-precision weights."""
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    ink, rows, names, captions, targets = prepared(args.work)
+    model = clip_of(folder, pretrained=False)
+    prompts = [template.format("") for template in TEMPLATES] * 50
+    learn_merges([*names, *prompts], folder / MERGES, model.vocab_size)
+    tokenizer = tokenizer_of(folder)
+    texts = Texts(names, captions, targets, tokenizer)
+    print(f"{len(ink)} icons, {captions} captions, {len(names)} texts", flush=True)
+    warm = args.work / f"text-{args.text_steps}.safetensors"
+    if not warm.is_file():
+        train_text(model, texts, args.text_steps, 2e-3, generator)
+        kept = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("visual.")}
+        save_file(kept, warm)
+    model.load_state_dict(load_file(warm), strict=False)
+    model.visual.to(memory_format=torch.channels_last)
+    average = train_both(model, ink, rows, texts, tokenizer, args, generator)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in average.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS)
 
 
 def main() -> None:
@@ -312,32 +343,24 @@ def main() -> None:
     parser.add_argument("--average", type=float, default=0.99)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--tower", help="another image tower, by timm's name, to compare with; it goes to the work folder"
+    )
     parser.add_argument("--measure", action="store_true", help="train nothing; write results.json for the weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    folder = with_tower(args.tower, args.work / args.tower) if args.tower else CLIP_ICONS
     if not args.measure:
         args.work.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(args.seed)
-        generator = torch.Generator().manual_seed(args.seed)
-        ink, rows, names, captions, targets = prepared(args)
-        model: Any = clip_icons(pretrained=False)
-        prompts = [template.format("") for template in TEMPLATES] * 50
-        learn_merges([*names, *prompts], CLIP_ICONS / MERGES, model.vocab_size)
-        texts = Texts(names, captions, targets, clip_icons_tokenizer())
-        print(f"{len(ink)} icons, {captions} captions, {len(names)} texts", flush=True)
-        warm = args.work / f"text-{args.text_steps}.safetensors"
-        if not warm.is_file():
-            train_text(model, texts, args.text_steps, 2e-3, generator)
-            kept = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
-            save_file({k: v.contiguous() for k, v in kept.items()}, warm)
-        model.load_state_dict(load_file(warm), strict=False)
-        model.visual.to(memory_format=torch.channels_last)
-        average = train_both(model, ink, rows, texts, args, generator)
-        state = {k: v.half() if v.is_floating_point() else v for k, v in average.state_dict().items()}
-        save_file({k: v.contiguous() for k, v in state.items()}, CLIP_ICONS / WEIGHTS)
-    results = measure.everything(clip_icons(), clip_icons_tokenizer())
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
+        train(folder, args)
+    model = clip_of(folder)
+    results = measure.everything(model, tokenizer_of(folder))
+    (folder / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    towers = [
+        sum(p.numel() for n, p in model.named_parameters() if n.startswith("visual.") is image)
+        for image in (True, False)
+    ]
+    print(f"{towers[0]} parameters for images, {towers[1]} for texts\n{json.dumps(results, indent=2)}")
 
 
 if __name__ == "__main__":
