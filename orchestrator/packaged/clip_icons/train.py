@@ -36,6 +36,7 @@ from orchestrator.packaged.clip_icons.data import (
 )
 
 WORDS, LEMMAS, GLOSSES = 12_000, 12_000, 4_000  # texts besides captions that the text tower learns
+SHORT = 12  # tokens
 RESULTS = "results.json"
 
 
@@ -108,9 +109,11 @@ def encode_text(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """What `model.encode_text` gives, with the padding behind the longest text cut off: attention is causal."""
     length = int(ids.argmax(1).max()) + 1
     ids = ids[:, :length]
-    x = model.token_embedding(ids) + model.positional_embedding[:length]
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-    return F.normalize(x[torch.arange(len(x)), ids.argmax(1)] @ model.text_projection, dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = model.token_embedding(ids) + model.positional_embedding[:length]
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+        x = x[torch.arange(len(x)), ids.argmax(1)] @ model.text_projection
+    return F.normalize(x.float(), dim=-1)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -163,6 +166,13 @@ class Texts:
         self.plain = tokenizer(texts)  # (n, 32)
         forms = [[template.format(text) for text in texts[:captions]] for template in TEMPLATES]
         self.forms = torch.stack([tokenizer(form) for form in forms])  # (templates, captions, 32)
+        lengths = self.plain.argmax(1)
+        self.short, self.long = torch.where(lengths <= SHORT)[0], torch.where(lengths > SHORT)[0]
+
+    def sample(self, step: int, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Numbers of short texts; at every eighth step of an eighth as many long ones, which cost eight times more."""
+        among, count = (self.long, count // 8) if step % 8 == 0 else (self.short, count)
+        return among[torch.randint(len(among), (count,), generator=generator)]
 
     def caption_ids(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Half of the captions bare, half in a random template: (n, 32)."""
@@ -201,8 +211,9 @@ def train_text(model: Any, texts: Texts, steps: int, lr: float, generator: torch
     captions, start = texts.forms.shape[1], time.time()
     model.train()
     for step in range(1, steps + 1):
-        half = torch.randint(captions, (128,), generator=generator)
-        rows = torch.cat([half, torch.randint(len(texts.plain), (384,), generator=generator)])
+        rows = texts.sample(step, 384, generator)
+        if step % 8:
+            rows = torch.cat([rows, torch.randint(captions, (128,), generator=generator)])
         features = encode_text(model, texts.any_ids(rows, generator))
         loss = near(features, texts.targets[rows])
         optimizer.zero_grad(set_to_none=True)
@@ -210,7 +221,7 @@ def train_text(model: Any, texts: Texts, steps: int, lr: float, generator: torch
         nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         optimizer.step()
         schedule.step()
-        if step % 200 == 0:
+        if step % 100 == 1:
             cosine = (features.detach() * texts.targets[rows]).sum(1).mean()
             print(f"text {step}: cosine {cosine:.3f}, {time.time() - start:.0f} s", flush=True)
 
@@ -244,7 +255,7 @@ def train_both(
         ids, order = order[: args.batch], order[args.batch :]
         rows = torch.tensor([rng.choice(caption_rows[i]) for i in ids.tolist()])
         images = augmented(ink[ids], generator).contiguous(memory_format=torch.channels_last)
-        others = torch.randint(len(texts.plain), (args.batch // 2,), generator=generator)
+        others = texts.sample(step, args.batch // 2, generator)
         with torch.autocast("cpu", torch.bfloat16):
             seen = model.visual(images)
         seen = F.normalize(seen.float(), dim=-1)
