@@ -345,15 +345,15 @@ def main() -> None:
     """Train, or measure what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("clip_icons_work"), help="MiniLM's vectors, checkpoints")
-    parser.add_argument("--text-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--text-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--soft", type=float, default=0.1)
     parser.add_argument("--hold", type=float, default=1.0)
     parser.add_argument("--average", type=float, default=0.99)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--tower", help="another image tower, by timm's name, to compare with; it goes to the work folder"
     )
