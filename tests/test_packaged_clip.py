@@ -28,7 +28,7 @@ CHANCE = 1 / len(data.CLASSES)
 @pytest.fixture(autouse=True)
 def few_threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two threads that wait for each other are slower on a busy machine
     yield
     torch.set_num_threads(before)
 
@@ -116,13 +116,14 @@ def test_retrieval_on_the_unseen_designer_is_the_stated_one(model, tokenizer, re
     assert measured["names"] == stated["names"]
     for k in (1, 10):
         assert measured[f"R@{k}"] == pytest.approx(stated[f"R@{k}"], abs=0.01)
-        assert measured[f"R@{k}"] > 20 * k / stated["names"] or k == 10
+        assert measured[f"R@{k}"] > 20 * k / stated["names"]
 
 
 def test_an_untrained_model_is_at_chance(tokenizer):
     torch.manual_seed(0)
     model = clip.clip_icons(pretrained=False)
-    assert measure.zero_shot(model, tokenizer, "val")["accuracy"] < 5 * CHANCE
+    found = measure.retrieval(model, tokenizer, "val")
+    assert found["R@10"] < 5 * 10 / found["names"]
 
 
 def test_every_number_of_the_card_is_in_the_results(results):
