@@ -73,9 +73,10 @@ class Task(Section):
     """The user's data."""
 
     data: str = Field(
-        description="`packaged/clipart`, `folder:PATH` or `parquet:PATH`, with or without train/val/test. A folder has "
-        "one subfolder a class; multilabel: a labels.csv (file,labels; labels separated by ;); segmentation: images/ "
-        "and masks/ (the same name, PNG of class indices). Parquet has the columns image and label, or mask."
+        description="`packaged/clipart`, `packaged/icons`, `folder:PATH` or `parquet:PATH`, with or without "
+        "train/val/test. A folder has one subfolder a class; multilabel: a labels.csv (file,labels; labels separated "
+        "by ;); segmentation: images/ and masks/ (the same name, PNG of class indices). Parquet has the columns image "
+        "and label, or mask."
     )
     kind: Kind = Field(
         default="classification",

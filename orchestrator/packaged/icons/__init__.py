@@ -1,0 +1,1 @@
+"""A labelled task of icons: validated and tested on a designer whom no training image comes from."""
