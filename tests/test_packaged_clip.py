@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from orchestrator.data.corpus import open_corpus, verify_corpus
 from orchestrator.data.sources import open_source
 from orchestrator.packaged import clip
 from orchestrator.packaged.clip_icons import data, measure
@@ -94,9 +95,14 @@ def test_tokens_round_trip_and_every_text_has_an_end(model, tokenizer):
     assert tokenizer(["word " * 100])[0, -1] == tokenizer.eot_token_id
 
 
+def column(corpus: Path, name: str) -> list[Any]:
+    """Of every shard of a corpus."""
+    return [value for path in sorted(corpus.glob("*.parquet")) for value in pq.read_table(path)[name].to_pylist()]
+
+
 def test_every_token_of_a_training_text_has_an_embedding_of_its_own(model, tokenizer):
-    captions = pq.read_table(data.CORPUS, columns=["caption"])["caption"].to_pylist()
-    used = torch.tensor(sorted({token for text in captions for token in tokenizer.encode(text)}))
+    captions = column(data.CORPUS, "caption")
+    used = torch.tensor(sorted({token for text in captions if text for token in tokenizer.encode(text)}))
     rows = model.token_embedding.weight[used]
     assert len(used) > 1500
     assert len(torch.unique(rows, dim=0)) == len(used)
@@ -147,7 +153,7 @@ def test_every_number_of_the_card_is_in_the_results(results):
 
 
 def test_synonyms_that_name_no_icon_are_near_the_icons_word(model, tokenizer):
-    captions = set(pq.read_table(data.CORPUS, columns=["caption"])["caption"].to_pylist())
+    captions = set(column(data.CORPUS, "caption"))
     pairs = {
         "automobile": "car",
         "residence": "house",
@@ -170,7 +176,7 @@ def test_no_training_picture_is_one_of_the_unseen_designers(labelled):
             hashlib.sha256(np.asarray(Image.open(io.BytesIO(d)).convert("L")).tobytes()).hexdigest() for d in images
         }
 
-    corpus = prints(pq.read_table(data.CORPUS, columns=["image"])["image"].to_pylist())
+    corpus = prints(column(data.CORPUS, "image"))
     hidden = prints(pq.read_table(data.RETRIEVAL, columns=["image"])["image"].to_pylist())
     hidden |= prints([d for d, split in zip(labelled["image"], labelled["split"], strict=True) if split != "train"])
     train = prints([d for d, split in zip(labelled["image"], labelled["split"], strict=True) if split == "train"])
@@ -209,17 +215,13 @@ def test_a_sweep_can_name_the_labelled_task():
     assert {item.label for item in items} == set(data.CLASSES)
 
 
-def test_the_files_for_distillation_are_small_and_readable():
-    corpus = pq.read_table(data.CORPUS)
-    assert corpus.column_names == ["image", "id", "caption", "source"]
-    assert corpus.num_rows > 12_000
-    assert len(set(corpus["id"].to_pylist())) == corpus.num_rows
-    assert not any(source.startswith("phosphor") for source in corpus["source"].to_pylist())
-    lines = gzip.decompress(data.SENTENCES.read_bytes()).decode().split("\n")
-    assert len(lines) == len(set(lines)) > 50_000
-    assert all(line == line.strip() and line for line in lines)
-    files = (data.CORPUS, data.RETRIEVAL, data.SENTENCES, data.LABELLED)
-    assert sum(path.stat().st_size for path in files) <= 8 * MIB
+def test_the_corpora_for_distillation_are_small_and_whole():
+    images, texts = open_corpus("packaged/icons/images", "images"), open_corpus("packaged/icons/sentences", "sentences")
+    assert images.rows > 12_000
+    assert texts.rows == data.PACKAGED_SENTENCES
+    assert [verify_corpus(corpus.address)["damaged"] for corpus in (images, texts)] == [[], []]
+    assert sum(shard.bytes for corpus in (images, texts) for shard in corpus.shards) <= 7 * MIB
+    assert not any("/" in str(corpus.manifest["settings"]["source"]) for corpus in (images, texts))
 
 
 def test_names_lose_their_style_words():

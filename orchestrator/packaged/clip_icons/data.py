@@ -7,13 +7,16 @@ serve as val, half as test, the same halves in the retrieval set and in the labe
 from __future__ import annotations
 
 import argparse
-import gzip
+import contextlib
 import hashlib
 import io
 import json
+import os
 import re
+import shutil
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,10 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageFont
 
 HERE = Path(__file__).parent
-CORPUS, RETRIEVAL, SENTENCES = HERE / "corpus.parquet", HERE / "retrieval.parquet", HERE / "sentences.txt.gz"
-LABELLED = HERE.parent / "icons" / "images.parquet"
+ICONS = HERE.parent / "icons"
+CORPUS, SENTENCES = ICONS / "images", ICONS / "sentences"
+RETRIEVAL, LABELLED = HERE / "retrieval.parquet", ICONS / "images.parquet"
+PACKAGED_SENTENCES = 12_000  # of all that `sentences` gives: each costs a hash of 64 digits in a corpus
 
 SIDE = 64  # pixels
 GLYPH = 56  # pixels: the longer side of every drawing
@@ -381,29 +386,50 @@ def write_table(table: pa.Table, path: Path) -> None:
     pq.write_table(table, path, compression={"image": "NONE", **dict.fromkeys(texts, "ZSTD")})
 
 
+@contextlib.contextmanager
+def _inside(folder: str) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def write_corpora(fonts: Path, images: Path, texts: Path) -> None:
+    """The training icons with captions, and texts tied to no image, as corpora."""
+    from orchestrator.data.corpus import build_corpus
+
+    lines = sorted(sorted(sentences(training_icons(fonts)), key=_order)[:PACKAGED_SENTENCES])
+    with tempfile.TemporaryDirectory() as folder:
+        write_table(corpus_table(fonts), Path(folder) / "corpus.parquet")
+        (Path(folder) / "sentences.txt").write_text("\n".join(lines), encoding="utf-8")
+        for kind, source, target in (
+            ("images", "parquet:corpus.parquet", images),
+            ("sentences", "text:sentences.txt", texts),
+        ):
+            shutil.rmtree(target, ignore_errors=True)
+            with _inside(folder):  # so that the manifest names no folder of this machine
+                facts = build_corpus(source, target.absolute(), kind)  # type: ignore[arg-type]
+            print(f"{target.name}: {facts['rows']} rows, {facts['bytes']} bytes")
+
+
 def main() -> None:
-    """Write the files; without a folder, the ones beside this module."""
+    """Write the files; without a folder, the packaged ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", help="folder; default: the package itself")
     args = parser.parse_args()
     fonts = fonts_folder()
-    corpus, retrieval, labelled, texts = CORPUS, RETRIEVAL, LABELLED, SENTENCES
+    paths = (CORPUS, SENTENCES, RETRIEVAL, LABELLED)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        corpus, retrieval = args.out / CORPUS.name, args.out / RETRIEVAL.name
-        labelled, texts = args.out / "labelled.parquet", args.out / "sentences.txt"
-    for path, table in (
-        (corpus, corpus_table(fonts)),
-        (retrieval, retrieval_table(fonts)),
-        (labelled, labelled_table(fonts)),
-    ):
+        names = ("images", "sentences", RETRIEVAL.name, "labelled.parquet")
+        paths = tuple(args.out.absolute() / name for name in names)  # type: ignore[assignment]
+    corpus, texts, retrieval, labelled = paths
+    for path, table in ((retrieval, retrieval_table(fonts)), (labelled, labelled_table(fonts))):
         write_table(table, path)
         print(f"{path.name}: {table.num_rows} rows, {path.stat().st_size} bytes")
-    lines = sentences(training_icons(fonts))
-    content = "\n".join(lines).encode()
-    # A fixed time stamp: the same texts give the same bytes.
-    texts.write_bytes(gzip.compress(content, 9, mtime=0) if texts.suffix == ".gz" else content)
-    print(f"{texts.name}: {len(lines)} lines, {texts.stat().st_size} bytes")
+    write_corpora(fonts, corpus, texts)
 
 
 if __name__ == "__main__":
