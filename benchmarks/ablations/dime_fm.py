@@ -9,7 +9,7 @@ the test. All arms see the same streamed images in the same order; the number is
 from benchmarks.ablations.harness import Arm, compare
 
 SPEC = {
-    "task": {"data": "packaged/icons"},
+    "task": {"data": "packaged/icons", "shots": None},
     "teachers": ["packaged/clip_icons"],
     "students": [{"model": "timm/test_resnet", "image_size": 64}],
     "corpus": {"images": "packaged/icons/images", "sentences": "packaged/icons/sentences"},
