@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from small import small_spec
 from small_clip import clip_folder
 
 from methods.contract import Deployed, Structure
 from methods.parts.zero_shot import attach
+from orchestrator.cli import main
 from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy, draw, render
 from orchestrator.errors import UserError
@@ -36,6 +38,12 @@ from orchestrator.models.load import describe
 from orchestrator.select.subject import find_subject
 from orchestrator.spec import Model, Task
 from orchestrator.store import Store
+from orchestrator.sweep.board import recommend
+from orchestrator.sweep.ledger import Ledger
+from orchestrator.sweep.run import create
+from orchestrator.trial.context import SweepContext
+from orchestrator.trial.plan import Cell, TrialConfig
+from orchestrator.trial.run import run_trial
 
 TEMPLATES = ["a {}", "one {} thing"]
 
@@ -338,8 +346,6 @@ def test_greyscale_has_no_colour_and_a_rotation_adds_none() -> None:
 
 
 def test_networks_of_any_size_see_the_same_shifted_picture(subject: Subject) -> None:
-    from dataclasses import replace
-
     preprocessing = subject.preprocessing
     image = picture(side=300)
     small = square(image, "a", replace(preprocessing, size=56), Shift("jpeg", 5)).float()
@@ -375,6 +381,9 @@ def test_a_student_without_embedding_has_its_head_and_a_probe(store: Store, colo
     right = float((expected == torch.tensor(data.test.labels)).double().mean())
     assert task["head"]["value"] == pytest.approx(right)
     assert task["probe"]["value"] > 0.6
+    pq.write_table(pa.table({"image": [b""], "caption": ["x"]}), tmp_path / "q.parquet")
+    with pytest.raises(UserError, match="does not embed images, and retrieval needs that"):
+        evaluated(student, store, tmp_path, tasks=["parquet:q.parquet"])
     # The same file and seed: the student's own training images are no test images here. Another split is told.
     assert not any("trained on" in note for note in task["notes"])
     other = evaluated(student, store, tmp_path, tasks=[{"name": "c", "data": f"folder:{colours}", "seed": 1}])
@@ -491,25 +500,52 @@ def test_an_address_that_names_no_network_is_told(teacher: Model, colours: Path,
         find_subject(str(student))
 
 
+def test_a_student_of_a_sweep_is_found_and_scores_what_best_says(teacher: Model, colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path, teachers=[teacher.model], methods={"embedding_regression": {}})
+    folder = create(spec)
+    row = run_trial(SweepContext(spec, str(folder)), TrialConfig("t0000", 0, Cell("embedding_regression", 0, 0), {}, 0))
+    assert row["status"] == "complete", row["reason"]
+    ledger = Ledger(folder)
+    ledger.write(row)
+    ledger.publish()
+    told = recommend(folder)["test"]
+    for address in (str(folder), f"{folder}:t0000", str(folder / "students" / "t0000")):
+        student, place = find_subject(address)
+        assert place == tmp_path / "store"
+        task = evaluated(student, Store(place), tmp_path, tasks=[{"name": "c", "data": f"folder:{colours}"}])["tasks"][
+            0
+        ]
+        assert task["zero_shot"]["value"] == pytest.approx(told["value"])
+        assert task["zero_shot"]["images"] == told["images"]
+        assert task["notes"] == []
+    assert student.texts == spec.teachers[0]
+    with pytest.raises(UserError, match=r"no trial 't000' in .* Did you mean 't0000'\?"):
+        find_subject(f"{folder}:t000")
+
+
 def test_the_command_prints_markdown_writes_json_and_refuses_in_one_sentence(
-    teacher: Model, colours: Path, tmp_path: Path
+    teacher: Model, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = suite_file(tmp_path, tasks=[{"name": "c", "data": f"folder:{colours}"}], synthetic=["blur"], probe=False)
 
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "orchestrator", "suite", *arguments, "--store", str(tmp_path / "store")]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["orchestrator", "suite", *arguments, "--store", str(tmp_path / "store")])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr()
+        return int(stopped.value.code or 0), said.out, said.err
 
-    good = call(teacher.model, str(path), "--out", str(tmp_path / "r.json"))
-    assert good.returncode == 0, good.stderr
+    code, out, _ = call(teacher.model, str(path), "--out", str(tmp_path / "r.json"))
+    assert code == 0
     result = json.loads((tmp_path / "r.json").read_text())
-    shown = f"{100 * result['tasks'][0]['zero_shot']['value']:.1f} ± "
-    assert shown in good.stdout
-    assert "test images were read for this, on purpose" in good.stdout
-    assert "blur@3" in good.stdout
-    bad = call(teacher.model, str(path), "--out", str(tmp_path / "r.txt"))
-    assert bad.returncode == 2
-    assert bad.stderr.strip() == f"Error: --out: '{tmp_path / 'r.txt'}' ends in '.txt'; allowed: .md and .json."
+    assert f"{100 * result['tasks'][0]['zero_shot']['value']:.1f} ± " in out
+    assert "test images were read for this, on purpose" in out
+    assert "blur@3" in out
+    code, out, _ = call(teacher.model, str(path), "--json")
+    assert json.loads(out) == result
+    code, out, error = call(teacher.model, str(path), "--out", str(tmp_path / "r.txt"))
+    assert (code, out) == (2, "")
+    assert error.strip() == f"Error: --out: '{tmp_path / 'r.txt'}' ends in '.txt'; allowed: .md and .json."
 
 
 def test_features_are_those_of_the_network_on_each_plain_image(subject: Subject, colours: Path, store: Store) -> None:
