@@ -287,7 +287,8 @@ def suite(
     model: Annotated[
         str,
         typer.Argument(
-            help="A student's folder, SWEEP_DIR[:TRIAL] (the best one if none is named), or a model's name."
+            metavar="MODEL",
+            help="A student's folder, SWEEP_DIR[:TRIAL] (the best one if none is named), or a model's name.",
         ),
     ],
     tasks: Annotated[

@@ -423,12 +423,16 @@ def test_several_labels_an_image_are_scored_by_auroc(
         for i, path in enumerate(sorted((colours / name).glob("*.png"))):
             rows.append({"image": path.read_bytes(), "label": [name] + (["odd"] if i % 2 else [])})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "several.parquet")
-    entry = {"name": "m", "data": "parquet:several.parquet", "kind": "multilabel"}
+    entry: dict[str, Any] = {"name": "m", "data": "parquet:several.parquet", "kind": "multilabel"}
     task = evaluated(subject, store, tmp_path, tasks=[entry], probe=True)["tasks"][0]
     assert (task["metric"], task["classes"]) == ("mean AUROC", 4)
     assert 0.3 < task["zero_shot"]["value"] < 0.8
     assert task["probe"]["value"] > task["zero_shot"]["value"]
     assert task["probe"]["error"] > 0
+    pq.write_table(pa.Table.from_pylist([{**row, "label": ["odd"]} for row in rows]), tmp_path / "one.parquet")
+    entry["shifts"] = {"one": "parquet:one.parquet"}
+    with pytest.raises(UserError, match="The shift 'one' of the task 'm' has no class with both"):
+        evaluated(subject, store, tmp_path, tasks=[entry])
 
 
 BAD = [

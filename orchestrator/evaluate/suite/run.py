@@ -101,6 +101,10 @@ def _shifted(spec: SuiteTask, name: str, source: str, base: TaskData, store: Sto
     split = data.test if ready else _joined([data.train, data.val, data.test])
     if not len(split):
         raise UserError(f"{who} has no images.")
+    if spec.kind == "multilabel":
+        share = labels_of(split, len(data.classes), "multilabel").mean(0)
+        if not bool(((share > 0) & (share < 1)).any()):
+            raise UserError(f"{who} has no class with both images with it and images without it.")
     return Shifted(data, split, [base.classes.index(c) for c in data.classes])
 
 

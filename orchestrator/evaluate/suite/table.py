@@ -42,8 +42,8 @@ def _tasks(result: dict[str, Any]) -> str:
             columns.append((title, [*(_cell(t[name]) for t in tasks), _mean_cell(mean[name], tasks)]))
     for shots in dict.fromkeys(k for t in tasks for k in t["shots"]):
         name = f"shots_{shots}"
-        cells = [_cell(t["shots"].get(shots), "sd") for t in tasks]
-        columns.append((f"{shots} shots (sd of draws)", [*cells, _mean_cell(mean.get(name), tasks)]))
+        cells = [_cell(t["shots"].get(shots)) for t in tasks]
+        columns.append((f"{shots} shots", [*cells, _mean_cell(mean.get(name), tasks)]))
     for name, title in (("mean_shift", "shifts"), ("mean_synthetic", "synthetic shifts")):
         if name in mean:
             cells = [_cell((t["robustness"] or {}).get(name)) for t in tasks]
@@ -80,11 +80,11 @@ def _retrieval(rows: Sequence[dict[str, Any]]) -> str:
     return _grid(["task", *titles, "images", "captions"], cells)
 
 
-def _cell(score: dict[str, Any] | None, error: str = "error") -> str:
+def _cell(score: dict[str, Any] | None) -> str:
     if score is None:
         return ""
-    spread = score[error]
-    return f"{100 * score['value']:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
+    draws = f" (sd {100 * score['sd']:.1f})" if score.get("sd") is not None else ""
+    return f"{100 * score['value']:.1f} ± {100 * score['error']:.1f}{draws}"
 
 
 def _mean_cell(score: dict[str, Any] | None, tasks: Sequence[dict[str, Any]]) -> str:
