@@ -282,6 +282,41 @@ def methods(
     )
 
 
+@app.command()
+def suite(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A student's folder, SWEEP_DIR[:TRIAL] (the best one if none is named), or a model's name.",
+        ),
+    ],
+    tasks: Annotated[
+        Path, typer.Argument(metavar="SUITE", help="A YAML file, or a folder with one sub-folder a task.")
+    ],
+    store: Annotated[
+        Path | None, typer.Option(help="Where features are kept; the sweep's store if not given, else runs/store.")
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Also write it there: .md or .json.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Evaluate a network on many tasks: zero-shot, probes, shifts, retrieval. Reads their test images, on purpose."""
+    from orchestrator.evaluate.suite import check_out, markdown, read_suite, run_suite, write_result
+    from orchestrator.select.subject import find_subject
+    from orchestrator.store import Store
+
+    if out_file is not None:
+        check_out(out_file)
+    read = read_suite(tasks)
+    subject, place = find_subject(model, store)
+    result = run_suite(subject, read, Store(place), lambda line: err.print(line, markup=False))
+    if out_file is not None:
+        write_result(result, out_file)
+    print(json.dumps(result) if as_json else markdown(result), end="\n" if as_json else "")
+
+
 @store_app.command("ls")
 def store_ls(where: StoreDir, as_json: JsonFlag = False) -> None:
     """What lies in the store, by stage."""

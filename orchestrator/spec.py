@@ -401,31 +401,45 @@ class SweepSpec(Section):
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
+def read_mapping(path: Path, what: str, hint: str = "") -> dict[str, Any]:
+    """The keys of a YAML file that a person wrote.
+
+    Args:
+        path: of the file.
+        what: it is called in errors.
+        hint: how to go on where it is empty.
+
+    Raises:
+        UserError: if the file is missing, is not YAML, is empty, or holds no mapping.
+    """
+    try:
+        raw = _parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise UserError(f"There is no {what} {str(path)!r}.{nearest(path.name, known)}") from None
+    except IsADirectoryError:
+        raise UserError(f"The {what} {str(path)!r} is a folder.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The {what} {str(path)!r} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise UserError(f"The {what} {str(path)!r} is not valid YAML{where}: {problem}.") from None
+    if raw is None:
+        raise UserError(f"The {what} {str(path)!r} is empty{hint}.")
+    if not isinstance(raw, dict):
+        raise UserError(f"The {what} {str(path)!r} holds a {type(raw).__name__}, not a mapping of keys.")
+    return raw
+
+
 def read_spec(path: str | Path, overrides: list[str] | None = None) -> SweepSpec:
     """Reads a sweep file and applies `key.path=value` overrides (values are YAML).
 
     Raises:
         UserError: if the file is missing, is not YAML, or does not fit the schema.
     """
-    path = Path(path)
-    try:
-        raw = _parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise UserError(f"There is no sweep file {str(path)!r}.{nearest(path.name, known)}") from None
-    except IsADirectoryError:
-        raise UserError(f"The sweep file {str(path)!r} is a folder.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The sweep file {str(path)!r} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise UserError(f"The sweep file {str(path)!r} is not valid YAML{where}: {problem}.") from None
-    if raw is None:
-        raise UserError(f"The sweep file {str(path)!r} is empty; `orchestrator check --keys` prints its keys.")
-    if not isinstance(raw, dict):
-        raise UserError(f"The sweep file {str(path)!r} holds a {type(raw).__name__}, not a mapping of keys.")
+    raw = read_mapping(Path(path), "sweep file", "; `orchestrator check --keys` prints its keys")
     for override in overrides or []:
         _override(raw, override)
     return parse_spec(raw, str(path))

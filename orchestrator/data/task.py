@@ -127,13 +127,18 @@ class TaskData:
         return {"task": self.spec.model_dump(mode="json")}
 
 
-def load_task(task: Task, store: Store) -> TaskData:
+def load_task(task: Task, store: Store, needed: tuple[str, ...] = SPLITS) -> TaskData:
     """Reads, checks and splits the user's data. The scan for corrupt images is a stage: done once for one state of it.
+
+    Args:
+        task: what to read, and how to split it.
+        store: where the scan lies.
+        needed: splits that must have images.
 
     Raises:
         UserError: if there is nothing to learn from: no images, one class, or fewer images than shots.
     """
-    return _load_task(task.model_dump_json(), str(store.root), _stamp(task))
+    return _load_task(task.model_dump_json(), str(store.root), _stamp(task), needed)
 
 
 def _stamp(task: Task) -> str:
@@ -143,14 +148,14 @@ def _stamp(task: Task) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _load_task(task_json: str, root: str, stamp: str) -> TaskData:
+def _load_task(task_json: str, root: str, stamp: str, needed: tuple[str, ...]) -> TaskData:
     task = Task.model_validate_json(task_json)
     source = open_source(task.data, task.kind)
     items = _items(source, task)
     reads = {"listing": stamp, "version": CATALOGUE_VERSION}
     entry = Store(root).compute("catalogue", key_of(reads), lambda f: _scan(source, items, task, f), reads=reads)
     table = pq.read_table(entry.path / "catalogue.parquet").to_pylist()
-    return divide(task, source, table, dict(entry.meta["about"]["skipped"]))
+    return divide(task, source, table, dict(entry.meta["about"]["skipped"]), needed)
 
 
 def _items(source: Source, task: Task) -> list[Item]:
@@ -201,7 +206,13 @@ def _reasons(skipped: Counter[str] | dict[str, int]) -> str:
     return listed(f"{count} {reason}" for reason, count in sorted(skipped.items()))
 
 
-def divide(task: Task, source: Source, rows: list[dict[str, Any]], skipped: dict[str, int]) -> TaskData:
+def divide(
+    task: Task,
+    source: Source,
+    rows: list[dict[str, Any]],
+    skipped: dict[str, int],
+    needed: tuple[str, ...] = SPLITS,
+) -> TaskData:
     """Splits a catalogue: disjoint by content hash and by group, stratified by class, drawn by `task.seed`."""
     rows = sorted(rows, key=lambda r: (r["id"], SPLITS[::-1].index(r["split"]) if r["split"] else 9, r["where"]))
     unique: dict[str, dict[str, Any]] = {}
@@ -235,12 +246,12 @@ def divide(task: Task, source: Source, rows: list[dict[str, Any]], skipped: dict
             tuple(_label(task, r, sets) for r in chosen),
             tuple((int(r["height"]), int(r["width"])) for r in chosen),
         )
-        if not chosen:
+        if not chosen and name in needed:
             raise UserError(f"task.splits: no image is left for {name}; {len(rows)} images in {len(classes)} classes.")
     train = splits["train"]
     labelled = draw_shots(task, classes, train.ids, [sets[i] for i in train.ids])
     if task.kind == "multilabel":
-        _check_both_values(splits, sets, len(classes))
+        _check_both_values({n: splits[n] for n in ("val", "test") if n in needed}, sets, len(classes))
     if not task.unlabelled:
         train = train.take(labelled)
         labelled = list(range(len(labelled)))
@@ -289,8 +300,8 @@ def _label(task: Task, row: dict[str, Any], sets: dict[str, tuple[int, ...]]) ->
 
 def _check_both_values(splits: dict[str, Split], sets: dict[str, tuple[int, ...]], classes: int) -> None:
     """An area under the ROC curve needs images with and without a class."""
-    for name in ("val", "test"):
-        ids = splits[name].ids
+    for name, split in splits.items():
+        ids = split.ids
         counts = Counter(c for i in ids for c in sets[i])
         if not any(0 < counts[c] < len(ids) for c in range(classes)):
             raise UserError(

@@ -130,11 +130,11 @@ def score(
         return Score(value, math.sqrt(value * (1 - value) / count), count)
     metric = mean_auroc if kind == "multilabel" else mean_iou
     a, b = one.numpy(), other.numpy()
-    error = _resampled_error(metric, a, b) if with_error else math.nan
+    error = resampled_error(metric, a, b) if with_error else math.nan
     return Score(metric(a, b), error, count)
 
 
-def _resampled_error(metric: Callable[[np.ndarray, np.ndarray], float], a: np.ndarray, b: np.ndarray) -> float:
+def resampled_error(metric: Callable[[np.ndarray, np.ndarray], float], a: np.ndarray, b: np.ndarray) -> float:
     """Standard deviation of `metric` over draws of as many images with replacement."""
     rng = np.random.default_rng(0)
     draws = [rng.integers(0, len(a), len(a)) for _ in range(RESAMPLES)]

@@ -221,6 +221,7 @@ def _keep(context: SweepContext, config: TrialConfig, entry: Entry, student: Pat
             "method": config.cell.method,
             "trial_id": config.trial_id,
             "teacher": context.spec.teachers[teacher].model if teacher is not None else None,
+            "teacher_entry": context.spec.teachers[teacher].model_dump(mode="json") if teacher is not None else None,
             "config": config.to_json(),
         }
         (temporary / "student.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
