@@ -289,7 +289,7 @@ def cluster() -> Iterator[None]:
 @pytest.mark.ray
 def test_ray_data_gives_the_same_images_as_threads(corpus: Path, cluster: None) -> None:
     ours = stream(corpus)
-    theirs = Stream(ours.plan, ours.shards, ours.policy, SMALL, read_on_ray(2))
+    theirs = Stream(ours.plan, ours.shards, ours.policy, SMALL, read_on_ray(2, 3, 16 * 3 * 16 * 16))
     for position in (0, 56):
         for (pixels, rows), (mine, own) in zip(taken(ours, position, 30), taken(theirs, position, 30), strict=True):
             assert np.array_equal(rows, own)

@@ -49,19 +49,25 @@ def make_on_actors(job: ShardJob, shards: list[int]) -> None:
 
 
 def stream_blocks(
-    requests: Iterator[Any], decode: Callable[[Any], dict[str, Any]], readers: int
+    requests: Iterator[Any], decode: Callable[[Any], dict[str, Any]], readers: int, ahead: int, block_bytes: int
 ) -> Iterator[dict[str, Any]]:
-    """`decode` of each request, in order, by at most `readers` Ray Data tasks that work ahead.
+    """`decode` of each request, in order, by Ray Data tasks that work ahead; a block may come in several parts.
 
     Args:
         requests: picklable; maybe endless, for they are handed to Ray Data in segments.
         decode: module-level; gives a mapping of numpy arrays.
-        readers: tasks at a time; each uses one CPU while it runs, beyond those of the trial.
+        readers: tasks at a time, at most; each uses one CPU while it runs, beyond those of the trial.
+        ahead: blocks that wait in the object store, at most.
+        block_bytes: of one.
     """
 
     def start(segment: list[Any]) -> Iterator[dict[str, Any]]:
         rows = ray.data.from_items([{"request": r} for r in segment], override_num_blocks=len(segment))
-        rows.context.execution_options.preserve_order = True
+        options = rows.context.execution_options
+        options.preserve_order = True
+        options.resource_limits = options.resource_limits.copy(object_store_memory=(ahead + readers) * block_bytes)
+        # Ray Data reckons with twice this for each task, whatever it gives: the limit would have room for one.
+        rows.context.target_max_block_size = block_bytes
         rows.context.enable_progress_bars = False
         mapped = rows.map_batches(
             _Decode(decode),
@@ -71,16 +77,20 @@ def stream_blocks(
             num_cpus=0,
             zero_copy_batch=True,
         )
-        return iter(mapped.iter_batches(batch_size=None, prefetch_batches=readers, batch_format="numpy"))
+        return iter(mapped.iter_batches(batch_size=None, prefetch_batches=1, batch_format="numpy"))
 
-    with ThreadPoolExecutor(1) as ahead:
+    with ThreadPoolExecutor(1) as pool:
         segment = list(itertools.islice(requests, SEGMENT))
-        waiting = ahead.submit(start, segment) if segment else None
-        while waiting is not None:
-            blocks = waiting.result()
-            segment = list(itertools.islice(requests, SEGMENT))
-            waiting = ahead.submit(start, segment) if segment else None
-            yield from blocks
+        running = pool.submit(start, segment) if segment else None
+        while running is not None:
+            left, following = len(segment), None
+            for block in running.result():
+                left -= 1
+                if left < min(ahead, SEGMENT) and following is None:  # not earlier: it would fill the store as well
+                    segment = list(itertools.islice(requests, SEGMENT))
+                    following = pool.submit(start, segment) if segment else None
+                yield block
+            running = following
 
 
 class _Decode:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from methods.contract import Texts
 from methods.outputs import Output
-from orchestrator.data.corpus import Corpus, CorpusShard, Shard, open_corpus
+from orchestrator.data.corpus import Corpus, CorpusShard, Shard, corpus_at
 from orchestrator.data.outputs import live_outputs
 from orchestrator.data.pixels import rendered_view
 from orchestrator.data.pool import Resources
@@ -70,9 +70,9 @@ class EmbedJob:
     def corpus(self) -> Corpus:
         if self.what == "sentences":
             assert self.spec.corpus.sentences is not None
-            return open_corpus(self.spec.corpus.sentences, "sentences")
+            return corpus_at(self.spec.corpus.sentences, "sentences")
         assert self.spec.corpus.images is not None
-        return open_corpus(self.spec.corpus.images, "images")
+        return corpus_at(self.spec.corpus.images, "images")
 
     def reads(self, shard: Shard) -> dict[str, Any]:
         """What the address of a shard's entry hashes; the shard's file is not opened for it."""
@@ -167,7 +167,7 @@ def texts_identity(spec: SweepSpec, task: TaskData, name: Texts) -> str:
         return key_of(prompts_of(task))
     address = spec.corpus.sentences if name == "sentences" else spec.corpus.images
     assert address is not None
-    return open_corpus(address).identity
+    return corpus_at(address).identity
 
 
 def kinds_of_texts(spec: SweepSpec) -> tuple[Texts, ...]:
@@ -176,7 +176,7 @@ def kinds_of_texts(spec: SweepSpec) -> tuple[Texts, ...]:
     if spec.corpus.sentences is not None:
         found.append("sentences")
     if spec.corpus.images is not None:
-        counts = open_corpus(spec.corpus.images, "images").manifest["counts"]
+        counts = corpus_at(spec.corpus.images, "images").manifest["counts"]
         if counts["captions"].get("kept", 0):
             found.append("captions")
     return tuple(found)
