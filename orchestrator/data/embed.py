@@ -14,7 +14,7 @@ from torch import Tensor
 
 from methods.contract import Texts
 from methods.outputs import Output
-from orchestrator.data.corpus import Corpus, CorpusShard, Shard, corpus_at
+from orchestrator.data.corpus import Corpus, CorpusShard, Shard, corpus_at, is_there
 from orchestrator.data.outputs import live_outputs
 from orchestrator.data.pixels import rendered_view
 from orchestrator.data.pool import Resources
@@ -170,12 +170,24 @@ def texts_identity(spec: SweepSpec, task: TaskData, name: Texts) -> str:
     return corpus_at(address).identity
 
 
+def absent(spec: SweepSpec) -> tuple[str, ...]:
+    """Which corpora are not here but described by `corpus.expect`: `images`, `sentences`."""
+    corpus, expect = spec.corpus, spec.corpus.expect
+    if expect is None:
+        return ()
+    named = {"images": corpus.images, "sentences": corpus.sentences}
+    return tuple(name for name, address in named.items() if address is not None and not is_there(address))
+
+
 def kinds_of_texts(spec: SweepSpec) -> tuple[Texts, ...]:
     """Which texts a sweep file brings."""
     found: list[Texts] = ["prompts"]
     if spec.corpus.sentences is not None:
         found.append("sentences")
-    if spec.corpus.images is not None:
+    if spec.corpus.images is not None and "images" in absent(spec):
+        if spec.corpus.expect is not None and spec.corpus.expect.captions:
+            found.append("captions")
+    elif spec.corpus.images is not None:
         counts = corpus_at(spec.corpus.images, "images").manifest["counts"]
         if counts["captions"].get("kept", 0):
             found.append("captions")

@@ -10,6 +10,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from orchestrator.data.corpus import corpus_at
+from orchestrator.data.embed import absent
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import FullDiskError, UserError, disk_full, listed
 from orchestrator.models import check_model, load_network, plan_network
@@ -60,13 +62,17 @@ def check_storage(spec: SweepSpec) -> None:
         raise UserError(f"storage: the folder {str(folder)!r} cannot be written (no permission in {str(existing)!r}).")
 
 
-def prepare(spec: SweepSpec) -> Prepared:
+def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
     """Checks everything that can be checked without training: schema, data, models, methods, knobs.
+
+    Args:
+        spec: the sweep file.
+        dry: accept a corpus that is not here, as `corpus.expect` describes it.
 
     Raises:
         UserError: the first thing that is wrong.
     """
-    unchecked: list[str] = []
+    unchecked = _check_corpora(spec, dry)
     listing: list[tuple[Role, list[Any]]] = [("teacher", spec.teachers), ("student", spec.students)]
     for role, entries in listing:
         for entry in entries:
@@ -104,6 +110,26 @@ def prepare(spec: SweepSpec) -> Prepared:
             "train.workers: whether the cluster has GPUs, without which batch norm is not synchronised over workers."
         )
     return prepared
+
+
+def _check_corpora(spec: SweepSpec, dry: bool) -> list[str]:
+    """What is not here and was not checked.
+
+    Raises:
+        UserError: if a corpus is not here, or is too big for the memory that it may take.
+    """
+    corpus = spec.corpus
+    named = {"images": corpus.images, "sentences": corpus.sentences}
+    gone = absent(spec) if dry else ()
+    for kind, address in named.items():
+        if address is not None and kind not in gone:
+            corpus_at(address, kind)  # type: ignore[arg-type]
+        elif kind in gone and not getattr(corpus.expect, kind):
+            raise UserError(f"corpus.expect.{kind}: how many {kind} will {address!r} hold? It is not here.")
+    return [
+        f"corpus.{kind}: {named[kind]!r} is not here; corpus.expect is taken at its word, and a sweep would refuse."
+        for kind in gone
+    ]
 
 
 def _unsynchronised(prepared: Prepared) -> list[str]:

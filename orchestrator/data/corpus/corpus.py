@@ -111,6 +111,15 @@ def open_corpus(address: str, kind: Kind | None = None) -> Corpus:
     return corpus
 
 
+def is_there(address: str) -> bool:
+    """Whether there is a manifest; False too where the address cannot be reached."""
+    try:
+        system, folder = locate(address)
+        return bool(system.get_file_info(f"{folder}/{MANIFEST}").type == fs.FileType.File)
+    except (UserError, OSError):
+        return False
+
+
 _opened: dict[tuple[str, Kind | None], tuple[str, Corpus]] = {}
 
 
