@@ -174,6 +174,16 @@ def throughput(corpus: Path, size: int, images: int, rounds: int, window: int, r
     return result
 
 
+def end_ray() -> None:
+    """Once every stream that was left in the middle has ended."""
+    import ray
+
+    for thread in threading.enumerate():
+        if thread.name.startswith("StreamingExecutor"):
+            thread.join(60)
+    ray.shutdown()
+
+
 class Peak:
     """The largest resident memory of this process while it is open, and of Ray's object store if there is one."""
 
@@ -217,6 +227,7 @@ def memory_child(corpus: Path, reader: str, window: int) -> dict[str, Any]:
     for number, shard in enumerate(shards):
         files.append(corpus / f"part-{number:05}.arrow")
         write_records(files[-1], shard.rows, [torch.zeros(shard.rows, 64)], "float16")
+    idle = _anonymous()
     peak = Peak(reader == "ray")
     own = stream(corpus, 64, window, reader, 2)
     tables = {"embedding": JoinedRecords(OpenFiles(files), [s.rows for s in shards])}
@@ -228,8 +239,18 @@ def memory_child(corpus: Path, reader: str, window: int) -> dict[str, Any]:
         if step % max(1, steps // 3) == steps // 6:
             time.sleep(1)  # so that the readers get as far ahead as they may
     feeder.close()
+    found = peak.close()
+    if reader == "ray":
+        end_ray()
     reckoned = reserve(corpus, 64, window, 2)
-    return {"rows": sum(s.rows for s in shards), "reckoned": reckoned.total, **peak.close()}
+    own_blocks = reckoned.waiting if reader == "threads" else 0
+    return {
+        "rows": sum(s.rows for s in shards),
+        "reckoned_process": reckoned.window + reckoned.batches + own_blocks,
+        "reckoned_store": reckoned.waiting - own_blocks,
+        "idle": idle,
+        **found,
+    }
 
 
 def planning() -> dict[str, float]:
@@ -296,16 +317,14 @@ def main() -> None:
             from orchestrator.sweep.tune import start_ray
 
             start_ray(1)
-        big = image_corpus(folder / "256px", 512 if quick else 3072, 256)
-        result["256 px"] = throughput(big, 224, 256 if quick else 3072, rounds, 1024, readers)
+        big = image_corpus(folder / "256px", 512 if quick else 2048, 256)
+        result["256 px"] = throughput(big, 224, 256 if quick else 1536, rounds, 512, readers)
         tell("256 px", result["256 px"])
         small = image_corpus(folder / "64px", 4096 if quick else 102_400, 64)
-        result["64 px"] = throughput(small, 64, 2048 if quick else 20_480, rounds, 4096 if not quick else 1024, readers)
+        result["64 px"] = throughput(small, 64, 2048 if quick else 10_240, rounds, 1024 if quick else 2048, readers)
         tell("64 px", result["64 px"])
         if not quick:
-            import ray
-
-            ray.shutdown()
+            end_ray()
         sizes = {"1x": 1, "3x": 3} if quick else {"1x": 10, "3x": 30, "10x": 100}
         result["memory"] = {
             reader: memory(small, folder, sizes, reader, 512 if quick else 4096) for reader in readers[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,9 @@ def cluster() -> Iterator[None]:
 
     start_ray(1)
     yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("StreamingExecutor"):
+            thread.join(60)  # of a stream that was left in the middle: it must not meet the cluster's end
     ray.shutdown()
 
 

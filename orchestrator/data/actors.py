@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -12,6 +12,7 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
 from orchestrator.data.pool import ShardJob
 
+Segment = tuple[Any, dict[str, Any] | None]  # the iterator of a running execution, and its first block
 SEGMENT = 512  # blocks of one Ray Data execution; the next one starts before it ends
 
 
@@ -61,7 +62,7 @@ def stream_blocks(
         block_bytes: of one.
     """
 
-    def start(segment: list[Any]) -> Iterator[dict[str, Any]]:
+    def start(segment: list[Any]) -> Segment:
         rows = ray.data.from_items([{"request": r} for r in segment], override_num_blocks=len(segment))
         options = rows.context.execution_options
         options.preserve_order = True
@@ -77,20 +78,26 @@ def stream_blocks(
             num_cpus=0,
             zero_copy_batch=True,
         )
-        return iter(mapped.iter_batches(batch_size=None, prefetch_batches=1, batch_format="numpy"))
+        blocks = iter(mapped.iter_batches(batch_size=None, prefetch_batches=1, batch_format="numpy"))
+        return blocks, next(blocks, None)  # nothing runs before the first one is asked for
 
     with ThreadPoolExecutor(1) as pool:
         segment = list(itertools.islice(requests, SEGMENT))
-        running = pool.submit(start, segment) if segment else None
-        while running is not None:
-            left, following = len(segment), None
-            for block in running.result():
-                left -= 1
-                if left < min(ahead, SEGMENT) and following is None:  # not earlier: it would fill the store as well
-                    segment = list(itertools.islice(requests, SEGMENT))
-                    following = pool.submit(start, segment) if segment else None
-                yield block
-            running = following
+        waiting: list[Future[Segment]] = [pool.submit(start, segment)] if segment else []
+        try:
+            while waiting:
+                blocks, first = waiting[0].result()
+                left, following = len(segment), False
+                for block in itertools.chain([first] if first is not None else [], blocks):
+                    left -= 1
+                    if left < ahead and not following:  # not earlier: it would fill the store as well
+                        segment, following = list(itertools.islice(requests, SEGMENT)), True
+                        waiting += [pool.submit(start, segment)] if segment else []
+                    yield block
+                waiting.pop(0)
+        finally:
+            for future in waiting:
+                future.result()[0].close()  # ends its tasks
 
 
 class _Decode:
