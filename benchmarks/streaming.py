@@ -145,12 +145,14 @@ def rate(batches: Batches, images: int, consume: Callable[[np.ndarray], None]) -
     return {"first_s": first - began, "images_s": images // BATCH * BATCH / seconds}
 
 
-def throughput(corpus: Path, size: int, images: int, rounds: int, window: int, readers: list[str]) -> dict[str, Any]:
-    """Every reader under both consumers, by turns."""
+def throughput(
+    corpus: Path, size: int, images: int, rounds: int, window: int, readers: list[str], consumers: tuple[str, ...]
+) -> dict[str, Any]:
+    """Every reader under every consumer, by turns."""
     threads = decoding_threads()
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds):
-        for consumer in ("trivial", "step"):
+        for consumer in consumers:
             for reader in readers[number % len(readers) :] + readers[: number % len(readers)]:
                 consume = trivial if consumer == "trivial" else training_step(size)
                 if reader == "bare":
@@ -318,10 +320,11 @@ def main() -> None:
 
             start_ray(1)
         big = image_corpus(folder / "256px", 512 if quick else 2048, 256)
-        result["256 px"] = throughput(big, 224, 256 if quick else 1536, rounds, 512, readers)
+        result["256 px"] = throughput(big, 224, 256 if quick else 1536, rounds, 512, readers, ("trivial",))
         tell("256 px", result["256 px"])
         small = image_corpus(folder / "64px", 4096 if quick else 102_400, 64)
-        result["64 px"] = throughput(small, 64, 2048 if quick else 10_240, rounds, 1024 if quick else 2048, readers)
+        images, window = (2048, 1024) if quick else (10_240, 2048)
+        result["64 px"] = throughput(small, 64, images, rounds, window, readers, ("trivial", "step"))
         tell("64 px", result["64 px"])
         if not quick:
             end_ray()
@@ -329,7 +332,7 @@ def main() -> None:
         result["memory"] = {
             reader: memory(small, folder, sizes, reader, 512 if quick else 4096) for reader in readers[1:]
         }
-        print(json.dumps(result["memory"], indent=1))
+        print(json.dumps(result["memory"], indent=1), flush=True)
     if quick:
         return
     target = Path(__file__).parent / "results" / f"{MARK}.json"

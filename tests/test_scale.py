@@ -284,7 +284,7 @@ def test_the_paper_scale_file_is_checked_without_its_corpus_and_refused_by_a_swe
     assert sum("is not here" in sentence for sentence in facts["unchecked"]) == 2
     assert any("ViT-L-14" in sentence for sentence in facts["unchecked"])
     found = facts["costs"]
-    # ViT-L/14: 77.8 GMAC an image (24 blocks of width 1024, 257 tokens), 2 operations each, at 35 % of 312 TFLOP/s.
+    # ViT-L/14 takes 81 GMAC an image: 24 blocks of 12 x 1024² weights and attention, on 257 tokens.
     assert found["embed_images_s"][0] == pytest.approx(312e12 * 0.35 / (2 * 81e9), rel=0.06)
     assert found["embed_images_s"][1] == "compute"
     assert found["image_embedding_bytes"] == pytest.approx(61.44e9, rel=1e-3)
@@ -296,6 +296,13 @@ def test_the_paper_scale_file_is_checked_without_its_corpus_and_refused_by_a_swe
         prepare(read_spec(SCALE, [f"storage={tmp_path}", "corpus.expect.images=0"]), dry=True)
     with pytest.raises(UserError, match="There is no corpus at"):
         prepare(read_spec(SCALE, [f"storage={tmp_path}", "corpus.expect=null"]), dry=True)
+
+
+def test_a_window_that_does_not_fit_is_refused(spec: SweepSpec) -> None:
+    corpus = {**spec.model_dump(mode="json")["corpus"], "window": 4096}
+    with pytest.raises(UserError, match=r"corpus.memory_gb: 0.01 is too little for a stream of 32 px.*takes 0.01 GB"):
+        prepare(scaled(spec, corpus={**corpus, "memory_gb": 0.01}))
+    assert prepare(scaled(spec, corpus={**corpus, "memory_gb": 0.1})).cells
 
 
 def test_a_sweep_without_a_corpus_has_no_estimate(colours: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -63,7 +64,7 @@ def stream_blocks(
     """
 
     def start(segment: list[Any]) -> Segment:
-        rows = ray.data.from_items([{"request": r} for r in segment], override_num_blocks=len(segment))
+        rows = ray.data.from_items([{"request": pickle.dumps(r)} for r in segment], override_num_blocks=len(segment))
         options = rows.context.execution_options
         options.preserve_order = True
         options.resource_limits = options.resource_limits.copy(object_store_memory=(ahead + readers) * block_bytes)
@@ -107,4 +108,4 @@ class _Decode:
         self._decode = decode
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return self._decode(batch["request"][0])
+        return self._decode(pickle.loads(batch["request"][0]))

@@ -348,7 +348,7 @@ def costs_of(
 
 
 def sentences_of(spec: SweepSpec, holdings: Holdings, costs: Costs) -> list[str]:
-    """The estimate, for people."""
+    """The estimate, for people; without times where a sweep runs on CPUs."""
     machines, train = spec.estimate, spec.train
 
     def gb(size: float) -> str:
@@ -356,7 +356,7 @@ def sentences_of(spec: SweepSpec, holdings: Holdings, costs: Costs) -> list[str]
 
     passes = f"{machines.tflops:g} TFLOP/s x {machines.utilisation:.0%}"
     stream = costs.stream
-    return [
+    told = [
         f"Corpus: {holdings.images:,} images and {holdings.sentences:,} sentences in "
         f"{len(holdings.image_shards) + len(holdings.sentence_shards):,} shards, {gb(costs.corpus_bytes)}.",
         f"Stored: embeddings of images {gb(costs.image_embedding_bytes)}, of texts {gb(costs.text_embedding_bytes)}, "
@@ -366,6 +366,11 @@ def sentences_of(spec: SweepSpec, holdings: Holdings, costs: Costs) -> list[str]
         f"ahead and {stream.readers} in work {gb(stream.waiting)}; of a node {gb(costs.stream_bytes_per_node)}, "
         f"of which {gb(costs.object_store_bytes_per_node)} in Ray's object store. The loss on each device: about "
         f"{gb(costs.loss_bytes)}.",
+    ]
+    if train.device == "cpu":  # the rates are a GPU's
+        return told
+    return [
+        *told,
         f"Estimate for {machines.nodes} x {machines.gpus} GPUs of {passes} ({machines.decode:g} images/s a core, "
         f"{machines.read_gb_s:g} GB/s a node; stated in `estimate`, not measured there): embedding "
         f"{costs.embed_device_seconds / 3600:,.1f} device-hours, {costs.embed_hours:,.2f} h "

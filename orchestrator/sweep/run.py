@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from orchestrator.data.corpus import corpus_at
 from orchestrator.data.embed import absent
+from orchestrator.data.memory import stream_memory
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import FullDiskError, UserError, disk_full, listed
 from orchestrator.models import check_model, load_network, plan_network
@@ -19,6 +20,7 @@ from orchestrator.models.load import has_batch_norm
 from orchestrator.models.names import Role
 from orchestrator.spec import SweepSpec, read_spec
 from orchestrator.store import Store
+from orchestrator.sweep.costs import holdings_of
 from orchestrator.sweep.space import Space, check_cell, grid, method_space, trained_models, wanted_outputs
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, feasible_cells
@@ -84,6 +86,7 @@ def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
         from orchestrator.models.upstream import check_section
 
         check_section(spec.upstream)
+    _check_stream(spec, holdings_of(spec).row_group)
     spaces = {name: method_space(spec, name) for name in spec.methods}
     task = load_task(spec.task, Store(Path(spec.storage) / "store"))
     images = len(task.labelled)
@@ -116,7 +119,7 @@ def _check_corpora(spec: SweepSpec, dry: bool) -> list[str]:
     """What is not here and was not checked.
 
     Raises:
-        UserError: if a corpus is not here, or is too big for the memory that it may take.
+        UserError: if a corpus is not here.
     """
     corpus = spec.corpus
     named = {"images": corpus.images, "sentences": corpus.sentences}
@@ -130,6 +133,22 @@ def _check_corpora(spec: SweepSpec, dry: bool) -> list[str]:
         f"corpus.{kind}: {named[kind]!r} is not here; corpus.expect is taken at its word, and a sweep would refuse."
         for kind in gone
     ]
+
+
+def _check_stream(spec: SweepSpec, row_group: int) -> None:
+    """Refuses a window for which `corpus.memory_gb` leaves no room."""
+    corpus, train = spec.corpus, spec.train
+    if corpus.memory_gb is None or corpus.images is None:
+        return
+    size = max((plan_network(entry, "student")[1].size for entry in spec.students), default=0)
+    batch = train.batch // train.workers
+    memory = stream_memory(corpus.window, row_group, size, batch, corpus.readers or 1, corpus.memory_gb * 1e9)
+    if memory.total > corpus.memory_gb * 1e9:
+        raise UserError(
+            f"corpus.memory_gb: {corpus.memory_gb:g} is too little for a stream of {size} px with corpus.window: "
+            f"{corpus.window} and {corpus.readers} readers, which takes {memory.total / 1e9:.2f} GB at least; use a "
+            "smaller window, fewer readers, or more memory."
+        )
 
 
 def _unsynchronised(prepared: Prepared) -> list[str]:
