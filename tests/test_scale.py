@@ -234,7 +234,7 @@ def test_costs_are_those_of_the_formulas(spec: SweepSpec) -> None:
     assert found.read_bytes_per_epoch == 10**8 + images * 48 + round(texts)
     assert found.loss_bytes == 4 * 5 * 64 * 64
     slow = {**machines, "decode": 100.0}
-    assert costs(scaled(made, estimate=slow)).embed_images_s == (1000.0, "decoding")
+    assert costs(scaled(made, estimate=slow)).embed_images_s == (200.0, "decoding")  # two threads an actor
 
 
 def test_the_slowest_of_three_limits_the_rate() -> None:
@@ -242,6 +242,7 @@ def test_the_slowest_of_three_limits_the_rate() -> None:
     assert rate_of(machines, 5e13, 1) == (1.0, "compute")
     assert rate_of(machines, 1, 1) == (1000.0, "decoding")
     assert rate_of(machines, 1, 1e6) == (500.0, "reading")
+    assert rate_of(machines, 1, 1, readers=2) == (200.0, "decoding")
 
 
 def test_stored_bytes_are_reckoned_to_the_byte(spec: SweepSpec) -> None:

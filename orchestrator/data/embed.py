@@ -16,7 +16,7 @@ from methods.contract import Texts
 from methods.outputs import Output
 from orchestrator.data.corpus import Corpus, CorpusShard, Shard, corpus_at, is_there
 from orchestrator.data.outputs import live_outputs
-from orchestrator.data.pixels import rendered_view
+from orchestrator.data.pixels import READ_THREADS, rendered_view
 from orchestrator.data.pool import Resources
 from orchestrator.data.task import TaskData
 from orchestrator.data.views import Policy, draw
@@ -125,7 +125,9 @@ class ShardEmbedder:
         assert self.teacher is not None
         module, output = self.teacher.module.to(self.job.device), self.job.output
         images = CorpusShard(shard)
-        for pixels in rendered_view(images, images.split, plain_views(images), self.teacher.preprocessing):
+        threads = decoders(self.job.spec.corpus.cpus)
+        views = plain_views(images)
+        for pixels in rendered_view(images, images.split, views, self.teacher.preprocessing, threads=threads):
             yield live_outputs(self.teacher, module, pixels.to(self.job.device), [output])[output.key]
 
     def _texts(self, shard: Shard) -> Iterator[Tensor]:
@@ -133,6 +135,11 @@ class ShardEmbedder:
         column = _column(self.job.what)
         for group in range(len(shard.row_groups)):
             yield self.texts.embed([text or "" for text in shard.read(group, [column])[column].to_pylist()])
+
+
+def decoders(cpus: float) -> int:
+    """Threads that decode in an actor which reserves so many CPUs."""
+    return max(READ_THREADS, int(cpus))
 
 
 def plain_views(images: CorpusShard) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from methods.contract import FitStage, Stage, TrainStage
 from orchestrator.data.corpus import corpus_at
 from orchestrator.data.corpus.build import ROW_GROUP, ROWS_PER_SHARD
-from orchestrator.data.embed import absent, prompts_of
+from orchestrator.data.embed import absent, decoders, prompts_of
 from orchestrator.data.memory import StreamMemory, stream_memory
 from orchestrator.data.task import TaskData
 from orchestrator.evaluate.cost import flops, parameters
@@ -248,11 +248,19 @@ class Costs:
         return asdict(self)
 
 
-def rate_of(estimate: Estimate, flops_per_image: float, bytes_per_image: float) -> tuple[float, str]:
-    """Images a second and GPU, and what limits them: `compute`, `decoding` or `reading`."""
+def rate_of(
+    estimate: Estimate, flops_per_image: float, bytes_per_image: float, readers: float = math.inf
+) -> tuple[float, str]:
+    """Images a second and GPU, and what limits them: `compute`, `decoding` or `reading`.
+
+    Args:
+        estimate: the machines.
+        flops_per_image, bytes_per_image: that are computed and read.
+        readers: cores that decode for a GPU, at most.
+    """
     limits = {
         "compute": estimate.tflops * 1e12 * estimate.utilisation / max(flops_per_image, 1),
-        "decoding": estimate.cores * estimate.decode / estimate.gpus,
+        "decoding": min(readers, estimate.cores / estimate.gpus) * estimate.decode,
         "reading": estimate.read_gb_s * 1e9 / estimate.gpus / max(bytes_per_image, 1),
     }
     slowest = min(limits, key=lambda name: limits[name])
@@ -294,7 +302,7 @@ def reckon(holdings: Holdings, trainings: Sequence[Training], spec: SweepSpec) -
         for name, shards in (("sentences", holdings.sentence_shards), ("captions", holdings.image_shards)):
             if name in one.embeds:
                 texts += embedding_bytes(shards, one.width, corpus.dtype)
-        rate = rate_of(machines, one.image_flops, image_read)
+        rate = rate_of(machines, one.image_flops, image_read, decoders(corpus.cpus))
         embed_rate = min(embed_rate, rate)
         text_rate = machines.tflops * 1e12 * machines.utilisation / max(one.text_flops, 1)
         seconds = holdings.images / rate[0] + sum(count[n] for n in one.embeds if n in count) / text_rate
@@ -307,7 +315,7 @@ def reckon(holdings: Holdings, trainings: Sequence[Training], spec: SweepSpec) -
     epoch_steps = holdings.images / train.batch
     read = holdings.image_bytes + holdings.images * record + round(epoch_steps * text_read)
     work = BACKWARD * of.student_flops + loss_flops(train.batch, of.text_batch, of.width) / per_worker
-    train_rate = rate_of(machines, work, read / max(holdings.images, 1))
+    train_rate = rate_of(machines, work, read / max(holdings.images, 1), corpus.readers or math.inf)
     train_seconds = of.steps * train.batch / train_rate[0]
     trial_hours = train_seconds / (train.workers * train.gpus_per_worker) / 3600
 
