@@ -370,7 +370,7 @@ class Estimate(Section):
     decode: float = Field(
         default=150.0,
         gt=0,
-        description="Images that a core decodes and renders in a second; `benchmarks/streaming.py` measures it.",
+        description="Images that a core decodes and renders in a second; 150 is assumed, low for images of 256 px.",
     )
     read_gb_s: float = Field(
         default=1.0, gt=0, description="GB that a node reads from the shared storage in a second; assumed."

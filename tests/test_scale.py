@@ -26,6 +26,10 @@ from small import small_spec
 from small_clip import clip_folder, image_corpus, sentence_corpus
 from typer.testing import CliRunner
 
+from benchmarks.corpora import beginning
+from benchmarks.corpora import image_corpus as image_corpus_of_clipart
+from benchmarks.scale import applied, estimates_table
+from benchmarks.streaming import throughput
 from methods.vision_language import EMBEDDING
 from orchestrator.cli import app
 from orchestrator.data.corpus import Shard, corpus_at, open_corpus
@@ -309,6 +313,20 @@ def test_a_window_that_does_not_fit_is_refused(spec: SweepSpec) -> None:
 def test_a_sweep_without_a_corpus_has_no_estimate(colours: Path, tmp_path: Path) -> None:
     prepared = prepare(small_spec(colours, tmp_path))
     assert costs_of(prepared.spec, prepared.task, prepared.cells, prepared.spaces) is None
+
+
+def test_the_page_tells_what_the_code_reckons() -> None:
+    page = (SCALE.parents[1] / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert estimates_table({"estimates": applied()}) in page
+
+
+def test_the_benchmark_of_the_stream_compares_equal_work(tmp_path: Path) -> None:
+    made = image_corpus_of_clipart(tmp_path / "c", 256, 32, rows_per_shard=128, row_group=64)
+    assert open_corpus(str(made), "images").rows == 256
+    result = throughput(made, 32, 192, 1, 64, ["bare", "threads"], ("trivial",))
+    assert result["trivial bare"]["ratio"] == 1
+    assert result["trivial threads"]["images_s"] > 0
+    assert open_corpus(str(beginning(made, tmp_path / "one", 1))).rows == 128
 
 
 # --- deaths
