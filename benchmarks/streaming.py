@@ -56,7 +56,7 @@ def preprocessing(size: int) -> Preprocessing:
 
 
 def bare(corpus: Path, size: int, threads: int) -> Batches:
-    """uint8 [64, 3, S, S]: pyarrow, PIL and a resize of a random crop, four row groups (of 64 images at least) a thread ahead."""
+    """uint8 [64, 3, S, S]: pyarrow, PIL and a resize of a random crop; row groups hold 64 images at least."""
 
     def read(path: Path, group: int) -> np.ndarray:
         rng = np.random.default_rng(group)

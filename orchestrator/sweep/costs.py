@@ -6,6 +6,7 @@ are worth as much as these. `docs/scale.md` compares both with what was measured
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -145,10 +146,25 @@ class _Texts(nn.Module):
         return self.model.encode_text(tokens)  # type: ignore[operator]
 
 
-def text_flops(entry: Model) -> int:
-    """Of one text under the text tower beside a teacher; no weights are loaded."""
+@functools.lru_cache(maxsize=32)
+def _teacher_flops(key: str) -> tuple[int, int]:
+    """Of an image, and of a text under the tower beside it; no weights are loaded."""
+    entry = Model.model_validate_json(key)
+    info, seen = plan_network(entry, "teacher")
+    assert info.skeleton is not None
     with torch.device("meta"):
-        return flops(_Texts(build_clip(entry, weights=False)), 16)
+        return flops(info.skeleton, seen.size), flops(_Texts(build_clip(entry, weights=False)), 16)
+
+
+@functools.lru_cache(maxsize=32)
+def _student_facts(key: str, width: int) -> tuple[int, int]:
+    """(FLOPs of an image without a head, parameters with a projection to `width`)."""
+    entry = Model.model_validate_json(key)
+    with torch.device("meta"):
+        network: Any = build_network(entry, num_classes=0)
+        forward = flops(network, plan_network(entry, "student")[1].size)
+        network.reset_classifier(width)
+    return forward, parameters(network)
 
 
 def streamed_trainings(
@@ -177,24 +193,21 @@ def _training(stage: TrainStage, stages: list[Stage], spec: SweepSpec, task: Tas
     assert cell.teacher is not None
     assert cell.student is not None
     teacher, student = spec.teachers[cell.teacher], spec.students[cell.student]
-    info, seen = plan_network(teacher, "teacher")
+    width = plan_network(teacher, "teacher")[0].embedding
     size = plan_network(student, "student")[1].size
     feed = stage.feed
     embeds = ["images"] if feed.outputs else []
     reads = {name for one in stages if isinstance(one, FitStage) for name in one.reads} | {feed.texts or ""}
     embeds += [name for name in ("sentences", "captions") if name in reads or (name == "captions" and feed.captions)]
-    with torch.device("meta"):
-        network: Any = build_network(student, num_classes=0)
-        forward = flops(network, size)
-        network.reset_classifier(info.embedding)
-    assert info.skeleton is not None
+    image_flops, text_flops = _teacher_flops(teacher.model_dump_json())
+    student_flops, student_parameters = _student_facts(student.model_dump_json(), width)
     return Training(
         teacher=cell.teacher,
-        image_flops=flops(info.skeleton, seen.size),
-        text_flops=text_flops(teacher),
-        width=info.embedding,
-        student_flops=forward,
-        student_parameters=parameters(network),
+        image_flops=image_flops,
+        text_flops=text_flops,
+        width=width,
+        student_flops=student_flops,
+        student_parameters=student_parameters,
         size=size,
         steps=stage_steps(stage, spec, task),
         texts=feed.texts,
