@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make quickstart   a first sweep on packaged data: offline after installation, minutes on two cores"
 	@echo "make test         lint, types, tests"
-	@echo "make bench        the same sweep here and in a plain script: wall time side by side"
+	@echo "make bench        a plain script beside a sweep, a bare reader beside the stream, the cost model beside runs"
 
 $(VENV)/.quickstart: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed, and none was found."; exit 1; }
@@ -42,6 +42,8 @@ test: lint
 
 bench: $(VENV)/.test
 	$(PY) -m benchmarks.sweep_against_plain
+	$(PY) -m benchmarks.streaming
+	$(PY) -m benchmarks.scale
 
 clean:
 	rm -rf $(VENV) $(RUNS) exported build *.egg-info

@@ -113,12 +113,14 @@ def check(
         return
     if spec is None:
         raise UserError("Which sweep file? `orchestrator check SPEC`, or `orchestrator check --keys` for its keys.")
+    from orchestrator.sweep.costs import costs_of, sentences_of
     from orchestrator.sweep.run import check_storage, prepare
 
     read = _read(spec, None, None, None, overrides)
     check_storage(read)
-    prepared = prepare(read)
+    prepared = prepare(read, dry=True)
     task = prepared.task
+    reckoned = costs_of(read, task, prepared.cells, prepared.spaces)
     facts = {
         "name": read.name,
         "classes": len(task.classes),
@@ -130,12 +132,15 @@ def check(
         "combinations": len(prepared.cells),
         "dropped": prepared.dropped,
         "unchecked": prepared.unchecked,
+        "costs": reckoned[2].facts() if reckoned is not None else None,
     }
     if as_json:
         print(json.dumps(facts))
         return
     out.print(f"{spec}: good.", markup=False)
     _tell(prepared)
+    for line in sentences_of(read, reckoned[0], reckoned[2]) if reckoned is not None else []:
+        out.print(line, markup=False)
 
 
 def _tell(prepared: Any) -> None:

@@ -300,6 +300,20 @@ class Generate(Section):
     gpus: float = Field(default=0.0, ge=0, description="GPUs that each reserves; leave as many free of trials.")
 
 
+class Expect(Section):
+    """A corpus that is not on this machine yet, as it is expected to be."""
+
+    images: int = Field(default=0, ge=0, description="Images.")
+    image_bytes: int = Field(
+        default=20_000,
+        ge=1,
+        description="Mean size of an encoded image; 20 kB is 224 to 256 px at quality 90, roughly.",
+    )
+    captions: int = Field(default=0, ge=0, description="How many of the images have a caption.")
+    sentences: int = Field(default=0, ge=0, description="Sentences.")
+    sentence_bytes: int = Field(default=80, ge=1, description="Mean size of a stored sentence with its id.")
+
+
 class Corpus(Section):
     """Images and sentences beyond the task's own, for the methods that learn from unpaired ones."""
 
@@ -319,10 +333,24 @@ class Corpus(Section):
     cpus: float = Field(default=0.0, ge=0, description="CPUs that each actor reserves; 0 shares those of its trial.")
     gpus: float = Field(default=0.0, ge=0, description="GPUs that each actor reserves.")
     window: int = Field(
-        default=4096, ge=1, description="Images among which the stream is shuffled; they are in memory, decoded."
+        default=4096,
+        ge=1,
+        description="Images among which the stream is shuffled; each worker holds so many in memory, decoded.",
+    )
+    memory_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="What each worker's stream may take, GB: the window, batches, and blocks that are decoded ahead. "
+        "Null: a quarter of its machine's memory, divided by the workers that its CPUs allow (`train.threads` each).",
     )
     readers: int = Field(
         default=2, ge=0, le=1024, description="Ray Data tasks that decode ahead for each worker; 0: its own threads."
+    )
+
+    expect: Expect | None = Field(
+        default=None,
+        description="What the folders will hold, where they are not here: `check` reckons with it and says so. A sweep "
+        "refuses a folder that is not here.",
     )
 
     @model_validator(mode="after")
@@ -330,6 +358,29 @@ class Corpus(Section):
         if self.min_actors > self.actors:
             raise ValueError(f"min_actors: {self.min_actors} is more than actors: {self.actors}")
         return self
+
+
+class Estimate(Section):
+    """The machines for which `check` reckons a sweep with a corpus; nothing else reads this."""
+
+    nodes: int = Field(default=1, ge=1, description="Nodes that embed and train.")
+    gpus: int = Field(default=8, ge=1, description="GPUs of a node.")
+    tflops: float = Field(
+        default=312.0, gt=0, description="Peak of a GPU, TFLOP/s in 16 bits, as its maker states it; 312 is an A100's."
+    )
+    utilisation: float = Field(
+        default=0.35, gt=0, le=1, description="Share of the peak that is reached; 0.35 is assumed, not measured."
+    )
+    cores: int = Field(default=96, ge=1, description="CPU cores of a node, for decoding.")
+    decode: float = Field(
+        default=150.0,
+        gt=0,
+        description="Images that a core decodes and renders in a second; 150 is assumed, low for images of 256 px.",
+    )
+    read_gb_s: float = Field(
+        default=1.0, gt=0, description="GB that a node reads from the shared storage in a second; assumed."
+    )
+    memory_gb: float = Field(default=512.0, gt=0, description="Memory of a node.")
 
 
 class StoreLimits(Section):
@@ -367,6 +418,7 @@ class SweepSpec(Section):
     train: Train = Field(default_factory=Train, description="The budget that all methods share.")
     generate: Generate = Field(default_factory=Generate, description="The actors that generate images.")
     corpus: Corpus = Field(default_factory=Corpus, description="Images and sentences beyond the task's own.")
+    estimate: Estimate = Field(default_factory=Estimate, description="Machines for the estimate that `check` prints.")
     store: StoreLimits = Field(default_factory=StoreLimits, description="Limits of the shared store.")
     storage: str = Field(default="runs", description="Folder for sweeps and the store; a shared one on a cluster.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -318,13 +319,16 @@ def cluster() -> Iterator[None]:
 
     start_ray(1)
     yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("StreamingExecutor"):
+            thread.join(60)  # of a stream that was left in the middle: it must not meet the cluster's end
     ray.shutdown()
 
 
 @pytest.mark.ray
 def test_ray_data_gives_the_same_images_as_threads(corpus: Path, cluster: None) -> None:
     ours = stream(corpus)
-    theirs = Stream(ours.plan, ours.shards, ours.policy, SMALL, read_on_ray(2))
+    theirs = Stream(ours.plan, ours.shards, ours.policy, SMALL, read_on_ray(2, 3, 16 * 3 * 16 * 16))
     for position in (0, 56):
         for (pixels, rows), (mine, own) in zip(taken(ours, position, 30), taken(theirs, position, 30), strict=True):
             assert np.array_equal(rows, own)

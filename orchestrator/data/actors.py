@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
 from orchestrator.data.pool import ShardJob
 
+Segment = tuple[Any, dict[str, Any] | None]  # the iterator of a running execution, and its first block
 SEGMENT = 512  # blocks of one Ray Data execution; the next one starts before it ends
 
 
@@ -49,19 +51,25 @@ def make_on_actors(job: ShardJob, shards: list[int]) -> None:
 
 
 def stream_blocks(
-    requests: Iterator[Any], decode: Callable[[Any], dict[str, Any]], readers: int
+    requests: Iterator[Any], decode: Callable[[Any], dict[str, Any]], readers: int, ahead: int, block_bytes: int
 ) -> Iterator[dict[str, Any]]:
-    """`decode` of each request, in order, by at most `readers` Ray Data tasks that work ahead.
+    """`decode` of each request, in order, by Ray Data tasks that work ahead; a block may come in several parts.
 
     Args:
         requests: picklable; maybe endless, for they are handed to Ray Data in segments.
         decode: module-level; gives a mapping of numpy arrays.
-        readers: tasks at a time; each uses one CPU while it runs, beyond those of the trial.
+        readers: tasks at a time, at most; each uses one CPU while it runs, beyond those of the trial.
+        ahead: blocks that wait in the object store, at most.
+        block_bytes: of one.
     """
 
-    def start(segment: list[Any]) -> Iterator[dict[str, Any]]:
-        rows = ray.data.from_items([{"request": r} for r in segment], override_num_blocks=len(segment))
-        rows.context.execution_options.preserve_order = True
+    def start(segment: list[Any]) -> Segment:
+        rows = ray.data.from_items([{"request": pickle.dumps(r)} for r in segment], override_num_blocks=len(segment))
+        options = rows.context.execution_options
+        options.preserve_order = True
+        options.resource_limits = options.resource_limits.copy(object_store_memory=(ahead + readers) * block_bytes)
+        # Ray Data reckons with twice this for each task, whatever it gives: the limit would have room for one.
+        rows.context.target_max_block_size = block_bytes
         rows.context.enable_progress_bars = False
         mapped = rows.map_batches(
             _Decode(decode),
@@ -71,16 +79,26 @@ def stream_blocks(
             num_cpus=0,
             zero_copy_batch=True,
         )
-        return iter(mapped.iter_batches(batch_size=None, prefetch_batches=readers, batch_format="numpy"))
+        blocks = iter(mapped.iter_batches(batch_size=None, prefetch_batches=1, batch_format="numpy"))
+        return blocks, next(blocks, None)  # nothing runs before the first one is asked for
 
-    with ThreadPoolExecutor(1) as ahead:
+    with ThreadPoolExecutor(1) as pool:
         segment = list(itertools.islice(requests, SEGMENT))
-        waiting = ahead.submit(start, segment) if segment else None
-        while waiting is not None:
-            blocks = waiting.result()
-            segment = list(itertools.islice(requests, SEGMENT))
-            waiting = ahead.submit(start, segment) if segment else None
-            yield from blocks
+        waiting: list[Future[Segment]] = [pool.submit(start, segment)] if segment else []
+        try:
+            while waiting:
+                blocks, first = waiting[0].result()
+                left, following = len(segment), False
+                for block in itertools.chain([first] if first is not None else [], blocks):
+                    left -= 1
+                    if left < ahead and not following:  # not earlier: it would fill the store as well
+                        segment, following = list(itertools.islice(requests, SEGMENT)), True
+                        waiting += [pool.submit(start, segment)] if segment else []
+                    yield block
+                waiting.pop(0)
+        finally:
+            for future in waiting:
+                future.result()[0].close()  # ends its tasks
 
 
 class _Decode:
@@ -90,4 +108,4 @@ class _Decode:
         self._decode = decode
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return self._decode(batch["request"][0])
+        return self._decode(pickle.loads(batch["request"][0]))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from methods.contract import Texts
 from methods.outputs import Output
-from orchestrator.data.corpus import Corpus, CorpusShard, Shard, open_corpus
+from orchestrator.data.corpus import Corpus, CorpusShard, Shard, corpus_at, is_there
 from orchestrator.data.outputs import live_outputs
-from orchestrator.data.pixels import rendered_view
+from orchestrator.data.pixels import READ_THREADS, rendered_view
 from orchestrator.data.pool import Resources
 from orchestrator.data.task import TaskData
 from orchestrator.data.views import Policy, draw
@@ -70,9 +70,9 @@ class EmbedJob:
     def corpus(self) -> Corpus:
         if self.what == "sentences":
             assert self.spec.corpus.sentences is not None
-            return open_corpus(self.spec.corpus.sentences, "sentences")
+            return corpus_at(self.spec.corpus.sentences, "sentences")
         assert self.spec.corpus.images is not None
-        return open_corpus(self.spec.corpus.images, "images")
+        return corpus_at(self.spec.corpus.images, "images")
 
     def reads(self, shard: Shard) -> dict[str, Any]:
         """What the address of a shard's entry hashes; the shard's file is not opened for it."""
@@ -125,7 +125,9 @@ class ShardEmbedder:
         assert self.teacher is not None
         module, output = self.teacher.module.to(self.job.device), self.job.output
         images = CorpusShard(shard)
-        for pixels in rendered_view(images, images.split, plain_views(images), self.teacher.preprocessing):
+        threads = decoders(self.job.spec.corpus.cpus)
+        views = plain_views(images)
+        for pixels in rendered_view(images, images.split, views, self.teacher.preprocessing, threads=threads):
             yield live_outputs(self.teacher, module, pixels.to(self.job.device), [output])[output.key]
 
     def _texts(self, shard: Shard) -> Iterator[Tensor]:
@@ -133,6 +135,11 @@ class ShardEmbedder:
         column = _column(self.job.what)
         for group in range(len(shard.row_groups)):
             yield self.texts.embed([text or "" for text in shard.read(group, [column])[column].to_pylist()])
+
+
+def decoders(cpus: float) -> int:
+    """Threads that decode in an actor which reserves so many CPUs."""
+    return max(READ_THREADS, int(cpus))
 
 
 def plain_views(images: CorpusShard) -> np.ndarray:
@@ -167,7 +174,16 @@ def texts_identity(spec: SweepSpec, task: TaskData, name: Texts) -> str:
         return key_of(prompts_of(task))
     address = spec.corpus.sentences if name == "sentences" else spec.corpus.images
     assert address is not None
-    return open_corpus(address).identity
+    return corpus_at(address).identity
+
+
+def absent(spec: SweepSpec) -> tuple[str, ...]:
+    """Which corpora are not here but described by `corpus.expect`: `images`, `sentences`."""
+    corpus, expect = spec.corpus, spec.corpus.expect
+    if expect is None:
+        return ()
+    named = {"images": corpus.images, "sentences": corpus.sentences}
+    return tuple(name for name, address in named.items() if address is not None and not is_there(address))
 
 
 def kinds_of_texts(spec: SweepSpec) -> tuple[Texts, ...]:
@@ -175,8 +191,11 @@ def kinds_of_texts(spec: SweepSpec) -> tuple[Texts, ...]:
     found: list[Texts] = ["prompts"]
     if spec.corpus.sentences is not None:
         found.append("sentences")
-    if spec.corpus.images is not None:
-        counts = open_corpus(spec.corpus.images, "images").manifest["counts"]
+    if spec.corpus.images is not None and "images" in absent(spec):
+        if spec.corpus.expect is not None and spec.corpus.expect.captions:
+            found.append("captions")
+    elif spec.corpus.images is not None:
+        counts = corpus_at(spec.corpus.images, "images").manifest["counts"]
         if counts["captions"].get("kept", 0):
             found.append("captions")
     return tuple(found)

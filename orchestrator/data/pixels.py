@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,16 +64,26 @@ class StoredPixels:
 
 
 def rendered_view(
-    images: ImageSet, split: Split, parameters: np.ndarray, preprocessing: Preprocessing, batch: int = 64
+    images: ImageSet,
+    split: Split,
+    parameters: np.ndarray,
+    preprocessing: Preprocessing,
+    batch: int = 64,
+    threads: int = READ_THREADS,
 ) -> Iterator[Tensor]:
-    """uint8 [b, 3, S, S] batches of one view of every image, in order."""
+    """uint8 [b, 3, S, S] batches of one view of every image, in order; the next one is rendered while one is used."""
 
     def one(row: int) -> Tensor:
         return render(images.image(split, row), parameters[row], preprocessing.size, preprocessing.interpolation)
 
-    with ThreadPoolExecutor(READ_THREADS) as pool:
+    waiting: deque[list[Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(split), batch):
-            yield torch.stack(list(pool.map(one, range(start, min(start + batch, len(split))))))
+            waiting.append([pool.submit(one, row) for row in range(start, min(start + batch, len(split)))])
+            if len(waiting) > 1:
+                yield torch.stack([rendered.result() for rendered in waiting.popleft()])
+        while waiting:
+            yield torch.stack([rendered.result() for rendered in waiting.popleft()])
 
 
 def stored_pixels(

@@ -121,7 +121,9 @@ def build_clip(entry: Model, *, weights: bool) -> nn.Module:
 
     from orchestrator.models.names import local_weights
 
-    options: dict[str, Any] = {"force_image_size": entry.image_size, **entry.kwargs}
+    # open_clip moves what it built to a device of its own choice, which a plan's skeleton on "meta" cannot follow.
+    options: dict[str, Any] = {"force_image_size": entry.image_size, "device": torch.get_default_device()}
+    options |= entry.kwargs
     folder = _folder(entry)
     before = logging.root.manager.disable
     if not weights:

@@ -6,8 +6,10 @@ is a seek, and the whole column is one tensor.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,7 @@ TYPES = {
     "uint8": torch.uint8,
     "int64": torch.int64,
 }
+MOST_OPEN = 512  # files; embeddings of 28 million sentences are 284, and a window of images lies in 16 of 9766
 _CARRIED = {"bfloat16": "int16"}  # numpy has no such type: its bits travel as another one
 
 
@@ -46,10 +49,7 @@ def write_records(path: Path, count: int, batches: Iterable[Tensor], dtype: str)
     width = int(np.prod(shape, dtype=np.int64)) * TYPES[dtype].itemsize
     source = np.memmap(raw, dtype=np.uint8, mode="r")
     column = pa.Array.from_buffers(pa.binary(width), count, [None, pa.py_buffer(source)])
-    schema = pa.schema(
-        [pa.field("record", pa.binary(width))],
-        metadata={"dtype": dtype, "shape": ",".join(str(n) for n in shape)},
-    )
+    schema = _schema(shape, dtype)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.record_batch([column], schema=schema))
     del column, source
@@ -99,12 +99,34 @@ class Records:
         return torch.from_numpy(self._values.copy()).view(self._dtype)
 
 
-class JoinedRecords:
-    """Several files of records of one shape, read as one."""
+class OpenFiles(Sequence[Records]):
+    """Files of records that are opened when they are read, and stay open while they are among the last ones.
 
-    def __init__(self, tables: Sequence[Records]) -> None:
+    Each open one costs a file descriptor and a memory map, and a corpus has thousands of shards.
+    """
+
+    def __init__(self, paths: Sequence[Path], most: int = MOST_OPEN) -> None:
+        self._paths = [str(path) for path in paths]
+        self._open = functools.lru_cache(maxsize=most)(Records)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._open(Path(self._paths[number]))
+
+
+class JoinedRecords:
+    """Several files of records of one shape, read as one.
+
+    Args:
+        tables: in order.
+        counts: records of each, where they are known without opening it.
+    """
+
+    def __init__(self, tables: Sequence[Records], counts: Sequence[int] | None = None) -> None:
         self._tables = tables
-        self._starts = np.cumsum([0, *(len(t) for t in tables)])
+        self._starts = np.cumsum([0, *(counts if counts is not None else map(len, tables))])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -124,10 +146,31 @@ class JoinedRecords:
         wanted = np.asarray(indices, dtype=np.int64)
         owners = np.searchsorted(self._starts, wanted, side="right") - 1
         result = torch.empty((len(wanted), *self.shape), dtype=self.dtype)
-        for owner in np.unique(owners):
+        for owner in np.unique(owners).tolist():
             where = np.flatnonzero(owners == owner)
             result[torch.from_numpy(where)] = self._tables[owner].rows(wanted[where] - self._starts[owner])
         return result
+
+
+def records_bytes(count: int, shape: tuple[int, ...], dtype: str) -> int:
+    """Size of the file that `write_records` writes."""
+    width = _size(shape) * TYPES[dtype].itemsize
+    sink = pa.BufferOutputStream()
+    schema = _schema(shape, dtype)
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([pa.array([bytes(width)], pa.binary(width))], schema=schema))
+    return int(sink.tell()) + _padded(count * width) - _padded(width)
+
+
+def _padded(size: int) -> int:
+    """A buffer's size in an Arrow file."""
+    return -(-size // 8) * 8
+
+
+def _schema(shape: tuple[int, ...], dtype: str) -> pa.Schema:
+    width = _size(shape) * TYPES[dtype].itemsize
+    metadata = {"dtype": dtype, "shape": ",".join(str(n) for n in shape)}
+    return pa.schema([pa.field("record", pa.binary(width))], metadata=metadata)
 
 
 def _size(shape: tuple[int, ...]) -> int:

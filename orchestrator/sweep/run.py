@@ -10,6 +10,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from orchestrator.data.corpus import corpus_at
+from orchestrator.data.embed import absent
+from orchestrator.data.memory import stream_memory
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import FullDiskError, UserError, disk_full, listed
 from orchestrator.models import check_model, load_network, plan_network
@@ -17,6 +20,7 @@ from orchestrator.models.load import has_batch_norm
 from orchestrator.models.names import Role
 from orchestrator.spec import SweepSpec, read_spec
 from orchestrator.store import Store
+from orchestrator.sweep.costs import holdings_of
 from orchestrator.sweep.space import Space, check_cell, grid, method_space, trained_models, wanted_outputs
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, feasible_cells
@@ -60,13 +64,17 @@ def check_storage(spec: SweepSpec) -> None:
         raise UserError(f"storage: the folder {str(folder)!r} cannot be written (no permission in {str(existing)!r}).")
 
 
-def prepare(spec: SweepSpec) -> Prepared:
+def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
     """Checks everything that can be checked without training: schema, data, models, methods, knobs.
+
+    Args:
+        spec: the sweep file.
+        dry: accept a corpus that is not here, as `corpus.expect` describes it.
 
     Raises:
         UserError: the first thing that is wrong.
     """
-    unchecked: list[str] = []
+    unchecked = _check_corpora(spec, dry)
     listing: list[tuple[Role, list[Any]]] = [("teacher", spec.teachers), ("student", spec.students)]
     for role, entries in listing:
         for entry in entries:
@@ -78,6 +86,7 @@ def prepare(spec: SweepSpec) -> Prepared:
         from orchestrator.models.upstream import check_section
 
         check_section(spec.upstream)
+    _check_stream(spec, holdings_of(spec).row_group)
     spaces = {name: method_space(spec, name) for name in spec.methods}
     task = load_task(spec.task, Store(Path(spec.storage) / "store"))
     images = len(task.labelled)
@@ -104,6 +113,42 @@ def prepare(spec: SweepSpec) -> Prepared:
             "train.workers: whether the cluster has GPUs, without which batch norm is not synchronised over workers."
         )
     return prepared
+
+
+def _check_corpora(spec: SweepSpec, dry: bool) -> list[str]:
+    """What is not here and was not checked.
+
+    Raises:
+        UserError: if a corpus is not here.
+    """
+    corpus = spec.corpus
+    named = {"images": corpus.images, "sentences": corpus.sentences}
+    gone = absent(spec) if dry else ()
+    for kind, address in named.items():
+        if address is not None and kind not in gone:
+            corpus_at(address, kind)  # type: ignore[arg-type]
+        elif kind in gone and not getattr(corpus.expect, kind):
+            raise UserError(f"corpus.expect.{kind}: how many {kind} will {address!r} hold? It is not here.")
+    return [
+        f"corpus.{kind}: {named[kind]!r} is not here; corpus.expect is taken at its word, and a sweep would refuse."
+        for kind in gone
+    ]
+
+
+def _check_stream(spec: SweepSpec, row_group: int) -> None:
+    """Refuses a window for which `corpus.memory_gb` leaves no room."""
+    corpus, train = spec.corpus, spec.train
+    if corpus.memory_gb is None or corpus.images is None:
+        return
+    size = max((plan_network(entry, "student")[1].size for entry in spec.students), default=0)
+    batch = train.batch // train.workers
+    memory = stream_memory(corpus.window, row_group, size, batch, corpus.readers or 1, corpus.memory_gb * 1e9)
+    if memory.total > corpus.memory_gb * 1e9:
+        raise UserError(
+            f"corpus.memory_gb: {corpus.memory_gb:g} is too little for a stream of {size} px with corpus.window: "
+            f"{corpus.window} and {corpus.readers} readers, which takes {memory.total / 1e9:.2f} GB at least; use a "
+            "smaller window, fewer readers, or more memory."
+        )
 
 
 def _unsynchronised(prepared: Prepared) -> list[str]:

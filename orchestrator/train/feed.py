@@ -19,6 +19,9 @@ from orchestrator.data.stream import Stream
 from orchestrator.models.load import Network, Preprocessing
 from orchestrator.store import JoinedRecords, Records
 
+WHOLE = 1 << 22  # items up to which a permutation is kept: 34 MB
+ROUNDS = 6  # of the Feistel network
+
 
 @dataclass
 class LiveTeacher:
@@ -41,7 +44,10 @@ class LiveTeacher:
 
 
 class Order:
-    """An endless, seeded order over `count` items: a new permutation each epoch."""
+    """An endless, seeded order over `count` items: a new permutation each epoch.
+
+    Up to `WHOLE` items it is drawn and kept; beyond, each place of it is computed, and nothing is kept.
+    """
 
     def __init__(self, count: int, seed: int, stream: int) -> None:
         self.count, self.seed, self.stream = count, seed, stream
@@ -50,14 +56,46 @@ class Order:
 
     def take(self, start: int, amount: int) -> tuple[np.ndarray, np.ndarray]:
         """(items, epochs) at positions `start` to `start + amount` of the stream."""
-        items, epochs = np.empty(amount, dtype=np.int64), np.empty(amount, dtype=np.int64)
-        for i in range(amount):
-            epoch, offset = divmod(start + i, self.count)
-            if epoch != self._epoch:
-                self._permutation = np.random.default_rng([self.seed, self.stream, epoch]).permutation(self.count)
-                self._epoch = epoch
-            items[i], epochs[i] = self._permutation[offset], epoch
+        epochs, offsets = np.divmod(np.arange(start, start + amount), self.count)
+        items = np.empty(amount, dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            now = epochs == epoch
+            items[now] = self._items(epoch, offsets[now])
         return items, epochs
+
+    def _items(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
+        if self.count > WHOLE:
+            return scattered(offsets, self.count, [self.seed, self.stream, epoch])
+        if epoch != self._epoch:
+            self._permutation = np.random.default_rng([self.seed, self.stream, epoch]).permutation(self.count)
+            self._epoch = epoch
+        return self._permutation[offsets]
+
+
+def scattered(places: np.ndarray, count: int, seed: Sequence[int]) -> np.ndarray:
+    """Values at these places of a pseudo-random permutation of `count` items, which is nowhere kept.
+
+    A Feistel network permutes the next power of four; what falls beyond `count` walks on along its cycle.
+    """
+    half = np.uint64(-(-(count - 1).bit_length() // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence(list(seed)).generate_state(ROUNDS, np.uint64)
+    values = places.astype(np.uint64)
+    outside = np.ones(len(values), dtype=bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        values[outside] = (left << half) | right
+        outside = values >= np.uint64(count)
+    return values.astype(np.int64)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: every bit of the result depends on every bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class TextFeed:

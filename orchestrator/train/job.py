@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from methods.contract import Deployed, Feed, Given, TrainStage, trainable_parameters
 from methods.outputs import Output
 from methods.parts.dense import segmenter
-from orchestrator.data.corpus import open_corpus
+from orchestrator.data.corpus import corpus_at
 from orchestrator.data.labels import open_labels, plain_labels
+from orchestrator.data.memory import stream_limit, stream_memory
 from orchestrator.data.outputs import open_outputs, open_pool_outputs
 from orchestrator.data.pixels import Pixels, RenderedPixels, StoredPixels, open_pixels, stored_pixels
 from orchestrator.data.pool import JoinedImages, PoolShard
@@ -27,7 +28,7 @@ from orchestrator.data.views import Policy
 from orchestrator.models import Network, build_network, load_network, save_student
 from orchestrator.models.load import Preprocessing, describe, tuned_network
 from orchestrator.spec import SweepSpec
-from orchestrator.store import Entry, JoinedRecords, Store
+from orchestrator.store import Entry, JoinedRecords, OpenFiles, Store
 from orchestrator.train.feed import Feeder, LiveTeacher, StreamFeeder, TextFeed
 from orchestrator.train.loop import Checkpoint, Report, fit
 
@@ -232,7 +233,11 @@ def pool_batch(job: TrainJob) -> int:
 
 def joined_records(store: Store, addresses: Sequence[str]) -> JoinedRecords:
     """The tables at these addresses as one."""
-    return JoinedRecords(open_outputs([entry_at(store, address) for address in addresses]))
+    entries = [entry_at(store, address) for address in addresses]
+    if not all("rows" in entry.meta["about"] for entry in entries):
+        return JoinedRecords(open_outputs(entries))
+    files = OpenFiles([entry.path / "records.arrow" for entry in entries])
+    return JoinedRecords(files, [entry.meta["about"]["rows"] for entry in entries])
 
 
 def _texts(job: TrainJob, store: Store) -> TextFeed | None:
@@ -246,20 +251,35 @@ def _texts(job: TrainJob, store: Store) -> TextFeed | None:
 
 
 def _streamed(job: TrainJob, store: Store, networks: Networks, *, rank: int, world: int) -> StreamFeeder:
-    corpus = job.spec.corpus
+    spec, corpus = job.spec, job.spec.corpus
     assert corpus.images is not None
-    shards = open_corpus(corpus.images, "images").shards
+    opened = corpus_at(corpus.images, "images")
     trained = networks.trained(job.stage.trains).preprocessing
-    plan = Plan(blocks_of(shards), job.seed, rank, world, corpus.window)
+    batch = spec.train.batch // world
     here = job.stream_here or corpus.readers == 0
-    reader = read_on_threads(decoding_threads()) if here else read_on_ray(corpus.readers)
+    readers = decoding_threads() if here else corpus.readers
+    memory = stream_memory(
+        corpus.window,
+        int(opened.manifest["row_group"]),
+        trained.size,
+        batch,
+        readers,
+        stream_limit(corpus.memory_gb, spec.train.threads),
+    )
+    reader = read_on_threads(readers, memory.ahead) if here else read_on_ray(readers, memory.ahead, memory.block)
     return StreamFeeder(
-        Stream(plan, shards, job.policy, trained, reader),
+        Stream(
+            Plan(blocks_of(opened.shards), job.seed, rank, world, corpus.window),
+            opened.shards,
+            job.policy,
+            trained,
+            reader,
+        ),
         trained,
         {key: joined_records(store, addresses) for key, addresses in job.outputs.items()},
         captions=joined_records(store, job.captions) if job.captions else None,
         texts=_texts(job, store),
-        batch=job.spec.train.batch // world,
+        batch=batch,
     )
 
 

@@ -176,16 +176,17 @@ def fit(
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     history = History()
     start = 0
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}  # a part may occur in some steps only
     state = checkpoint.load() if checkpoint is not None else None
     if state is not None:
         learner.load_state_dict(state["moving"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         history = History(state["points"], state["loop_seconds"])
-        start = state["step"]
+        start, counts = state["step"], dict(state.get("counts", {}))
+        sums = {k: torch.tensor(v, device=device) for k, v in state.get("sums", {}).items()}
     every = report_every or max(1, steps // 20)
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}  # a part may occur in some steps only
     began = time.perf_counter()
     wrapped.train()
     try:
@@ -220,18 +221,21 @@ def fit(
                     learner.eval()
                     report(Report(done, steps, means, learner))
                     wrapped.train()
-                if checkpoint is not None and rank == 0 and done < steps and checkpoint.due():
-                    checkpoint.save(
-                        {
-                            "moving": _moving(learner),
-                            "optimizer": optimizer.state_dict(),
-                            "scaler": scaler.state_dict(),
-                            "points": history.points,
-                            "loop_seconds": history.loop_seconds,
-                            "step": done,
-                        }
-                    )
                 began = time.perf_counter()
+            # At any step, not only after a report: at scale an hour lies between two of these.
+            if checkpoint is not None and rank == 0 and done < steps and checkpoint.due():
+                checkpoint.save(
+                    {
+                        "moving": _moving(learner),
+                        "optimizer": optimizer.state_dict(),
+                        "scaler": scaler.state_dict(),
+                        "points": history.points,
+                        "sums": {k: float(v) for k, v in sums.items()},
+                        "counts": counts,
+                        "loop_seconds": history.loop_seconds + time.perf_counter() - began,
+                        "step": done,
+                    }
+                )
     finally:
         feeder.close()
     learner.eval()

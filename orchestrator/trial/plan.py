@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from methods import discover
 from methods.contract import TEACHER, FitStage, ImageStage, Method, Setting, Stage, TaskInfo, Texts, TrainStage
 from methods.knobs import MethodConfig
-from orchestrator.data.corpus import open_corpus
+from orchestrator.data.corpus import corpus_at
 from orchestrator.data.embed import kinds_of_texts, text_tower_of, texts_identity
 from orchestrator.data.task import TaskData
 from orchestrator.data.views import Policy
@@ -178,7 +178,7 @@ def stage_reads(
     streamed = feed.images == "corpus" and spec.corpus.images is not None
     if streamed:
         assert spec.corpus.images is not None
-        reads["corpus"] = {"images": open_corpus(spec.corpus.images, "images").identity, "dtype": spec.corpus.dtype}
+        reads["corpus"] = {"images": corpus_at(spec.corpus.images, "images").identity, "dtype": spec.corpus.dtype}
     elif feed.images in ("all", "corpus"):
         reads["images"] = task.train.images_hash
     texts = [name for name in TEXT_SOURCES if name in stage.reads]

@@ -2,7 +2,16 @@
 
 from orchestrator.data.corpus.build import build_corpus
 from orchestrator.data.corpus.clean import ImageRules
-from orchestrator.data.corpus.corpus import Corpus, CorpusShard, Shard, open_corpus, shard_of, verify_corpus
+from orchestrator.data.corpus.corpus import (
+    Corpus,
+    CorpusShard,
+    Shard,
+    corpus_at,
+    is_there,
+    open_corpus,
+    shard_of,
+    verify_corpus,
+)
 from orchestrator.data.corpus.sources import Kind
 
 __all__ = [
@@ -12,6 +21,8 @@ __all__ = [
     "Kind",
     "Shard",
     "build_corpus",
+    "corpus_at",
+    "is_there",
     "open_corpus",
     "shard_of",
     "verify_corpus",

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 from torch import Tensor
 
-from orchestrator.data.corpus.files import CHUNK, locate
+from orchestrator.data.corpus.files import CHUNK, locate, stamp_of
 from orchestrator.data.corpus.sources import Kind
 from orchestrator.data.images import decode
 from orchestrator.data.task import Split
@@ -28,6 +28,7 @@ from orchestrator.store import key_of
 VERSION = 1
 MANIFEST = "corpus.json"
 GROUPS_IN_MEMORY = 2
+FOOTERS = 64  # of shards, that stay in memory; every reader is in a few shards at a time
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,20 @@ class Shard:
     hash: str
     row_groups: tuple[int, ...]
 
-    @functools.cached_property
-    def _metadata(self) -> pq.FileMetaData:
-        system, folder = locate(self.address)
-        return pq.read_metadata(f"{folder}/{self.file}", filesystem=system)
-
     def read(self, row_group: int, columns: Sequence[str]) -> pa.Table:
         """The columns of one row group, in the asked order. Threads may call it at the same time."""
         system, folder = locate(self.address)
         path = f"{folder}/{self.file}"
-        with pq.ParquetFile(path, filesystem=system, metadata=self._metadata, pre_buffer=True) as file:
+        with pq.ParquetFile(
+            path, filesystem=system, metadata=_footer(self.address, self.file, self.hash), pre_buffer=True
+        ) as file:
             return file.read_row_group(row_group, columns=list(columns)).select(list(columns))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_metadata"}
+
+@functools.lru_cache(maxsize=FOOTERS)
+def _footer(address: str, file: str, contents: str) -> pq.FileMetaData:
+    system, folder = locate(address)
+    return pq.read_metadata(f"{folder}/{file}", filesystem=system)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,32 @@ def open_corpus(address: str, kind: Kind | None = None) -> Corpus:
         more = f" ({len(wrong) - 1} more shards too)" if len(wrong) > 1 else ""
         raise UserError(f"The corpus {address!r} is not whole: {next(iter(wrong.values()))}{more}.")
     return corpus
+
+
+def is_there(address: str) -> bool:
+    """Whether there is a manifest; False too where the address cannot be reached."""
+    try:
+        system, folder = locate(address)
+        return bool(system.get_file_info(f"{folder}/{MANIFEST}").type == fs.FileType.File)
+    except (UserError, OSError):
+        return False
+
+
+_opened: dict[tuple[str, Kind | None], tuple[str, Corpus]] = {}
+
+
+def corpus_at(address: str, kind: Kind | None = None) -> Corpus:
+    """As `open_corpus`, which looks at every shard once a process for one state of the manifest.
+
+    What ends between two calls is noticed where it is read.
+    """
+    system, folder = locate(address)
+    stamp = stamp_of(system.get_file_info(f"{folder}/{MANIFEST}"))
+    known = _opened.get((address, kind))
+    if known is None or known[0] != stamp:
+        known = stamp, open_corpus(address, kind)
+        _opened[address, kind] = known
+    return known[1]
 
 
 def read_manifest(address: str, kind: Kind | None = None) -> Corpus:

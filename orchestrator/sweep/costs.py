@@ -1,0 +1,402 @@
+"""What a sweep with a corpus will store, read, hold in memory and compute: formulas, before anything is paid for.
+
+Bytes follow from the formats. Seconds follow from FLOPs and from the rates that the sweep file states (`estimate`), and
+are worth as much as these. `docs/scale.md` compares both with what was measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from methods.contract import FitStage, Stage, TrainStage
+from orchestrator.data.corpus import corpus_at
+from orchestrator.data.corpus.build import ROW_GROUP, ROWS_PER_SHARD
+from orchestrator.data.embed import absent, decoders, prompts_of
+from orchestrator.data.memory import StreamMemory, stream_memory
+from orchestrator.data.task import TaskData
+from orchestrator.evaluate.cost import flops, parameters
+from orchestrator.models import plan_network
+from orchestrator.models.clip import build_clip
+from orchestrator.models.load import build_network
+from orchestrator.spec import Estimate, Model, SweepSpec
+from orchestrator.store import records_bytes
+from orchestrator.sweep.space import Space, default_knobs
+from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of, stage_steps
+
+ROW_BYTES = 84  # of an image beside its bytes in a shard: id, height, width, offsets
+BACKWARD = 3  # forward and backward pass together cost this many forward passes
+STATES = 3  # a parameter in a checkpoint: its value and AdamW's two means
+ALIVE = 5  # matrices of a divergence that exist at a time: both similarities, both logarithms, their product
+PAGE = 4096  # bytes that a random read brings in, at least
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What the corpora hold.
+
+    Attributes:
+        image_shards, sentence_shards: rows of each shard.
+        image_bytes, sentence_bytes: of all shards.
+        captions: images that have one.
+        row_group: images that are decoded together.
+    """
+
+    image_shards: tuple[int, ...] = ()
+    sentence_shards: tuple[int, ...] = ()
+    image_bytes: int = 0
+    sentence_bytes: int = 0
+    captions: int = 0
+    row_group: int = ROW_GROUP["images"]
+
+    @property
+    def images(self) -> int:
+        return sum(self.image_shards)
+
+    @property
+    def sentences(self) -> int:
+        return sum(self.sentence_shards)
+
+
+def shards_of(rows: int, rows_per_shard: int) -> tuple[int, ...]:
+    """Rows of each shard of a corpus."""
+    return tuple(min(rows_per_shard, rows - start) for start in range(0, rows, rows_per_shard))
+
+
+def holdings_of(spec: SweepSpec) -> Holdings:
+    """From the manifests, or as `corpus.expect` says where they are not here."""
+    corpus, expect = spec.corpus, spec.corpus.expect
+    facts: dict[str, Any] = {}
+    gone = absent(spec)
+    if corpus.images is not None and "images" in gone:
+        assert expect is not None
+        facts["image_shards"] = shards_of(expect.images, ROWS_PER_SHARD["images"])
+        facts["image_bytes"] = expect.images * (expect.image_bytes + ROW_BYTES)
+        facts["captions"] = expect.captions
+    elif corpus.images is not None:
+        opened = corpus_at(corpus.images, "images")
+        facts["image_shards"] = tuple(s.rows for s in opened.shards)
+        facts["image_bytes"] = sum(s.bytes for s in opened.shards)
+        facts["captions"] = opened.manifest["counts"]["captions"].get("kept", 0)
+        facts["row_group"] = int(opened.manifest["row_group"])
+    if corpus.sentences is not None and "sentences" in gone:
+        assert expect is not None
+        facts["sentence_shards"] = shards_of(expect.sentences, ROWS_PER_SHARD["sentences"])
+        facts["sentence_bytes"] = expect.sentences * expect.sentence_bytes
+    elif corpus.sentences is not None:
+        opened = corpus_at(corpus.sentences, "sentences")
+        facts["sentence_shards"] = tuple(s.rows for s in opened.shards)
+        facts["sentence_bytes"] = sum(s.bytes for s in opened.shards)
+    return Holdings(**facts)
+
+
+def embedding_bytes(shards: Sequence[int], width: int, dtype: str) -> int:
+    """Of the store's files with one embedding a row, one file a shard."""
+    return sum(times * records_bytes(rows, (width,), dtype) for rows, times in Counter(shards).items())
+
+
+@dataclass(frozen=True)
+class Training:
+    """One streamed training stage, of a trial at its method's default knobs.
+
+    Attributes:
+        teacher: of its cell, position in the sweep file.
+        image_flops, text_flops: of the teacher, one image or text.
+        width: of its embeddings.
+        student_flops: forward pass of an image.
+        student_parameters: projection included.
+        size: side of the student's images, in pixels.
+        steps: optimizer steps.
+        texts: `sentences`, `captions`, `prompts` or None.
+        prompts: how many there are.
+        text_batch: texts of a step.
+        embeds: names of what the teacher embeds for this trial: `images`, `sentences`, `captions`.
+    """
+
+    teacher: int
+    image_flops: int
+    text_flops: int
+    width: int
+    student_flops: int
+    student_parameters: int
+    size: int
+    steps: int
+    texts: str | None
+    prompts: int
+    text_batch: int
+    embeds: tuple[str, ...]
+
+
+class _Texts(nn.Module):
+    """The text side of a dual encoder as a network of images, so that its FLOPs are counted alike."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = torch.zeros(1, int(self.model.context_length), dtype=torch.int64, device=images.device)  # type: ignore[arg-type]
+        return self.model.encode_text(tokens)  # type: ignore[operator]
+
+
+@functools.lru_cache(maxsize=32)
+def _teacher_flops(key: str) -> tuple[int, int]:
+    """Of an image, and of a text under the tower beside it; no weights are loaded."""
+    entry = Model.model_validate_json(key)
+    info, seen = plan_network(entry, "teacher")
+    assert info.skeleton is not None
+    with torch.device("meta"):
+        return flops(info.skeleton, seen.size), flops(_Texts(build_clip(entry, weights=False)), 16)
+
+
+@functools.lru_cache(maxsize=32)
+def _student_facts(key: str, width: int) -> tuple[int, int]:
+    """(FLOPs of an image without a head, parameters with a projection to `width`)."""
+    entry = Model.model_validate_json(key)
+    with torch.device("meta"):
+        network: Any = build_network(entry, num_classes=0)
+        forward = flops(network, plan_network(entry, "student")[1].size)
+        network.reset_classifier(width)
+    return forward, parameters(network)
+
+
+def streamed_trainings(
+    spec: SweepSpec, task: TaskData, cells: Sequence[Cell], spaces: Mapping[str, Space]
+) -> list[Training]:
+    """The streamed training stages of every cell at its defaults; empty without a corpus of images."""
+    if spec.corpus.images is None:
+        return []
+    found = []
+    for cell in cells:
+        setting = setting_of(spec, task.info, cell)
+        method = method_named(cell.method)
+        config = configure(spec, TrialConfig("", 0, cell, default_knobs(spaces[cell.method], cell.method), 0))
+        if method.invalid(config, setting) is not None or cell.teacher is None or cell.student is None:
+            continue
+        stages = method.stages(config, setting)
+        found += [
+            _training(stage, stages, spec, task, cell)
+            for stage in stages
+            if isinstance(stage, TrainStage) and stage.feed.images == "corpus"
+        ]
+    return found
+
+
+def _training(stage: TrainStage, stages: list[Stage], spec: SweepSpec, task: TaskData, cell: Cell) -> Training:
+    assert cell.teacher is not None
+    assert cell.student is not None
+    teacher, student = spec.teachers[cell.teacher], spec.students[cell.student]
+    width = plan_network(teacher, "teacher")[0].embedding
+    size = plan_network(student, "student")[1].size
+    feed = stage.feed
+    embeds = ["images"] if feed.outputs else []
+    reads = {name for one in stages if isinstance(one, FitStage) for name in one.reads} | {feed.texts or ""}
+    embeds += [name for name in ("sentences", "captions") if name in reads or (name == "captions" and feed.captions)]
+    image_flops, text_flops = _teacher_flops(teacher.model_dump_json())
+    student_flops, student_parameters = _student_facts(student.model_dump_json(), width)
+    return Training(
+        teacher=cell.teacher,
+        image_flops=image_flops,
+        text_flops=text_flops,
+        width=width,
+        student_flops=student_flops,
+        student_parameters=student_parameters,
+        size=size,
+        steps=stage_steps(stage, spec, task),
+        texts=feed.texts,
+        prompts=len(prompts_of(task)),
+        text_batch=feed.text_batch or spec.train.batch,
+        embeds=tuple(embeds),
+    )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The estimate. Bytes and seconds; seconds rest on the sweep file's `estimate`.
+
+    Attributes:
+        corpus_bytes: shards of images and sentences.
+        image_embedding_bytes, text_embedding_bytes: entries of the store, for all teachers.
+        checkpoint_bytes: of the trials that run at a time.
+        student_bytes: of all trials.
+        read_bytes_per_epoch: of one trial's pass over the images: shards, embeddings, texts (each worker reads all of a
+            step's texts, and a text costs a page of the disk at least).
+        stream: memory of one worker's stream.
+        stream_bytes_per_node: of all workers of a node, in processes and in Ray's object store.
+        object_store_bytes_per_node: the part of it in the object store.
+        loss_bytes: matrices of the loss on each GPU: every worker computes the loss of the global batch.
+        embed_device_seconds: of all teachers, on all GPUs together.
+        train_device_seconds: of one trial.
+        embed_images_s, train_images_s: images a second and GPU, with what limits them.
+        embed_hours, trial_hours, sweep_hours: wall time; trials run side by side where GPUs allow.
+    """
+
+    corpus_bytes: int
+    image_embedding_bytes: int
+    text_embedding_bytes: int
+    checkpoint_bytes: int
+    student_bytes: int
+    read_bytes_per_epoch: int
+    stream: StreamMemory
+    stream_bytes_per_node: int
+    object_store_bytes_per_node: int
+    loss_bytes: int
+    embed_device_seconds: float
+    train_device_seconds: float
+    embed_images_s: tuple[float, str]
+    train_images_s: tuple[float, str]
+    embed_hours: float
+    trial_hours: float
+    sweep_hours: float
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def rate_of(
+    estimate: Estimate, flops_per_image: float, bytes_per_image: float, readers: float = math.inf
+) -> tuple[float, str]:
+    """Images a second and GPU, and what limits them: `compute`, `decoding` or `reading`.
+
+    Args:
+        estimate: the machines.
+        flops_per_image, bytes_per_image: that are computed and read.
+        readers: cores that decode for a GPU, at most.
+    """
+    limits = {
+        "compute": estimate.tflops * 1e12 * estimate.utilisation / max(flops_per_image, 1),
+        "decoding": min(readers, estimate.cores / estimate.gpus) * estimate.decode,
+        "reading": estimate.read_gb_s * 1e9 / estimate.gpus / max(bytes_per_image, 1),
+    }
+    slowest = min(limits, key=lambda name: limits[name])
+    return limits[slowest], slowest
+
+
+def loss_flops(batch: int, texts: int, width: int) -> int:
+    """Of the similarities of a global batch, on every worker: teacher's and student's, and the student's gradient."""
+    return 2 * width * batch * (texts + batch) * (1 + BACKWARD)
+
+
+def reckon(holdings: Holdings, trainings: Sequence[Training], spec: SweepSpec) -> Costs:
+    """The whole estimate, for the costliest of the trainings.
+
+    Args:
+        holdings: of the corpora.
+        trainings: of all cells, at least one.
+        spec: the sweep file: batch, workers, window, and the machines of `estimate`.
+    """
+    train, corpus, machines = spec.train, spec.corpus, spec.estimate
+    trials = spec.search.trials * spec.search.repeats
+    gpus = machines.nodes * machines.gpus
+    at_a_time = max(1, min(trials, int(gpus / (train.workers * train.gpus_per_worker))))
+    of = max(trainings, key=lambda t: t.steps * t.student_flops)
+
+    teachers: dict[int, Training] = {}
+    for one in trainings:
+        known = teachers.get(one.teacher)
+        if known is None or len(one.embeds) > len(known.embeds):
+            teachers[one.teacher] = one
+    images = texts = 0
+    embed_seconds = embed_wall = 0.0
+    embed_rate = (math.inf, "compute")
+    actors = min(corpus.actors, gpus)
+    image_read = holdings.image_bytes / max(holdings.images, 1)
+    for one in teachers.values():
+        count = {"sentences": holdings.sentences, "captions": holdings.images}
+        images += embedding_bytes(holdings.image_shards, one.width, corpus.dtype)
+        for name, shards in (("sentences", holdings.sentence_shards), ("captions", holdings.image_shards)):
+            if name in one.embeds:
+                texts += embedding_bytes(shards, one.width, corpus.dtype)
+        rate = rate_of(machines, one.image_flops, image_read, decoders(corpus.cpus))
+        embed_rate = min(embed_rate, rate)
+        text_rate = machines.tflops * 1e12 * machines.utilisation / max(one.text_flops, 1)
+        seconds = holdings.images / rate[0] + sum(count[n] for n in one.embeds if n in count) / text_rate
+        embed_seconds += seconds
+        embed_wall += seconds / actors
+
+    per_worker = train.batch // train.workers
+    record = of.width * torch.finfo(getattr(torch, corpus.dtype)).bits // 8
+    text_read = train.workers * of.text_batch * max(PAGE, record) if of.texts in ("sentences", "captions") else 0
+    epoch_steps = holdings.images / train.batch
+    read = holdings.image_bytes + holdings.images * record + round(epoch_steps * text_read)
+    work = BACKWARD * of.student_flops + loss_flops(train.batch, of.text_batch, of.width) / per_worker
+    train_rate = rate_of(machines, work, read / max(holdings.images, 1), corpus.readers or math.inf)
+    train_seconds = of.steps * train.batch / train_rate[0]
+    trial_hours = train_seconds / (train.workers * train.gpus_per_worker) / 3600
+
+    readers = corpus.readers or machines.cores // machines.gpus
+    workers_here = min(machines.gpus / train.gpus_per_worker, train.workers * at_a_time)
+    limit = corpus.memory_gb * 1e9 if corpus.memory_gb else machines.memory_gb * 1e9 / 4 / max(workers_here, 1)
+    stream = stream_memory(corpus.window, holdings.row_group, of.size, per_worker, readers, limit)
+    return Costs(
+        corpus_bytes=holdings.image_bytes + holdings.sentence_bytes,
+        image_embedding_bytes=images,
+        text_embedding_bytes=texts,
+        checkpoint_bytes=STATES * 4 * of.student_parameters * at_a_time,
+        student_bytes=4 * of.student_parameters * trials,
+        read_bytes_per_epoch=read,
+        stream=stream,
+        stream_bytes_per_node=round(stream.total * workers_here),
+        object_store_bytes_per_node=round(stream.waiting * workers_here) if corpus.readers else 0,
+        loss_bytes=4 * ALIVE * train.batch * max(train.batch, of.text_batch),
+        embed_device_seconds=embed_seconds,
+        train_device_seconds=train_seconds,
+        embed_images_s=embed_rate,
+        train_images_s=train_rate,
+        embed_hours=embed_wall / 3600,
+        trial_hours=trial_hours,
+        sweep_hours=embed_wall / 3600 + trial_hours * math.ceil(trials / at_a_time),
+    )
+
+
+def costs_of(
+    spec: SweepSpec, task: TaskData, cells: Sequence[Cell], spaces: Mapping[str, Space]
+) -> tuple[Holdings, list[Training], Costs] | None:
+    """The estimate of a sweep with a corpus of images; None of any other."""
+    trainings = streamed_trainings(spec, task, cells, spaces)
+    if not trainings:
+        return None
+    holdings = holdings_of(spec)
+    return holdings, trainings, reckon(holdings, trainings, spec)
+
+
+def sentences_of(spec: SweepSpec, holdings: Holdings, costs: Costs) -> list[str]:
+    """The estimate, for people; without times where a sweep runs on CPUs."""
+    machines, train = spec.estimate, spec.train
+
+    def gb(size: float) -> str:
+        return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+    passes = f"{machines.tflops:g} TFLOP/s x {machines.utilisation:.0%}"
+    stream = costs.stream
+    told = [
+        f"Corpus: {holdings.images:,} images and {holdings.sentences:,} sentences in "
+        f"{len(holdings.image_shards) + len(holdings.sentence_shards):,} shards, {gb(costs.corpus_bytes)}.",
+        f"Stored: embeddings of images {gb(costs.image_embedding_bytes)}, of texts {gb(costs.text_embedding_bytes)}, "
+        f"checkpoints {gb(costs.checkpoint_bytes)}, students {gb(costs.student_bytes)}.",
+        f"Read: {gb(costs.read_bytes_per_epoch)} in each trial's pass over the images.",
+        f"Memory of a worker's stream: window {gb(stream.window)}, batches {gb(stream.batches)}, {stream.ahead} blocks "
+        f"ahead and {stream.readers} in work {gb(stream.waiting)}; of a node {gb(costs.stream_bytes_per_node)}, "
+        f"of which {gb(costs.object_store_bytes_per_node)} in Ray's object store. The loss on each device: about "
+        f"{gb(costs.loss_bytes)}.",
+    ]
+    if train.device == "cpu":  # the rates are a GPU's
+        return told
+    return [
+        *told,
+        f"Estimate for {machines.nodes} x {machines.gpus} GPUs of {passes} ({machines.decode:g} images/s a core, "
+        f"{machines.read_gb_s:g} GB/s a node; stated in `estimate`, not measured there): embedding "
+        f"{costs.embed_device_seconds / 3600:,.1f} device-hours, {costs.embed_hours:,.2f} h "
+        f"({costs.embed_images_s[0]:,.0f} images/s a GPU, limited by {costs.embed_images_s[1]}); a trial "
+        f"{costs.train_device_seconds / 3600:,.1f} device-hours on {train.workers} workers, {costs.trial_hours:,.2f} h "
+        f"({costs.train_images_s[0]:,.0f} images/s a GPU, limited by {costs.train_images_s[1]}); the sweep "
+        f"{costs.sweep_hours:,.1f} h.",
+    ]
