@@ -326,8 +326,8 @@ def test_a_folder_that_is_no_sweep_cannot_be_resumed(tmp_path):
 
 FILES = {
     "name: [": "is not valid YAML at line ",
-    "- a\n- b\n": "holds list, not a mapping of keys",
-    "": "holds NoneType, not a mapping of keys",
+    "- a\n- b\n": "holds a list, not a mapping of keys",
+    "": "is empty; `orchestrator check --keys`",
     "name: \xff\n": "cannot be read: 'utf-8' codec can't decode",
 }
 
