@@ -29,6 +29,8 @@ def table(result: dict[str, Any]) -> str:
         f"| {a['arm']} | {a['mean']:.3f} ± {a['sd']:.3f} | {a['params']:,} | {a['trained']:,} | {a['steps']} |"
         for a in result["arms"]
     ]
+    if "teacher" in result:
+        lines += ["", f"The teacher itself: {result['teacher']:.3f}."]
     return "\n".join(lines)
 
 
