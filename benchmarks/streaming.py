@@ -3,9 +3,9 @@
     python -m benchmarks.streaming            # writes benchmarks/results/streaming.json and docs/performance.md
     python -m benchmarks.streaming --quick    # under a minute, nothing written
 
-The bare reader has the same threads, row groups in file order, the same decoder and resize, and neither order nor
-window nor position. Rates are taken from the first batch on, for every reader, so start-up is not in them: that is the
-time to the first batch. Memory is that of a fresh process for each size.
+The bare reader has the same threads, row groups in file order, the same decoder, crops and resize, and neither order
+nor window nor position. Rates are taken from the first batch on, for every reader, so start-up is not in them: that is
+the time to the first batch. Memory is that of a fresh process for each size.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from orchestrator.data.corpus.corpus import Shard
 from orchestrator.data.images import decode
 from orchestrator.data.memory import StreamMemory, stream_memory
 from orchestrator.data.stream import Plan, Stream, blocks_of, decoding_threads, read_on_ray, read_on_threads
-from orchestrator.data.views import Policy, render
+from orchestrator.data.views import Policy, draw, render
 from orchestrator.models.load import Preprocessing
 from orchestrator.store import JoinedRecords, OpenFiles, write_records
 from orchestrator.train.feed import Order, StreamFeeder, TextFeed
@@ -59,18 +59,15 @@ def bare(corpus: Path, size: int, threads: int) -> Batches:
     """uint8 [64, 3, S, S]: pyarrow, PIL and a resize of a random crop; row groups hold 64 images at least."""
 
     def read(path: Path, group: int) -> np.ndarray:
-        rng = np.random.default_rng(group)
         column = pq.ParquetFile(path).read_row_group(group, columns=["image"])["image"]
         pixels = np.empty((len(column), 3, size, size), dtype=np.uint8)
         for i, data in enumerate(column):
-            image = decode(data.as_py())
-            edge = int(image.shape[-1] * rng.uniform(0.6, 1))
-            top, left = rng.integers(0, image.shape[-1] - edge + 1, 2)
-            view = np.array([top, left, edge, edge, 0, 1, 1, 1], dtype=np.float32)
-            pixels[i] = render(image, view, size, "bilinear").numpy()
+            pixels[i] = render(decode(data.as_py()), views[i % len(views)], size, "bilinear").numpy()
         return pixels
 
     files = sorted(corpus.glob("*.parquet"))
+    side = pq.read_table(files[0], columns=["height"])["height"][0].as_py()
+    views = [draw(POLICY, str(i), (side, side), 1) for i in range(64)]  # of the same distribution, drawn beforehand
     groups = [(f, g) for f in files for g in range(pq.read_metadata(f).num_row_groups)]
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Any] = deque()
@@ -139,9 +136,6 @@ def rate(batches: Batches, images: int, consume: Callable[[np.ndarray], None]) -
         consume(batch)
     seconds = time.perf_counter() - first
     reading.close()
-    close = getattr(batches, "close", None)
-    if close is not None:
-        close()
     return {"first_s": first - began, "images_s": images // BATCH * BATCH / seconds}
 
 
@@ -156,11 +150,14 @@ def throughput(
             for reader in readers[number % len(readers) :] + readers[: number % len(readers)]:
                 consume = trivial if consumer == "trivial" else training_step(size)
                 if reader == "bare":
-                    batches: Batches = bare(corpus, size, threads)
+                    source: Any = bare(corpus, size, threads)
+                    batches: Batches = source
                 else:
-                    own = stream(corpus, size, window, reader, threads).batches(0, BATCH)
-                    batches = (pixels for pixels, _ in own)
+                    source = stream(corpus, size, window, reader, threads).batches(0, BATCH)
+                    batches = (pixels for pixels, _ in source)
                 found.setdefault(f"{consumer} {reader}", []).append(rate(batches, images, consume))
+                source.close()
+                settle()
     result: dict[str, Any] = {"images": images, "size": size, "window": window, "threads": threads}
     for name, runs in found.items():
         rates = sorted(r["images_s"] for r in runs)
@@ -176,13 +173,19 @@ def throughput(
     return result
 
 
-def end_ray() -> None:
-    """Once every stream that was left in the middle has ended."""
-    import ray
-
+def settle() -> None:
+    """Waits for the tasks of a stream that was left in the middle, so that they disturb nothing that comes after."""
     for thread in threading.enumerate():
         if thread.name.startswith("StreamingExecutor"):
             thread.join(60)
+    time.sleep(1)
+
+
+def end_ray() -> None:
+    """Ends the cluster of this process."""
+    import ray
+
+    settle()
     ray.shutdown()
 
 
@@ -298,6 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="small, threads only, nothing written")
+    parser.add_argument("--part", choices=["throughput", "memory"], help="measure this alone, keep the rest as written")
     parser.add_argument("--memory", nargs=3, metavar=("CORPUS", "READER", "WINDOW"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
@@ -306,40 +310,59 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     quick = options.quick
-    rounds, readers = (1, ["bare", "threads"]) if quick else (options.rounds, ["bare", "threads", "ray"])
-    result: dict[str, Any] = {
+    target = Path(__file__).parent / "results" / f"{MARK}.json"
+    result = json.loads(target.read_text(encoding="utf-8")) if options.part and target.is_file() else {}
+    result |= {
         "command": "python -m benchmarks.streaming",
-        "rounds": rounds,
+        "rounds": 1 if quick else options.rounds,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "planning": planning(),
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if not quick:
-            from orchestrator.sweep.tune import start_ray
-
-            start_ray(1)
-        big = image_corpus(folder / "256px", 512 if quick else 2048, 256)
-        result["256 px"] = throughput(big, 224, 256 if quick else 1536, rounds, 512, readers, ("trivial",))
-        tell("256 px", result["256 px"])
-        small = image_corpus(folder / "64px", 4096 if quick else 102_400, 64)
-        images, window = (2048, 1024) if quick else (10_240, 2048)
-        result["64 px"] = throughput(small, 64, images, rounds, window, readers, ("trivial", "step"))
-        tell("64 px", result["64 px"])
-        if not quick:
-            end_ray()
-        sizes = {"1x": 1, "3x": 3} if quick else {"1x": 10, "3x": 30, "10x": 100}
-        result["memory"] = {
-            reader: memory(small, folder, sizes, reader, 512 if quick else 4096) for reader in readers[1:]
-        }
-        print(json.dumps(result["memory"], indent=1), flush=True)
+        if options.part != "memory":
+            result |= both_throughputs(folder, quick, result["rounds"])
+        if options.part != "throughput":
+            result["planning"] = planning()
+            small = image_corpus(folder / "whole", 4096 if quick else 102_400, 64)
+            sizes = {"1x": 1, "3x": 3} if quick else {"1x": 10, "3x": 30, "10x": 100}
+            result["memory"] = {
+                reader: memory(small, folder, sizes, reader, 512 if quick else 4096)
+                for reader in (["threads"] if quick else ["threads", "ray"])
+            }
+            print(json.dumps(result["memory"], indent=1), flush=True)
     if quick:
         return
-    target = Path(__file__).parent / "results" / f"{MARK}.json"
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     block = f"<!-- {MARK} -->\n{page(result)}\n<!-- end -->"
     text = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(re.sub(rf"<!-- {MARK} -->.*?<!-- end -->", lambda _: block, text, flags=re.S), encoding="utf-8")
+
+
+def both_throughputs(folder: Path, quick: bool, rounds: int) -> dict[str, Any]:
+    """At two sizes, first without a cluster on the machine, then with one; each reader beside the bare one."""
+    corpora = {
+        "64 px": image_corpus(folder / "64px", 4096 if quick else 10_240, 64),
+        "256 px": image_corpus(folder / "256px", 512 if quick else 2048, 256),
+    }
+    found: dict[str, Any] = {name: {} for name in corpora}
+    for reader in ["threads"] if quick else ["threads", "ray"]:
+        if reader == "ray":
+            from orchestrator.sweep.tune import start_ray
+
+            start_ray(1)
+        for name, size, images, window, consumers in (
+            ("64 px", 64, 2048 if quick else 10_240, 1024 if quick else 2048, ("trivial",)),
+            ("64 px", 64, 2048 if quick else 4096, 1024 if quick else 2048, ("step",)),
+            ("256 px", 224, 512 if quick else 1536, 512, ("trivial",)),
+        ):
+            made = throughput(corpora[name], size, images, rounds, window, [reader, "bare"], consumers)
+            tell(name, made)
+            for key, value in made.items():
+                own = f"{key} beside {reader}" if key.endswith("bare") else key
+                found[name][own] = value
+    if not quick:
+        end_ray()
+    return found
 
 
 def tell(name: str, found: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ from orchestrator.errors import UserError
 from orchestrator.spec import (
     METRICS,
     Corpus,
+    Estimate,
+    Expect,
     Generate,
     Model,
     Search,
@@ -128,7 +130,10 @@ SPECS = section_of(
         pipeline=st.none() | TEXT | st.dictionaries(TEXT, PLAIN, max_size=2),
     ),
     generate=section_of(Generate),
-    corpus=section_of(Corpus, images=st.none() | TEXT, sentences=st.none() | TEXT).filter(lambda c: fits(Corpus, c)),
+    corpus=section_of(
+        Corpus, images=st.none() | TEXT, sentences=st.none() | TEXT, expect=st.none() | section_of(Expect)
+    ).filter(lambda c: fits(Corpus, c)),
+    estimate=section_of(Estimate),
     store=section_of(StoreLimits),
     storage=TEXT,
 )

@@ -272,7 +272,7 @@ class Stream:
                 have += len(chosen)
                 begin += len(chosen)
                 if have == size:
-                    yield np.concatenate(pixels), np.concatenate(numbers)
+                    yield (pixels[0] if len(pixels) == 1 else np.concatenate(pixels)), np.concatenate(numbers)
                     pixels, numbers, have = [], [], 0
             del joined
 
