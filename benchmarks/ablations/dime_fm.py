@@ -3,7 +3,7 @@
     python -m benchmarks.ablations.dime_fm
 
 The packaged dual encoder teaches a student with a seventh of its parameters, on icons of other designers than val's.
-All arms see the same streamed images in the same order; the number is the zero-shot accuracy on val. The teacher's own is
+All arms see the same streamed images in the same order; the number is the zero-shot accuracy on val. The teacher's is
 printed beside it.
 """
 
