@@ -28,13 +28,14 @@ from orchestrator.models.clip import build_clip
 from orchestrator.models.load import build_network
 from orchestrator.spec import Estimate, Model, SweepSpec
 from orchestrator.store import records_bytes
-from orchestrator.sweep.space import Space, default_knobs
+from orchestrator.sweep.space import Space, default_knobs, stage_lists
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of, stage_steps
 
 ROW_BYTES = 84  # of an image beside its bytes in a shard: id, height, width, offsets
 BACKWARD = 3  # forward and backward pass together cost this many forward passes
 STATES = 3  # a parameter in a checkpoint: its value and AdamW's two means
 ALIVE = 5  # matrices of a divergence that exist at a time: both similarities, both logarithms, their product
+DRAWS = 16  # of a space, to tell what its trials want embedded
 PAGE = 4096  # bytes that a random read brings in, at least
 
 
@@ -170,7 +171,10 @@ def _student_facts(key: str, width: int) -> tuple[int, int]:
 def streamed_trainings(
     spec: SweepSpec, task: TaskData, cells: Sequence[Cell], spaces: Mapping[str, Space]
 ) -> list[Training]:
-    """The streamed training stages of every cell at its defaults; empty without a corpus of images."""
+    """The streamed training stages of every cell at its defaults, with what any of its draws wants embedded.
+
+    Empty without a corpus of images.
+    """
     if spec.corpus.images is None:
         return []
     found = []
@@ -181,24 +185,27 @@ def streamed_trainings(
         if method.invalid(config, setting) is not None or cell.teacher is None or cell.student is None:
             continue
         stages = method.stages(config, setting)
+        drawn = [one for draw in stage_lists(spec, spaces, cell, task.info, DRAWS) for one in draw]
         found += [
-            _training(stage, stages, spec, task, cell)
+            _training(stage, drawn, spec, task, cell)
             for stage in stages
             if isinstance(stage, TrainStage) and stage.feed.images == "corpus"
         ]
     return found
 
 
-def _training(stage: TrainStage, stages: list[Stage], spec: SweepSpec, task: TaskData, cell: Cell) -> Training:
+def _training(stage: TrainStage, drawn: list[Stage], spec: SweepSpec, task: TaskData, cell: Cell) -> Training:
     assert cell.teacher is not None
     assert cell.student is not None
     teacher, student = spec.teachers[cell.teacher], spec.students[cell.student]
     width = plan_network(teacher, "teacher")[0].embedding
     size = plan_network(student, "student")[1].size
     feed = stage.feed
-    embeds = ["images"] if feed.outputs else []
-    reads = {name for one in stages if isinstance(one, FitStage) for name in one.reads} | {feed.texts or ""}
-    embeds += [name for name in ("sentences", "captions") if name in reads or (name == "captions" and feed.captions)]
+    feeds = [one.feed for one in drawn if isinstance(one, TrainStage)]
+    reads = {name for one in drawn if isinstance(one, FitStage) for name in one.reads} | {one.texts for one in feeds}
+    reads |= {"captions"} if any(one.captions for one in feeds) else set()
+    embeds = ["images"] if any(one.outputs for one in feeds) else []
+    embeds += [name for name in ("sentences", "captions") if name in reads]
     image_flops, text_flops = _teacher_flops(teacher.model_dump_json())
     student_flops, student_parameters = _student_facts(student.model_dump_json(), width)
     return Training(

@@ -170,7 +170,7 @@ def check_cell(spec: SweepSpec, space: Space, cell: Cell, task: Any, draws: int 
     return reason
 
 
-def _stage_lists(
+def stage_lists(
     spec: SweepSpec, spaces: Mapping[str, Space], cell: Cell, task: Any, draws: int
 ) -> Iterator[list[Stage]]:
     """The stages of the cell's defaults and of some draws from its space."""
@@ -192,7 +192,7 @@ def wanted_outputs(
     for cell in cells:
         if cell.teacher is None:
             continue
-        for stages in _stage_lists(spec, spaces, cell, task, draws):
+        for stages in stage_lists(spec, spaces, cell, task, draws):
             for stage in stages:
                 feed = stage.feed if isinstance(stage, TrainStage) else stage
                 if isinstance(feed, Feed | FitStage) and feed.of == TEACHER and not (feed is stage and feed.pool):
@@ -206,7 +206,7 @@ def trained_models(
     """The teachers and students that some stage trains, as far as draws tell."""
     found: dict[str, Model] = {}
     for cell in cells:
-        for stages in _stage_lists(spec, spaces, cell, task, draws):
+        for stages in stage_lists(spec, spaces, cell, task, draws):
             for stage in stages:
                 if not isinstance(stage, TrainStage):
                     continue
