@@ -303,14 +303,14 @@ class Generate(Section):
 class Expect(Section):
     """A corpus that is not on this machine yet, as it is expected to be."""
 
-    images: int = Field(default=0, ge=0, description="Images.")
+    images: int = Field(default=0, ge=0, description="Images; 0: must be here.")
     image_bytes: int = Field(
         default=20_000,
         ge=1,
         description="Mean size of an encoded image; 20 kB is 224 to 256 px at quality 90, roughly.",
     )
     captions: int = Field(default=0, ge=0, description="How many of the images have a caption.")
-    sentences: int = Field(default=0, ge=0, description="Sentences.")
+    sentences: int = Field(default=0, ge=0, description="Sentences; 0: must be here.")
     sentence_bytes: int = Field(default=80, ge=1, description="Mean size of a stored sentence with its id.")
 
 
@@ -347,8 +347,8 @@ class Corpus(Section):
         default=2, ge=0, le=1024, description="Ray Data tasks that decode ahead for each worker; 0: its own threads."
     )
 
-    expect: Expect | None = Field(
-        default=None,
+    expect: Expect = Field(
+        default_factory=Expect,
         description="What the folders will hold, where they are not here: `check` reckons with it and says so. A sweep "
         "refuses a folder that is not here.",
     )

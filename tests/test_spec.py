@@ -130,9 +130,9 @@ SPECS = section_of(
         pipeline=st.none() | TEXT | st.dictionaries(TEXT, PLAIN, max_size=2),
     ),
     generate=section_of(Generate),
-    corpus=section_of(
-        Corpus, images=st.none() | TEXT, sentences=st.none() | TEXT, expect=st.none() | section_of(Expect)
-    ).filter(lambda c: fits(Corpus, c)),
+    corpus=section_of(Corpus, images=st.none() | TEXT, sentences=st.none() | TEXT, expect=section_of(Expect)).filter(
+        lambda c: fits(Corpus, c)
+    ),
     estimate=section_of(Estimate),
     store=section_of(StoreLimits),
     storage=TEXT,
@@ -284,7 +284,8 @@ def test_every_key_is_documented_once_and_has_a_description():
     rows = documented_keys()
     keys = [key for key, _, _ in rows]
     assert len(set(keys)) == len(keys)
-    sections = [SweepSpec, Task, Splits, Model, Model, Upstream, Search, Train, Generate, Corpus, StoreLimits]
+    sections = [SweepSpec, Task, Splits, Model, Model, Upstream, Search, Train, Generate, Corpus, Expect, Estimate]
+    sections.append(StoreLimits)
     assert len(rows) == sum(map(fields_of, sections)) + 2  # and metric and mode of objectives
     for top in SweepSpec.model_fields:
         assert any(key.split(".")[0].removesuffix("[]") == top for key in keys), top

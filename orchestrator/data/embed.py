@@ -179,11 +179,9 @@ def texts_identity(spec: SweepSpec, task: TaskData, name: Texts) -> str:
 
 def absent(spec: SweepSpec) -> tuple[str, ...]:
     """Which corpora are not here but described by `corpus.expect`: `images`, `sentences`."""
-    corpus, expect = spec.corpus, spec.corpus.expect
-    if expect is None:
-        return ()
-    named = {"images": corpus.images, "sentences": corpus.sentences}
-    return tuple(name for name, address in named.items() if address is not None and not is_there(address))
+    named = {"images": spec.corpus.images, "sentences": spec.corpus.sentences}
+    expected = {name for name in named if getattr(spec.corpus.expect, name)}
+    return tuple(n for n, address in named.items() if address is not None and n in expected and not is_there(address))
 
 
 def kinds_of_texts(spec: SweepSpec) -> tuple[Texts, ...]:
@@ -192,7 +190,7 @@ def kinds_of_texts(spec: SweepSpec) -> tuple[Texts, ...]:
     if spec.corpus.sentences is not None:
         found.append("sentences")
     if spec.corpus.images is not None and "images" in absent(spec):
-        if spec.corpus.expect is not None and spec.corpus.expect.captions:
+        if spec.corpus.expect.captions:
             found.append("captions")
     elif spec.corpus.images is not None:
         counts = corpus_at(spec.corpus.images, "images").manifest["counts"]

@@ -77,7 +77,6 @@ def holdings_of(spec: SweepSpec) -> Holdings:
     facts: dict[str, Any] = {}
     gone = absent(spec)
     if corpus.images is not None and "images" in gone:
-        assert expect is not None
         facts["image_shards"] = shards_of(expect.images, ROWS_PER_SHARD["images"])
         facts["image_bytes"] = expect.images * (expect.image_bytes + ROW_BYTES)
         facts["captions"] = expect.captions
@@ -88,7 +87,6 @@ def holdings_of(spec: SweepSpec) -> Holdings:
         facts["captions"] = opened.manifest["counts"]["captions"].get("kept", 0)
         facts["row_group"] = int(opened.manifest["row_group"])
     if corpus.sentences is not None and "sentences" in gone:
-        assert expect is not None
         facts["sentence_shards"] = shards_of(expect.sentences, ROWS_PER_SHARD["sentences"])
         facts["sentence_bytes"] = expect.sentences * expect.sentence_bytes
     elif corpus.sentences is not None:
