@@ -240,7 +240,11 @@ class Train(Section):
     """The budget that all methods share."""
 
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps of a trial's budget; or give `epochs`.")
-    epochs: float | None = Field(default=None, gt=0, description="Instead of steps: passes over the training images.")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Instead of steps: passes over the training images, or over the corpus that is streamed.",
+    )
     batch: int = Field(default=64, ge=2, description="Global batch size, over all workers.")
     views: int = Field(
         default=4, ge=1, le=1000, description="Stored augmented views an image; view 0 is the plain image."

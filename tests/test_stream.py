@@ -268,6 +268,12 @@ def test_the_row_tells_the_temperatures_and_the_student_embeds(spec: SweepSpec) 
         assert network.embed(images).shape == (2, 24)  # type: ignore[operator]
 
 
+def test_epochs_are_passes_over_the_corpus(spec: SweepSpec) -> None:
+    train = spec.train.model_copy(update={"steps": None, "epochs": 0.6})
+    row = run(spec.model_copy(update={"train": train}), trial())
+    assert row["optimizer_steps"] == 5  # of 100 images in batches of 12
+
+
 def test_both_methods_with_a_dual_encoder_are_planned(spec: SweepSpec) -> None:
     assert {cell.method for cell in prepare(spec).cells} == {"dime_fm", "embedding_regression"}
 

@@ -224,5 +224,13 @@ def stage_reads(
 
 
 def stage_steps(stage: TrainStage, spec: SweepSpec, task: TaskData) -> int:
-    """Optimizer steps of a training stage."""
-    return max(1, round(spec.train.total_steps(len(task.train)) * stage.recipe.budget))
+    """Optimizer steps of a training stage; epochs are passes over the images that it sees."""
+    images = len(task.train)
+    if stage.feed.images == "corpus" and spec.corpus.images is not None and spec.train.epochs is not None:
+        try:
+            images = corpus_at(spec.corpus.images, "images").rows
+        except UserError:
+            if not spec.corpus.expect.images:
+                raise
+            images = spec.corpus.expect.images  # `check` reckons a corpus that is not here yet
+    return max(1, round(spec.train.total_steps(images) * stage.recipe.budget))
