@@ -15,7 +15,7 @@ from PIL import Image
 
 from orchestrator.errors import UserError
 from orchestrator.models import load_network
-from orchestrator.spec import Model, read_spec
+from orchestrator.spec import Model, parse_spec, read_spec
 from orchestrator.sweep.run import Prepared, check_storage, create, open_sweep, prepare, resolved
 
 STUDENT = {"model": "timm/test_resnet", "image_size": 32}
@@ -446,3 +446,23 @@ def test_an_empty_split_folder_is_not_silently_drawn_anew(raw: dict[str, Any], t
     message = refusal(changed(raw, task__data=f"folder:{tmp_path / 'images'}"), tmp_path)
     folder = "task.data: the folder '/images/test' holds no images; "
     assert message == folder + "without that folder, test is drawn from the other images."
+
+
+def test_a_sweep_file_with_relative_paths_means_the_same_from_any_folder(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw["task"]["data"] = "folder:photos"
+    raw["teachers"] = [{"model": "local:w.safetensors", "architecture": "timm/test_vit"}, "packaged/vit_clipart"]
+    raw["students"] = ["timm/test_resnet"]
+    raw["upstream"] = {"vq": "local:vq", "pipeline": {"model": "local:pipe"}}
+    raw["corpus"] = {"images": "pictures", "sentences": "s3://bucket/texts"}
+    spec = resolved(parse_spec(raw))
+    assert spec.task.data == f"folder:{tmp_path}/photos"
+    assert [m.model for m in spec.teachers] == [f"local:{tmp_path}/w.safetensors", "packaged/vit_clipart"]
+    assert (spec.students[0].model, spec.upstream.vq) == ("timm/test_resnet", f"local:{tmp_path}/vq")
+    assert spec.upstream.pipeline == {"model": f"local:{tmp_path}/pipe"}
+    assert (spec.corpus.images, spec.corpus.sentences) == (f"{tmp_path}/pictures", "s3://bucket/texts")
+    assert resolved(spec) == spec
+    packaged = resolved(parse_spec({**raw, "task": {"data": "packaged/clipart"}, "corpus": {"images": "packaged/x"}}))
+    assert (packaged.task.data, packaged.corpus.images) == ("packaged/clipart", "packaged/x")

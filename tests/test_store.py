@@ -124,6 +124,17 @@ def test_fewer_or_more_records_than_said_are_refused(tmp_path, count):
         write_records(tmp_path / "r.arrow", count, [torch.zeros(10, 2)], "float32")
 
 
+def test_a_table_of_any_memory_layout_is_stored_as_its_values(tmp_path):
+    maps = torch.randn(6, 40, 1, 1).half().to(memory_format=torch.channels_last)  # torch calls this contiguous
+    assert maps.is_contiguous()
+    assert maps.stride(-1) != 1
+    for number, table in enumerate(
+        (maps, torch.randn(5, 6).T, torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    ):
+        write_records(tmp_path / f"{number}.arrow", len(table), [table], str(table.dtype).removeprefix("torch."))
+        assert torch.equal(Records(tmp_path / f"{number}.arrow").all(), table)
+
+
 def test_records_of_two_shapes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="shape"):
         write_records(tmp_path / "r.arrow", 4, [torch.zeros(2, 2), torch.zeros(2, 3)], "float32")

@@ -198,7 +198,7 @@ def _pass(
             for key, value in results.items():
                 stored = value.to(TYPES[dtype]).cpu().contiguous()
                 shapes[key] = tuple(stored.shape[1:])
-                raw[key].write(stored.view(torch.uint8).numpy().tobytes())
+                raw[key].write(stored.flatten().view(torch.uint8).numpy().tobytes())
     finally:
         for file in raw.values():
             file.close()

@@ -43,7 +43,7 @@ def write_records(path: Path, count: int, batches: Iterable[Tensor], dtype: str)
             if tuple(batch.shape[1:]) != shape:
                 raise ValueError(f"Records of shape {tuple(batch.shape[1:])} after records of shape {shape}.")
             written += len(batch)
-            file.write(batch.view(torch.uint8).numpy().tobytes())
+            file.write(batch.flatten().view(torch.uint8).numpy().tobytes())
     if written != count or shape is None:
         raise ValueError(f"{written} records were given where {count} were expected.")
     width = int(np.prod(shape, dtype=np.int64)) * TYPES[dtype].itemsize

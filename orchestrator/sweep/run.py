@@ -47,11 +47,31 @@ class Prepared:
 
 
 def resolved(spec: SweepSpec) -> SweepSpec:
-    """The same sweep with `storage` as an absolute path: workers have other working folders."""
-    storage = spec.storage if "://" in spec.storage else str(Path(spec.storage).expanduser().absolute())
-    if "://" in storage:
-        raise UserError(f"storage: {storage!r} is not a folder; give a path that every node can read and write.")
-    return spec.model_copy(update={"storage": storage})
+    """The same sweep with absolute paths: workers, and whoever resumes it, have other working folders."""
+    if "://" in spec.storage:
+        raise UserError(f"storage: {spec.storage!r} is not a folder; give a path that every node can read and write.")
+    raw = spec.model_dump(mode="json")
+    raw["storage"] = _absolute(spec.storage)
+    raw["task"]["data"] = _absolute(spec.task.data, ("folder:", "parquet:"))
+    for model in (*raw["teachers"], *raw["students"]):
+        model["model"] = _absolute(model["model"], ("local:",))
+    for name, value in raw["upstream"].items():
+        if isinstance(value, str):
+            raw["upstream"][name] = _absolute(value, ("local:",))
+        elif isinstance(value, dict) and isinstance(value.get("model"), str):
+            value["model"] = _absolute(value["model"], ("local:",))
+    for name in ("images", "sentences"):
+        if raw["corpus"][name] is not None:
+            raw["corpus"][name] = _absolute(raw["corpus"][name])
+    return SweepSpec.model_validate(raw)
+
+
+def _absolute(address: str, prefixes: tuple[str, ...] = ("",)) -> str:
+    """An address with its path made absolute, if it begins with one of `prefixes`; no URI and nothing packaged."""
+    prefix = next((p for p in prefixes if address.startswith(p)), None)
+    if prefix is None or "://" in address or address.startswith("packaged/"):
+        return address
+    return prefix + str(Path(address.removeprefix(prefix)).expanduser().absolute())
 
 
 def check_storage(spec: SweepSpec) -> None:
