@@ -81,7 +81,13 @@ class DimeFMConfig(MethodConfig):
         0.3, "w2, the weight of L_p-vl; L_vl has what the others leave.", search=Range(low=0.0, high=0.6), ge=0, le=1
     )
     udist_weight: float = knob(0.0, "w3, the weight of L_udist.", search=Range(low=0.0, high=0.3), ge=0, le=1)
-    t_vl: float = knob(1.0, "T1, the temperature of L_vl.", search=Range(low=0.5, high=2, log=True), gt=0, le=100)
+    t_vl: float = knob(
+        1.0,
+        "T1, the temperature of L_vl; a softer one learns faster in few steps.",
+        search=Range(low=0.5, high=16, log=True),
+        gt=0,
+        le=100,
+    )
     t_pvl: float = knob(3.0, "T2, of L_p-vl, where it is not calibrated.", gt=0, le=1000)
     t_udist: float = knob(7.0, "T3, of L_udist, where it is not calibrated.", gt=0, le=1000)
     mass: float = knob(
@@ -91,7 +97,13 @@ class DimeFMConfig(MethodConfig):
         ge=0,
         lt=1,
     )
-    scale: float = knob(100.0, "The logit scale, constant.", gt=0, le=1000)
+    scale: float = knob(
+        100.0,
+        "The logit scale, constant: CLIP's learned one is 100.",
+        search=Range(low=20, high=100, log=True),
+        gt=0,
+        le=1000,
+    )
     texts: Literal["sentences", "prompts", "captions"] = knob(
         "prompts", "Texts: sentences of the corpus, prompts of the class names, or captions of the corpus's images."
     )

@@ -103,7 +103,7 @@ SCHEMA = [
     ({"task__unlabelled": "yes"}, "task.unlabelled: input should be a valid boolean", "found 'yes'"),
     ({"task__data": "/data"}, "'/data' is not a data source", "folder:PATH, parquet:PATH"),
     ({"task__splits": {"val": 0.5, "test": 0.5}}, "val + test = 1 leaves no images", "at most 0.95"),
-    ({"teachers": ["resnet50"]}, "'resnet50' is not a model", "timm/NAME, local:PATH, packaged/NAME"),
+    ({"teachers": ["resnet50"]}, "'resnet50' is not a model", "timm/NAME, open_clip/NAME, local:PATH, packaged/NAME"),
     ({"objectives": ["val_metrc"]}, "unknown metric 'val_metrc'", "Did you mean 'val_metric'?"),
     ({"objectives": ["flops", "flops"]}, "objectives name flops and flops", "each metric once"),
     ({"search__sampler": "bayes"}, "search.sampler: input should be 'tpe', 'random' or 'grid'", "found 'bayes'"),
