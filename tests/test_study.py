@@ -103,3 +103,34 @@ def test_a_last_line_that_a_dying_driver_left_unfinished_is_dropped(colours: Pat
     assert [c.to_json() for c, _ in again.proposed()] == [asked.to_json()]
     assert again.ask().number == 1
     study_of(spec, tmp_path / "s")
+
+
+@pytest.mark.parametrize("number", [1, 9])
+def test_wherever_a_proposal_is_broken_off_it_is_made_again_and_the_same(
+    colours: Path, tmp_path: Path, number: int
+) -> None:
+    spec = small_spec(colours, tmp_path)
+
+    def told(study: Study, first: int, last: int) -> list[str]:
+        seen = []
+        for i in range(first, last):
+            seen.append(study.ask().to_json())
+            study.tell(i, row("complete", val_metric=(i * 7 % 5) / 10))
+        return seen
+
+    whole = told(study_of(spec, tmp_path / "whole"), 0, number + 2)
+    study = study_of(spec, tmp_path / "s")
+    told(study, 0, number)
+    journal = tmp_path / "s" / "study.db"
+    before = len(journal.read_bytes().splitlines())
+    study.ask()
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) - before > 3
+    for kept in range(before, len(lines)):  # every line of the proposal but the last: the driver died after it
+        folder = tmp_path / f"cut{kept}"
+        folder.mkdir()
+        (folder / "study.db").write_bytes(b"".join(lines[:kept]))
+        again = study_of(spec, folder)
+        assert len(again.proposed()) == number
+        assert told(again, number, number + 2) == whole[number:]
+        assert [c.number for c, _ in study_of(spec, folder).proposed()] == list(range(number + 2))

@@ -36,7 +36,12 @@ def command(*words: str) -> subprocess.Popen[str]:
 
 
 def done(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=LIMIT_S)
+    try:
+        out, err = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # it takes its cluster with it
+        process.communicate()
+        raise
     assert process.returncode == 0, err[-2000:]
     return out
 

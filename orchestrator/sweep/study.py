@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.space import Space, default_knobs, grid, sample
@@ -19,7 +19,6 @@ from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, 
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-ASKED = tuple(state for state in TrialState if state is not TrialState.WAITING)
 REDRAWS = 50
 
 
@@ -30,8 +29,10 @@ def _seed(*parts: Any) -> int:
 class Study:
     """Proposes configurations and hears how they ended. Opening the same folder again continues where it stopped.
 
-    The sampler is built anew for each proposal with a seed from the sweep's seed and the trial's number: proposals
-    depend on nothing but the results told so far, and continuing does not replay old draws.
+    The sampler is built anew for each proposal with a seed from the sweep's seed and the proposal's number: proposals
+    depend on nothing but the results told so far, and continuing does not replay old draws. A proposal that a killed
+    driver left half made is void: Optuna hears that it failed, and its number is proposed again. So our numbers have no
+    holes, and may differ from Optuna's.
 
     Args:
         spec: the sweep file.
@@ -52,6 +53,9 @@ class Study:
             directions=["maximize" if o.direction == "max" else "minimize" for o in spec.objectives],
             pruner=optuna.pruners.NopPruner(),
         )
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if "config" not in trial.user_attrs:
+                self._study.tell(trial.number, state=TrialState.FAIL)
         self._fixed = self._first_trials()
 
     def _first_trials(self) -> list[tuple[Cell, dict[str, Any]]]:
@@ -73,15 +77,17 @@ class Study:
 
     def proposed(self) -> list[tuple[TrialConfig, bool]]:
         """Every configuration proposed so far, with whether its end was told."""
-        found = []
-        for trial in self._study.get_trials(deepcopy=False):
-            if "config" in trial.user_attrs:
-                found.append((TrialConfig.from_json(trial.user_attrs["config"]), trial.state.is_finished()))
-        return found
+        return [(config, trial.state.is_finished()) for config, trial in self._whole()]
+
+    def _whole(self) -> list[tuple[TrialConfig, FrozenTrial]]:
+        """Every proposal that was made whole, by number, with Optuna's record of it."""
+        trials = self._study.get_trials(deepcopy=False)
+        whole = [t for t in trials if "config" in t.user_attrs]
+        return [(TrialConfig.from_json(t.user_attrs["config"]), t) for t in whole]
 
     def ask(self) -> TrialConfig:
         """Proposes the next configuration."""
-        number = len(self._study.get_trials(deepcopy=False, states=ASKED))
+        number = len(self._whole())
         seed = _seed(self.spec.search.seed, number)
         if self.spec.search.sampler == "tpe":
             self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
@@ -94,7 +100,7 @@ class Study:
         method = trial.suggest_categorical("method", list(dict.fromkeys(c.method for c in self.cells)))
         cell = self._cell(trial, method, [c for c in self.cells if c.method == method])
         knobs = sample(self.spaces[method], method, trial)
-        config = self._valid(TrialConfig(f"t{trial.number:04d}", trial.number, cell, knobs, self.spec.search.seed))
+        config = self._valid(TrialConfig(f"t{number:04d}", number, cell, knobs, self.spec.search.seed))
         trial.set_user_attr("config", config.to_json())
         return config
 
@@ -124,7 +130,7 @@ class Study:
 
     def tell(self, number: int, row: dict[str, Any]) -> None:
         """Tells how a trial ended, in Optuna's own states: complete with its values, pruned, or failed."""
-        frozen = self._study.get_trials(deepcopy=False)[number]
+        frozen = self._whole()[number][1]
         if frozen.state.is_finished():
             return
         values = [float(row.get(o.metric, float("nan"))) for o in self.spec.objectives]
@@ -135,7 +141,7 @@ class Study:
         storage.set_trial_user_attr(trial_id, "reason", row.get("reason", ""))
         for metric in ("val_metric", "params_total", "latency_ms"):
             storage.set_trial_user_attr(trial_id, metric, json.loads(json.dumps(row.get(metric))))
-        self._study.tell(number, values if state is TrialState.COMPLETE else None, state=state)
+        self._study.tell(frozen.number, values if state is TrialState.COMPLETE else None, state=state)
 
 
 def _mend(journal: Path) -> None:
