@@ -181,7 +181,8 @@ def test_the_teachers_embeddings_of_a_corpus_are_computed_once_and_by_shard(spec
 
 def test_an_embedding_is_the_teachers_of_the_plain_image(spec: SweepSpec, corpus: Path) -> None:
     job = EmbedJob(spec, str(Path(spec.storage) / "store"), 0, "images", EMBEDDING, "cpu")
-    make_here(job, [1])
+    assert make_here(job, [1]) == [1]
+    assert make_here(job, [0, 1]) == [0]  # the other one was there: who did not make it does not pay for it
     entry = job.worker()(1)
     assert not entry.computed
     network = load_network(spec.teachers[0], "teacher")

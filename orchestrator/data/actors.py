@@ -24,11 +24,10 @@ class _ShardActor:
         self._make = job.worker()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        self._make(int(row["shard"]))
-        return row
+        return {**row, "computed": self._make(int(row["shard"])).computed}
 
 
-def make_on_actors(job: ShardJob, shards: list[int]) -> None:
+def make_on_actors(job: ShardJob, shards: list[int]) -> list[int]:
     """Makes shards on the job's actors. After a death only what is missing is made again."""
     wanted = job.resources
     context = DataContext.get_current()
@@ -46,8 +45,7 @@ def make_on_actors(job: ShardJob, shards: list[int]) -> None:
         scheduling_strategy="SPREAD" if wanted.cpus or wanted.gpus else "DEFAULT",
         **resources,
     )
-    for _ in made.iter_rows():
-        pass
+    return [int(row["shard"]) for row in made.iter_rows() if row["computed"]]
 
 
 def stream_blocks(

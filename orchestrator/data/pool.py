@@ -87,7 +87,8 @@ class PoolJob:
         return key_of({"pool": self.key, "shard": shard, "images": SHARD})
 
 
-Mapper = Callable[[ShardJob, list[int]], None]  # makes the shards of these numbers
+# Makes the shards of these numbers; returns those that it made itself: another trial may have been faster.
+Mapper = Callable[[ShardJob, list[int]], list[int]]
 
 
 class Sources:
@@ -152,28 +153,26 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "little")
 
 
-def make_here(job: ShardJob, shards: list[int]) -> None:
+def make_here(job: ShardJob, shards: list[int]) -> list[int]:
     """Makes shards in this process, one after another."""
     work = job.worker()
-    for shard in shards:
-        work(shard)
+    return [shard for shard in shards if work(shard).computed]
 
 
 def ensure_pool(job: PoolJob, count: int, mapper: Mapper) -> list[Entry]:
     """The shards that hold the first `count` images, made by `mapper` where they are missing.
 
-    Each entry says with `computed` whether it was missing.
+    Each entry says with `computed` whether this call made it.
     """
     shards = list(range(math.ceil(count / SHARD)))
     missing = [i for i in shards if job.store.get(job.stage.name, job.shard_key(i)) is None]
-    if missing:
-        mapper(job, missing)
+    made = mapper(job, missing) if missing else []
     entries = []
     for shard in shards:
         entry = job.store.get(job.stage.name, job.shard_key(shard))
         if entry is None:
             raise LookupError(f"Shard {shard} of the pool {job.stage.name}/{job.key} was not made.")
-        entries.append(Entry(entry.stage, entry.key, entry.path, entry.meta, computed=shard in missing))
+        entries.append(Entry(entry.stage, entry.key, entry.path, entry.meta, computed=shard in made))
     return entries
 
 

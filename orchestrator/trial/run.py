@@ -283,11 +283,10 @@ class _Trial:
         assert cell.teacher is not None
         job = EmbedJob(self.spec, str(self.store.root), cell.teacher, what, output, self.context.device)
         missing = shards_missing(job, job.corpus.shards)
-        if missing:
-            self.mapper(job, missing)
+        made = self.mapper(job, missing) if missing else []
         entries = embedded(job)
         for number, entry in enumerate(entries):
-            self.bill.add(replace(entry, computed=number in missing))
+            self.bill.add(replace(entry, computed=number in made))
         return [_address(entry) for entry in entries]
 
     def _pool_outputs(
