@@ -16,6 +16,7 @@ Rule = Literal["random", "grounded", "coverage"]
 TEXTS = "texts"
 CHUNK = 8192  # rows that are compared at a time
 EXACT = 20_000  # images up to which every sentence is compared with every image
+OFFERED = 64  # images that an approximate search offers each sentence to
 TWINS = 0.98  # cosine above which two sentences of a cluster count as one
 POOL = 8  # times the wanted number: what the fill by groundedness looks at
 
@@ -53,7 +54,7 @@ def groundedness(sentences: Table, images: Tensor, top: int) -> tuple[Tensor, Te
             who = torch.cat([who, numbers[where.T]], 1).gather(1, order)
             best = merged
         else:
-            found, near = (torch.from_numpy(x) for x in index.search(rows.numpy(), top))
+            found, near = (torch.from_numpy(x) for x in index.search(rows.numpy(), max(top, OFFERED)))
             scores[numbers] = found[:, 0]
             _offer(best, who, found, near, numbers)
     return scores, who, best
@@ -84,7 +85,7 @@ def _index(images: Tensor) -> Any:
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(images.shape[1]), images.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
     index.train(images.numpy())
     index.add(images.numpy())
-    index.nprobe = max(8, lists // 16)
+    index.nprobe = max(16, lists // 4)
     return index
 
 

@@ -224,3 +224,15 @@ def test_what_no_text_can_feed_is_refused_by_name() -> None:
     assert reason == "pvl_weight 0.6 + udist_weight 0.5 leave L_vl nothing"
     reason = DimeFM.refuses(make_case("vit", "cnn").setting)
     assert reason == "dime_fm needs a clip teacher, and tiny/vit is of kind vit"
+
+
+def test_approximate_neighbours_are_nearly_the_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss", reason="faiss comes with the extra `scale`")
+    images = F.normalize(drawn(4000, 0, dtype=torch.float32), dim=-1)
+    sentences = Rows(drawn(3000, 1, dtype=torch.float32))
+    exact = groundedness(sentences, images, 4)
+    monkeypatch.setattr("methods.texts.EXACT", 1000)
+    found = groundedness(sentences, images, 4)
+    assert ((found[0] - exact[0]).abs() < 1e-5).float().mean() > 0.9
+    kept = sum(len(set(a) & set(b)) for a, b in zip(found[1].tolist(), exact[1].tolist(), strict=True))
+    assert kept / exact[1].numel() > 0.7
