@@ -85,7 +85,7 @@ def compare(name: str, question: str, raw: dict[str, Any], arms: Sequence[Arm], 
     result = {
         "question": question,
         "seeds": options.seeds,
-        "spec": raw,
+        "spec": {**raw, "storage": "runs"},  # wherever it was on this machine
         "machine": f"{platform.machine()}, {options.processes} processes of 1 thread",
         "seconds": round(time.time() - began),
         "arms": table,
