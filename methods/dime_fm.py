@@ -14,7 +14,7 @@ from methods.contract import Batch, Feed, FitStage, Given, Recipe, Setting, Stag
 from methods.knobs import MethodConfig, Range, knob
 from methods.ranks import gathered
 from methods.texts import TEXTS, texts_stage
-from methods.vision_language import EMBEDDING, ByDualEncoder, EmbeddingLearner, similarities
+from methods.vision_language import EMBEDDING, ByDualEncoder, EmbeddingLearner, decay_knob, rate_knob, similarities
 
 TEMPERATURES = "temperatures"
 CALIBRATED = 4096  # images whose similarities set the temperatures
@@ -119,8 +119,8 @@ class DimeFMConfig(MethodConfig):
     teacher_view: Literal["center", "same"] = knob(
         "center", "The teacher's embedding of the plain image, or of the view that the student sees."
     )
-    lr: float = knob(8e-4, "Peak learning rate.", search=Range(low=1e-4, high=2e-3, log=True), gt=0, le=10)
-    weight_decay: float = knob(0.05, "AdamW's weight decay.", search=Range(low=0.01, high=0.2, log=True), ge=0, le=1)
+    lr: float = rate_knob()
+    weight_decay: float = decay_knob()
     warmup: float = knob(0.04, "Share of the steps with a rising learning rate.", ge=0, lt=1)
     budget: float = knob(1.0, "Share of the sweep's steps; above 1 costs more than the other methods.", gt=0, le=4)
 

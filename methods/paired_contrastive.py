@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.contract import Batch, Feed, Given, Recipe, Setting, Stage, TrainStage
-from methods.knobs import MethodConfig, Range, knob
+from methods.knobs import MethodConfig, knob
 from methods.ranks import gathered
-from methods.vision_language import ByDualEncoder, EmbeddingLearner, similarities
+from methods.vision_language import ByDualEncoder, EmbeddingLearner, decay_knob, rate_knob, similarities
 
 LARGEST = math.log(100)  # as in CLIP
 
@@ -22,8 +22,8 @@ class PairedContrastiveConfig(MethodConfig):
     """Knobs of contrastive training."""
 
     temperature: float = knob(0.07, "Where the learned temperature starts.", gt=0, le=1)
-    lr: float = knob(8e-4, "Peak learning rate.", search=Range(low=1e-4, high=2e-3, log=True), gt=0, le=10)
-    weight_decay: float = knob(0.05, "AdamW's weight decay.", search=Range(low=0.01, high=0.2, log=True), ge=0, le=1)
+    lr: float = rate_knob()
+    weight_decay: float = decay_knob()
     budget: float = knob(1.0, "Share of the sweep's steps; above 1 costs more than the other methods.", gt=0, le=4)
 
 

@@ -10,9 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.contract import Deployed, Given, Learner, Method
+from methods.knobs import Range, knob
 from methods.outputs import Output
 
 EMBEDDING = Output("embedding")
+
+
+def rate_knob() -> Any:
+    """The knob `lr`; the default is DIME-FM's [code]."""
+    return knob(8e-4, "Peak learning rate.", search=Range(low=1e-4, high=2e-3, log=True), gt=0, le=10)
+
+
+def decay_knob() -> Any:
+    """The knob `weight_decay`; the default is DIME-FM's [code]."""
+    return knob(0.05, "AdamW's weight decay.", search=Range(low=0.01, high=0.2, log=True), ge=0, le=1)
 
 
 def similarities(a: Tensor, b: Tensor, scale: float) -> Tensor:

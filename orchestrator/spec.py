@@ -357,6 +357,10 @@ class Corpus(Section):
         "refuses a folder that is not here.",
     )
 
+    def streams(self, images: str) -> bool:
+        """Whether a feed's `images` come from here; without a corpus they are the training images."""
+        return images == "corpus" and self.images is not None
+
     @model_validator(mode="after")
     def _ordered(self) -> Corpus:
         if self.min_actors > self.actors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from methods.outputs import Output
 from orchestrator.data.corpus import Corpus, CorpusShard, Shard, corpus_at, is_there
 from orchestrator.data.outputs import live_outputs
 from orchestrator.data.pixels import READ_THREADS, rendered_view
-from orchestrator.data.pool import Resources
+from orchestrator.data.pool import Mapper, Resources, ShardJob, ensure_shards
 from orchestrator.data.task import TaskData
 from orchestrator.data.views import Policy, draw
 from orchestrator.models import Network, load_network
@@ -38,28 +38,20 @@ def text_tower_of(entry: Model) -> TextTower:
 
 
 @dataclass(frozen=True)
-class EmbedJob:
+class EmbedJob(ShardJob):
     """Everything that a process needs to embed any shard of a corpus. Picklable.
 
     Attributes:
-        spec: the sweep file.
-        store_root: the store that every process can read.
         teacher: position in the sweep file.
         what: the corpus's images under the teacher, or texts under its text tower.
         output: of the images.
         device: where the teacher runs.
     """
 
-    spec: SweepSpec
-    store_root: str
     teacher: int
     what: str
     output: Output
     device: str
-
-    @property
-    def store(self) -> Store:
-        return Store(self.store_root, min_free_gb=self.spec.store.min_free_gb)
 
     @property
     def resources(self) -> Resources:
@@ -205,22 +197,7 @@ def class_vectors(prompts: Tensor, classes: int) -> Tensor:
     return torch.nn.functional.normalize(rows.mean(1), dim=-1)
 
 
-def shards_missing(job: EmbedJob, shards: Sequence[Shard]) -> list[int]:
-    """Numbers of the shards that have no entry yet."""
-    stage = STAGES[job.what]
-    return [i for i, shard in enumerate(shards) if job.store.get(stage, key_of(job.reads(shard))) is None]
-
-
-def embedded(job: EmbedJob) -> list[Entry]:
-    """Entries of all shards, in order.
-
-    Raises:
-        LookupError: if one is missing.
-    """
-    found = []
-    for shard in job.corpus.shards:
-        entry = job.store.get(STAGES[job.what], key_of(job.reads(shard)))
-        if entry is None:
-            raise LookupError(f"The shard {shard.file} of the corpus {shard.address!r} was not embedded.")
-        found.append(entry)
-    return found
+def ensure_embedded(job: EmbedJob, mapper: Mapper) -> list[Entry]:
+    """Entries of all shards of the job's corpus, in order; see `ensure_shards`."""
+    keys = [key_of(job.reads(shard)) for shard in job.corpus.shards]
+    return ensure_shards(job, STAGES[job.what], keys, mapper)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,24 +38,36 @@ class Resources:
     gpus: float
 
 
-class ShardJob(Protocol):
-    """Work on numbered shards, each published as soon as it is done. Picklable."""
-
-    @property
-    def resources(self) -> Resources: ...
-
-    def worker(self) -> Callable[[int], Entry]:
-        """What does one shard after another in one process."""
-        ...
-
-
 @dataclass(frozen=True)
-class PoolJob:
-    """Everything that a process needs to make any shard of a pool. Picklable.
+class ShardJob(ABC):
+    """Work on numbered shards, each published as soon as it is done. Picklable.
 
     Attributes:
         spec: the sweep file.
         store_root: the store that every process can read.
+    """
+
+    spec: SweepSpec
+    store_root: str
+
+    @property
+    def store(self) -> Store:
+        return Store(self.store_root, min_free_gb=self.spec.store.min_free_gb)
+
+    @property
+    @abstractmethod
+    def resources(self) -> Resources: ...
+
+    @abstractmethod
+    def worker(self) -> Callable[[int], Entry]:
+        """What does one shard after another in one process."""
+
+
+@dataclass(frozen=True)
+class PoolJob(ShardJob):
+    """Everything that a process needs to make any shard of a pool. Picklable.
+
+    Attributes:
         stage: what makes the images.
         key: of the pool, whatever its size.
         inputs: tensors of earlier stages by stage name.
@@ -62,17 +75,11 @@ class PoolJob:
         device: where the generator runs.
     """
 
-    spec: SweepSpec
-    store_root: str
     stage: ImageStage
     key: str
     inputs: dict[str, dict[str, Tensor]]
     seed: int
     device: str
-
-    @property
-    def store(self) -> Store:
-        return Store(self.store_root, min_free_gb=self.spec.store.min_free_gb)
 
     @property
     def resources(self) -> Resources:
@@ -159,21 +166,30 @@ def make_here(job: ShardJob, shards: list[int]) -> list[int]:
     return [shard for shard in shards if work(shard).computed]
 
 
-def ensure_pool(job: PoolJob, count: int, mapper: Mapper) -> list[Entry]:
-    """The shards that hold the first `count` images, made by `mapper` where they are missing.
+def ensure_shards(job: ShardJob, stage: str, keys: Sequence[str], mapper: Mapper) -> list[Entry]:
+    """The entries at these keys of a stage, one for each shard, made by `mapper` where they are missing.
 
     Each entry says with `computed` whether this call made it.
+
+    Raises:
+        LookupError: if one is missing after that.
     """
-    shards = list(range(math.ceil(count / SHARD)))
-    missing = [i for i in shards if job.store.get(job.stage.name, job.shard_key(i)) is None]
-    made = mapper(job, missing) if missing else []
-    entries = []
-    for shard in shards:
-        entry = job.store.get(job.stage.name, job.shard_key(shard))
-        if entry is None:
-            raise LookupError(f"Shard {shard} of the pool {job.stage.name}/{job.key} was not made.")
-        entries.append(Entry(entry.stage, entry.key, entry.path, entry.meta, computed=shard in made))
+    found = [job.store.get(stage, key) for key in keys]
+    missing = [number for number, entry in enumerate(found) if entry is None]
+    made = set(mapper(job, missing)) if missing else set()
+    for number in missing:
+        entry = job.store.get(stage, keys[number])
+        found[number] = replace(entry, computed=number in made) if entry is not None else None
+    entries = [entry for entry in found if entry is not None]
+    if len(entries) < len(keys):
+        raise LookupError(f"Of {len(keys)} shards of {stage}, {len(keys) - len(entries)} were not made.")
     return entries
+
+
+def ensure_pool(job: PoolJob, count: int, mapper: Mapper) -> list[Entry]:
+    """The shards that hold the first `count` images; see `ensure_shards`."""
+    keys = [job.shard_key(shard) for shard in range(math.ceil(count / SHARD))]
+    return ensure_shards(job, job.stage.name, keys, mapper)
 
 
 class PoolShard:

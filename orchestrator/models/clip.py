@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import UserError, listed, nearest
+from orchestrator.packaged.clip import CLIP_ICONS, CONFIG, tokenizer_of
 from orchestrator.spec import Model
 
 PREFIX = "open_clip/"
-CONFIG = "open_clip_config.json"
-MERGES = "bpe.txt.gz"  # a folder's own vocabulary for open_clip's tokenizer
-PACKAGED = {"packaged/clip_icons": Path(__file__).parents[1] / "packaged" / "clip_icons"}
+PACKAGED = {"packaged/clip_icons": CLIP_ICONS}
 TEXT_BATCH = 256
 
 
@@ -227,11 +226,7 @@ class TextTower:
         del model.visual
         self._model: Any = model.requires_grad_(False)
         folder = _folder(entry)
-        if folder is not None:
-            merges = {"bpe_path": str(folder / MERGES)} if (folder / MERGES).is_file() else {}
-            self._tokenize = open_clip.get_tokenizer(f"local-dir:{folder}", **merges)
-        else:
-            self._tokenize = open_clip.get_tokenizer(clip_name(entry)[0])
+        self._tokenize = tokenizer_of(folder) if folder is not None else open_clip.get_tokenizer(clip_name(entry)[0])
         probe = self._tokenize(["A tokenizer is told by what it makes of this: naïve 12,345 (ΑΩ)!"])
         self.weights_hash = f"{hash_weights(model)}-{'.'.join(str(int(i)) for i in probe[0] if i)}"
         self.device = "cpu"

@@ -42,12 +42,12 @@ class TrainJob:
         store_root: the store that every rank can read.
         stage: what to train.
         teacher, student: positions in the sweep file, or None.
-        outputs: store addresses of teacher outputs, by output key, one for each view; empty for a live teacher.
+        outputs: store addresses of teacher outputs, by output key, one for each view (of a corpus, for each shard);
+            empty for a live teacher.
         inputs: store addresses of earlier stages' results by stage name.
         of: store address of the tuned teacher whose outputs are read; None for the teacher itself.
         pool: store addresses of the shards of generated images that come along.
         pool_outputs: store addresses of teacher outputs on these, by output key, for each view one for each shard.
-        streamed: whether the images are the corpus's; `outputs` then have an address for each of its shards.
         captions: store addresses of the embeddings of its captions, one for each shard.
         texts: store addresses of the embeddings of the texts that come along, joined.
         stream_here: decode in this process, where no Ray runs.
@@ -71,7 +71,6 @@ class TrainJob:
     of: str | None = None
     pool: list[str] = field(default_factory=list)
     pool_outputs: dict[str, list[list[str]]] = field(default_factory=dict)
-    streamed: bool = False
     captions: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     stream_here: bool = True
@@ -186,7 +185,7 @@ def run_job(
     trained = networks.trained(stage.trains)
     given = given_for(stage.reads, networks, task, store, job.seed, stage_results(store, job.inputs))
     learner = stage.learner(stage.params, given)
-    if job.streamed:
+    if spec.corpus.streams(stage.feed.images):
         feeder: Feeder | StreamFeeder = _streamed(job, store, networks, rank=rank, world=world)
     else:
         feeder = _feeder(job, store, task, networks, rank=rank, world=world, device=device)

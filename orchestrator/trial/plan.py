@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -127,7 +127,7 @@ def source_reads(entry: Model, role: Any) -> dict[str, Any]:
 
 
 UPSTREAM = ("vq", "diffusion", "pipeline")
-TEXT_SOURCES: tuple[Texts, ...] = ("sentences", "prompts", "captions")
+TEXT_SOURCES: tuple[Texts, ...] = get_args(Texts)
 
 
 def upstream_hash(spec: SweepSpec, name: str) -> str:
@@ -175,7 +175,7 @@ def stage_reads(
     if cell.student is not None and "student" in stage.reads:
         reads["student"] = source_reads(spec.students[cell.student], "student")
     labels = "labels" in stage.reads or (isinstance(stage, TrainStage) and stage.feed.labels)
-    streamed = feed.images == "corpus" and spec.corpus.images is not None
+    streamed = spec.corpus.streams(feed.images)
     if streamed:
         assert spec.corpus.images is not None
         reads["corpus"] = {"images": corpus_at(spec.corpus.images, "images").identity, "dtype": spec.corpus.dtype}
@@ -226,7 +226,8 @@ def stage_reads(
 def stage_steps(stage: TrainStage, spec: SweepSpec, task: TaskData) -> int:
     """Optimizer steps of a training stage; epochs are passes over the images that it sees."""
     images = len(task.train)
-    if stage.feed.images == "corpus" and spec.corpus.images is not None and spec.train.epochs is not None:
+    if spec.train.epochs is not None and spec.corpus.streams(stage.feed.images):
+        assert spec.corpus.images is not None
         try:
             images = corpus_at(spec.corpus.images, "images").rows
         except UserError:

@@ -12,7 +12,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from methods.contract import TEACHER, FitStage, ImageStage, Stage, Texts, TrainS
 from methods.outputs import Output
 from methods.vision_language import EMBEDDING
 from orchestrator.data.contact import contact_sheet
-from orchestrator.data.embed import EmbedJob, embedded, embedded_prompts, shards_missing
+from orchestrator.data.embed import EmbedJob, embedded_prompts, ensure_embedded
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs, open_pool_outputs
 from orchestrator.data.pool import SHARD, Mapper, PoolJob, PoolShard, Sources, ensure_pool, make_here, pool_images
 from orchestrator.data.task import TaskData, load_task
@@ -282,12 +282,7 @@ class _Trial:
         cell = self.config.cell
         assert cell.teacher is not None
         job = EmbedJob(self.spec, str(self.store.root), cell.teacher, what, output, self.context.device)
-        missing = shards_missing(job, job.corpus.shards)
-        made = self.mapper(job, missing) if missing else []
-        entries = embedded(job)
-        for number, entry in enumerate(entries):
-            self.bill.add(replace(entry, computed=number in made))
-        return [_address(entry) for entry in entries]
+        return [_address(self.bill.add(entry)) for entry in ensure_embedded(job, self.mapper)]
 
     def _pool_outputs(
         self, pool: str, outputs: tuple[Output, ...], of: str, views: int, count: int = 0
@@ -364,7 +359,7 @@ class _Trial:
         feed, cell, views = stage.feed, self.config.cell, self.spec.train.views
 
         def write(folder: Path) -> dict[str, Any]:
-            streamed = feed.images == "corpus" and self.spec.corpus.images is not None
+            streamed = self.spec.corpus.streams(feed.images)
             entries: dict[str, list[Entry]] = {}
             generated: dict[str, list[list[Entry]]] = {}
             if not streamed and (feed.plain or not self.spec.train.fresh):
@@ -390,7 +385,6 @@ class _Trial:
                 of=self.addresses[feed.of] if feed.of != TEACHER else None,
                 pool=[_address(e) for e in shards],
                 pool_outputs={n: [[_address(e) for e in view] for view in found] for n, found in generated.items()},
-                streamed=streamed,
                 captions=self._text_addresses("captions") if feed.captions else [],
                 texts=self._text_addresses(feed.texts) if feed.texts else [],
                 stream_here=self.mapper is make_here,

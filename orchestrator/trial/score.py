@@ -106,7 +106,8 @@ def _labels(context: SweepContext, task: TaskData, split: Split, rows: Sequence[
 
 def zero_shot(context: SweepContext, config: TrialConfig, task: TaskData, network: nn.Module) -> ZeroShot:
     """`network`, which embeds images into the teacher's space, under the teacher's embeddings of the class names."""
-    entry = embedded_prompts(context.store, task, context.spec.teachers[config.cell.teacher or 0], context.device)
+    assert config.cell.teacher is not None
+    entry = embedded_prompts(context.store, task, context.spec.teachers[config.cell.teacher], context.device)
     vectors = class_vectors(Records(entry.path / "records.arrow").all(), len(task.classes))
     prototypes = Prototypes(*vectors.shape)
     prototypes.vectors.copy_(vectors)
