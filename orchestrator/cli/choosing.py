@@ -1,0 +1,96 @@
+"""Commands that choose a student, and take it away."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.face import JsonFlag, SweepDir, app, err, out
+
+
+class Format(str, Enum):
+    """What `export` writes."""
+
+    safetensors = "safetensors"
+    onnx = "onnx"
+
+
+@app.command()
+def best(
+    folder: SweepDir,
+    metric: Annotated[
+        str | None, typer.Option(help="What to choose by; the sweep's first objective if not given.")
+    ] = None,
+    max_params: Annotated[int | None, typer.Option(help="At most this many parameters.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="At most this median latency.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """The recommended student under limits, and its score on the test images."""
+    from orchestrator.sweep.board import recommend
+
+    answer = recommend(folder, metric, max_params, max_latency_ms)
+    if as_json:
+        print(json.dumps(answer))
+        return
+    for line in answer["sentences"]:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: SweepDir,
+    out_dir: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    trial: Annotated[str | None, typer.Option(help="Which trial; the best one if not given.")] = None,
+    fmt: Annotated[
+        Format, typer.Option("--format", help="safetensors loads in plain timm; onnx is checked.")
+    ] = Format.safetensors,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a student so that it loads without this package."""
+    from orchestrator.sweep.board import export_trial
+
+    report = export_trial(folder, out_dir, trial, fmt.value)
+    if as_json:
+        print(json.dumps(report))
+        return
+    for line in report["sentences"]:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def suite(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A student's folder, SWEEP_DIR[:TRIAL] (the best one if none is named), or a model's name.",
+        ),
+    ],
+    tasks: Annotated[
+        Path, typer.Argument(metavar="SUITE", help="A YAML file, or a folder with one sub-folder a task.")
+    ],
+    store: Annotated[
+        Path | None, typer.Option(help="Where features are kept; the sweep's store if not given, else runs/store.")
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Also write it there: .md or .json.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Evaluate a network on many tasks: zero-shot, probes, shifts, retrieval. Reads their test images, on purpose."""
+    from orchestrator.evaluate.suite import check_out, markdown, read_suite, run_suite, write_result
+    from orchestrator.select.subject import find_subject
+    from orchestrator.store import Store
+
+    if out_file is not None:
+        check_out(out_file)
+    read = read_suite(tasks)
+    subject, place = find_subject(model, store)
+    result = run_suite(subject, read, Store(place), lambda line: err.print(line, markup=False))
+    if out_file is not None:
+        write_result(result, out_file)
+    print(json.dumps(result) if as_json else markdown(result), end="\n" if as_json else "")

@@ -1,0 +1,37 @@
+"""What all commands share: the application, its consoles, and the flags that mean the same everywhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Turns a vision foundation model into the best small student for your own data.",
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 140)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+SetFlag = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the file.")
+]
+StoreDir = Annotated[Path, typer.Argument(help="A sweep's folder, a storage folder, or a store.")]
+SweepDir = Annotated[Path, typer.Argument(help="A sweep's folder: <storage>/<name>.")]
+
+
+def print_table(columns: list[str], rows: list[list[Any]]) -> None:
+    """Rows under their columns, as text."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    out.print(table, markup=False)
