@@ -22,6 +22,7 @@ METRIC_NAMES: dict[Kind, str] = {
     "multilabel": "mean AUROC",
     "segmentation": "mIoU",
 }
+STUDY_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 METRICS: dict[str, Literal["max", "min"]] = {
     "val_metric": "max",
     "params_total": "min",
@@ -234,6 +235,42 @@ class Search(Section):
         le=20,
         description="Runs of each trial, with other labelled images and another seed: rows and search get the mean.",
     )
+    study: str = Field(
+        default="journal",
+        description="Where Optuna's study lies: journal or sqlite (a file in the sweep's folder), postgresql, or "
+        "postgresql://[USER@]HOST[:PORT]/DATABASE. What opens the database comes from the environment of the driver "
+        "(ORCHESTRATOR_STUDY_URL, or libpq's PGHOST, PGUSER, PGPASSFILE, ...) or from `study_file`, never from here.",
+    )
+    study_file: str | None = Field(
+        default=None, description="A file, such as a mounted secret, with the database's address and password."
+    )
+    study_patience_s: float = Field(
+        default=300.0, ge=0, description="A lost database is tried again for so long; then the sweep ends, resumable."
+    )
+
+    @field_validator("study")
+    @classmethod
+    def _without_secrets(cls, value: str) -> str:
+        scheme, there, rest = value.partition("://")
+        if not there and value in ("journal", "sqlite", "postgresql"):
+            return value
+        if not there or scheme not in STUDY_SCHEMES:
+            raise ValueError(
+                "study is none of journal, sqlite, postgresql and postgresql://[USER@]HOST[:PORT]/DATABASE"
+            )
+        user, at, _ = rest.rpartition("@")
+        if (at and ":" in user) or "password" in rest.partition("?")[2].lower():
+            raise ValueError(
+                "study holds a password, which would be copied into the sweep's folder: take it out, and give the "
+                "whole address in the variable ORCHESTRATOR_STUDY_URL or in a file that study_file names"
+            )
+        return value.replace(scheme, "postgresql", 1)
+
+    @model_validator(mode="after")
+    def _file_of_a_database(self) -> Search:
+        if self.study_file is not None and not self.study.startswith("postgresql"):
+            raise ValueError(f"study_file is for study: postgresql, and study is {self.study}")
+        return self
 
 
 class Train(Section):

@@ -17,7 +17,7 @@ from orchestrator.trial.run import run_trial
 ROOT = Path(__file__).parent.parent
 ONLY = {
     "ray.tune|ray import tune": "orchestrator/sweep/",
-    "optuna": "orchestrator/sweep/study.py",
+    "optuna": "orchestrator/sweep/study",  # study.py, study_storage.py
     "ray.train": "orchestrator/train/group.py",
 }
 FLOORS = ["models", "store", "data", "train", "evaluate", "trial", "select", "sweep"]

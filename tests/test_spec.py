@@ -107,6 +107,7 @@ ENTRIES = st.lists(
 )
 METRIC = st.sampled_from(sorted(METRICS))
 OBJECTIVE = METRIC | st.fixed_dictionaries({"metric": METRIC}, optional={"mode": st.sampled_from([None, "max", "min"])})
+STUDIES = st.sampled_from(["journal", "sqlite", "postgresql", "postgresql://me@host:5433/db"])
 SPECS = section_of(
     SweepSpec,
     name=NAMES,
@@ -121,7 +122,7 @@ SPECS = section_of(
     students=ENTRIES,
     methods=st.dictionaries(NAMES, st.none() | st.dictionaries(TEXT, KNOBS, max_size=3), min_size=1, max_size=3),
     objectives=st.lists(OBJECTIVE, min_size=1, max_size=1),
-    search=section_of(Search),
+    search=section_of(Search, study=STUDIES, study_file=st.none() | TEXT).filter(lambda raw: fits(Search, raw)),
     train=section_of(Train).map(one_budget),
     upstream=section_of(
         Upstream,

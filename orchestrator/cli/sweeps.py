@@ -36,9 +36,11 @@ def check(
         raise UserError("Which sweep file? `orchestrator check SPEC`, or `orchestrator check --keys` for its keys.")
     from orchestrator.sweep.costs import costs_of, sentences_of
     from orchestrator.sweep.run import check_storage, prepare
+    from orchestrator.sweep.study_storage import check_study
 
     read = read_sweep_file(spec, None, None, None, overrides)
     check_storage(read)
+    check_study(read)
     prepared = prepare(read, dry=True)
     task = prepared.task
     reckoned = costs_of(read, task, prepared.cells, prepared.spaces)
@@ -92,9 +94,11 @@ def sweep(
 ) -> None:
     """Run a sweep to its end and show the leaderboard."""
     from orchestrator.sweep.run import check_storage, create, discard, prepare
+    from orchestrator.sweep.study_storage import check_study
 
     read = read_sweep_file(spec, storage, name, trials, overrides)
     check_storage(read)
+    check_study(read)
     prepared = prepare(read)
     folder = create(read)
     try:

@@ -60,6 +60,8 @@ def resolved(spec: SweepSpec) -> SweepSpec:
             raw["upstream"][name] = _absolute(value, ("local:",))
         elif isinstance(value, dict) and isinstance(value.get("model"), str):
             value["model"] = _absolute(value["model"], ("local:",))
+    if raw["search"]["study_file"] is not None:
+        raw["search"]["study_file"] = _absolute(raw["search"]["study_file"])
     for name in ("images", "sentences"):
         if raw["corpus"][name] is not None:
             raw["corpus"][name] = _absolute(raw["corpus"][name])
@@ -249,7 +251,9 @@ def create(spec: SweepSpec) -> Path:
 
 def discard(folder: Path) -> None:
     """Takes away the folder of a sweep that was refused before anything was proposed, so that its name is free."""
-    if not (folder / "study.db").exists():
+    from orchestrator.sweep.study_storage import has_study
+
+    if not has_study(folder):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -272,14 +276,18 @@ def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
 
     Raises:
         UserError: if another process runs this sweep.
-        FullDiskError: with what to do then.
+        FullDiskError, StudyLostError: with what to do then.
     """
+    from orchestrator.sweep.study_storage import StudyLostError
+
     lock = FileLock(folder / ".driver.lock", timeout=0)
     try:
         with lock:
             _run(prepared, folder, on_event)
     except Timeout:
         raise UserError(f"Another process is running the sweep {str(folder)!r}.") from None
+    except StudyLostError as error:
+        raise StudyLostError(f"{error} Continue with `orchestrator resume {folder}` once it is back.") from None
     except Exception as error:
         if isinstance(error, FullDiskError) or disk_full(error):
             said = str(error) if isinstance(error, FullDiskError) else f"The disk of {str(folder)!r} is full."
@@ -289,11 +297,13 @@ def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
 
 def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
     from orchestrator.sweep.study import Study
+    from orchestrator.sweep.study_storage import check_study
     from orchestrator.sweep.tune import run_search, start_ray
 
     spec = prepared.spec
     for entry in spec.teachers:
         load_network(entry, "teacher")  # unreadable weights end the sweep here, before a trial is paid for
+    check_study(spec)
     start_ray(spec.train.threads)
     device = device_of(spec)
     if device == "cpu":

@@ -1,20 +1,20 @@
-"""The search itself: the only module that knows Optuna. Its storage is the truth about what was proposed."""
+"""The search itself: with `study_storage.py` all that knows Optuna. The study is the truth about what was proposed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.space import Space, default_knobs, grid, sample
+from orchestrator.sweep.study_storage import Result, StudyPlace
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -35,8 +35,8 @@ class Study:
     holes, and may differ from Optuna's.
 
     Args:
-        spec: the sweep file.
-        folder: where `study.db` (an Optuna journal) lies.
+        spec: the sweep file; `search.study` says where the study lies.
+        folder: the sweep's.
         cells: feasible combinations of method, teacher and student.
         spaces: knobs by method.
         task: for refusing configurations that cannot run.
@@ -44,19 +44,21 @@ class Study:
 
     def __init__(self, spec: SweepSpec, folder: Path, cells: list[Cell], spaces: dict[str, Space], task: Any) -> None:
         self.spec, self.cells, self.spaces, self.task = spec, cells, spaces, task
-        _mend(folder / "study.db")
-        storage = JournalStorage(JournalFileBackend(str(folder / "study.db")))
-        self._study = optuna.create_study(
-            study_name=spec.name,
-            storage=storage,
-            load_if_exists=True,
-            directions=["maximize" if o.direction == "max" else "minimize" for o in spec.objectives],
-            pruner=optuna.pruners.NopPruner(),
-        )
+        self._place = StudyPlace(spec, folder)
+        self._patiently(self._open)
+        self._fixed = self._first_trials()
+
+    def _open(self) -> None:
+        self._study = self._place.open()
+        self._void()
+
+    def _void(self) -> None:
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if "config" not in trial.user_attrs:
                 self._study.tell(trial.number, state=TrialState.FAIL)
-        self._fixed = self._first_trials()
+
+    def _patiently(self, work: Callable[[], Result]) -> Result:
+        return self._place.patiently(work, self._open, self.spec.search.study_patience_s)
 
     def _first_trials(self) -> list[tuple[Cell, dict[str, Any]]]:
         if self.spec.search.sampler == "grid":
@@ -77,7 +79,8 @@ class Study:
 
     def proposed(self) -> list[tuple[TrialConfig, bool]]:
         """Every configuration proposed so far, with whether its end was told."""
-        return [(config, trial.state.is_finished()) for config, trial in self._whole()]
+        whole = self._patiently(self._whole)
+        return [(config, trial.state.is_finished()) for config, trial in whole]
 
     def _whole(self) -> list[tuple[TrialConfig, FrozenTrial]]:
         """Every proposal that was made whole, by number, with Optuna's record of it."""
@@ -86,8 +89,23 @@ class Study:
         return [(TrialConfig.from_json(t.user_attrs["config"]), t) for t in whole]
 
     def ask(self) -> TrialConfig:
-        """Proposes the next configuration."""
-        number = len(self._whole())
+        """Proposes the next configuration.
+
+        A connection that is lost on the way leaves a proposal half made, which is void as a dead driver's is; or a
+        whole one of which only the answer was lost, and which is then the one.
+
+        Raises:
+            StudyLostError: if the study's database stays away.
+        """
+        number = len(self._patiently(self._whole))
+
+        def propose() -> TrialConfig:
+            known = self._whole()
+            return known[number][0] if len(known) > number else self._propose(number)
+
+        return self._patiently(propose)
+
+    def _propose(self, number: int) -> TrialConfig:
         seed = _seed(self.spec.search.seed, number)
         if self.spec.search.sampler == "tpe":
             self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
@@ -129,7 +147,14 @@ class Study:
         return config
 
     def tell(self, number: int, row: dict[str, Any]) -> None:
-        """Tells how a trial ended, in Optuna's own states: complete with its values, pruned, or failed."""
+        """Tells how a trial ended, in Optuna's own states: complete with its values, pruned, or failed.
+
+        Raises:
+            StudyLostError: if the study's database stays away.
+        """
+        self._patiently(lambda: self._tell(number, row))
+
+    def _tell(self, number: int, row: dict[str, Any]) -> None:
         frozen = self._whole()[number][1]
         if frozen.state.is_finished():
             return
@@ -142,16 +167,6 @@ class Study:
         for metric in ("val_metric", "params_total", "latency_ms"):
             storage.set_trial_user_attr(trial_id, metric, json.loads(json.dumps(row.get(metric))))
         self._study.tell(frozen.number, values if state is TrialState.COMPLETE else None, state=state)
-
-
-def _mend(journal: Path) -> None:
-    """Drops a last line that its writer did not finish: it was killed, or the disk was full."""
-    if not journal.is_file():
-        return
-    content = journal.read_bytes()
-    if content and not content.endswith(b"\n"):
-        with journal.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
 
 
 def _cell_name(spec: SweepSpec, cell: Cell) -> str:

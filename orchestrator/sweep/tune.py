@@ -21,9 +21,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from orchestrator.errors import FullDiskError
+from orchestrator.errors import FullDiskError, WorkError
 from orchestrator.sweep.ledger import FINAL, Clock, Ledger
 from orchestrator.sweep.study import Study
+from orchestrator.sweep.study_storage import StudyLostError
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
 from orchestrator.trial.repeat import run_repeats
@@ -48,7 +49,7 @@ class _Bridge(Searcher):
         self.told: set[int] = set()
         self.again: list[TrialConfig] = []
         self.count = 0
-        self.halted = ""  # why nothing more is proposed in this life of the driver
+        self.halted: WorkError | None = None  # why nothing more is proposed in this life of the driver
         for config, told in study.proposed():
             self.count += 1
             row = ledger.read(config.trial_id)
@@ -64,7 +65,11 @@ class _Bridge(Searcher):
         return self.concurrency if self.context.spec.search.reproducible else 0
 
     def suggest(self, trial_id: str) -> Any:
-        config = self._next()
+        try:
+            config = self._next()
+        except StudyLostError as error:
+            self.halted = error  # what runs goes on to its row; the study hears of it when the sweep is continued
+            config = self._next()
         if not isinstance(config, TrialConfig):
             return config
         self.open[trial_id] = config
@@ -106,7 +111,7 @@ class _Bridge(Searcher):
         if config is None:
             return
         if (result or {}).get("full_disk"):
-            self.halted = self.halted or str((result or {})["full_disk"])
+            self.halted = self.halted or FullDiskError(str((result or {})["full_disk"]))
             return  # its row is not final: it is run again when the sweep is continued
         row = self.ledger.read(config.trial_id) or blank_row(self.context.spec, config)
         if row["status"] not in FINAL:
@@ -128,6 +133,8 @@ class _Bridge(Searcher):
 
     def flush(self) -> None:
         """Tells everything that is finished."""
+        if isinstance(self.halted, StudyLostError):
+            return
         self._tell(max(self.finished, default=-1))
 
     def save(self, checkpoint_path: str) -> None:
@@ -286,7 +293,7 @@ def run_search(context: SweepContext, study: Study, on_event: Any = None) -> Non
     ledger.publish()
     clock.save(force=True)
     if bridge.halted:
-        raise FullDiskError(bridge.halted)
+        raise bridge.halted
 
 
 def _scratch(context: SweepContext) -> Path:
