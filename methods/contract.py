@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from methods.knobs import MethodConfig
 from methods.outputs import Output
+from methods.ranks import weight_of
 
 Images = Literal["labelled", "all", "corpus"]
 Kind = Literal["classification", "multilabel", "segmentation"]
@@ -553,22 +554,21 @@ def supervised_loss(logits: Tensor, labels: Tensor, kind: Kind, label_smoothing:
     """The task's own loss of logits on the rows (pixels) that have a label; 0 with a graph where none has.
 
     Cross-entropy of logits [B, C], or [B, C, h, w] brought to the labels' size; for multi-label the mean binary
-    cross-entropy over rows and classes. Labels as in `Batch.labels`.
+    cross-entropy over rows and classes. Labels as in `Batch.labels`. In a worker group, ranks weigh as many rows
+    (pixels) as they have with a label: the mean over ranks is the mean over all of them.
     """
     logits = logits.float()
-    if kind == "multilabel":
-        known = labels[:, 0] >= 0
-        if not bool(known.any()):
-            return logits.sum() * 0.0
-        target = labels[known] * (1 - label_smoothing) + label_smoothing / 2
-        return F.binary_cross_entropy_with_logits(logits[known], target)
-    if kind == "segmentation":
-        if not bool((labels != IGNORE).any()):
-            return logits.sum() * 0.0
-        if logits.shape[-2:] != labels.shape[-2:]:
-            logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE, label_smoothing=label_smoothing)
-    known = labels >= 0
+    known = labels[:, 0] >= 0 if kind == "multilabel" else labels != IGNORE if kind == "segmentation" else labels >= 0
+    weight = weight_of(known.sum())
     if not bool(known.any()):
         return logits.sum() * 0.0
-    return F.cross_entropy(logits[known], labels[known], label_smoothing=label_smoothing)
+    if kind == "multilabel":
+        target = labels[known] * (1 - label_smoothing) + label_smoothing / 2
+        loss = F.binary_cross_entropy_with_logits(logits[known], target)
+    elif kind == "segmentation":
+        if logits.shape[-2:] != labels.shape[-2:]:
+            logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, label_smoothing=label_smoothing)
+    else:
+        loss = F.cross_entropy(logits[known], labels[known], label_smoothing=label_smoothing)
+    return loss * weight

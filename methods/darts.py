@@ -14,6 +14,7 @@ from methods.contract import Batch, Deployed, Given, Recipe, Setting, Stage, Str
 from methods.kd import KD, KDConfig, KDLearner
 from methods.knobs import Choice, Range, knob
 from methods.parts.cells import CHOICES, CellNetwork, operation
+from methods.ranks import places
 
 SEARCH = "search"
 ALPHAS = "alphas"
@@ -85,9 +86,9 @@ def discretised(network: SuperNetwork) -> CellNetwork:
 
 
 class SearchLearner(KDLearner):
-    """First-order bilevel search in one loop: the batch's even rows move the weights, its odd rows the choices.
+    """First-order bilevel search in one loop: half of the batch's rows move the weights, the others the choices.
 
-    The loss is `L(w; even rows, α fixed) + L(α; odd rows, w fixed)`, L logit distillation's, so one backward gives
+    The loss is `L(w; one half, α fixed) + L(α; the other, w fixed)`, L logit distillation's, so one backward gives
     each its own gradient and no other. DARTS holds out half of the training data for α; here every image is in
     either half from step to step [inferred], so that few labels are not halved. Batch statistics see both halves.
     """
@@ -146,11 +147,17 @@ class CellLearner(KDLearner):
         return Deployed(self.student.eval(), "student", structure=structure)
 
 
-def _rows(batch: Batch, first: int) -> Batch:
-    """Every second row: labelled and unlabelled rows are dealt out evenly."""
+def _rows(batch: Batch, half: int) -> Batch:
+    """Half of the rows, labelled and unlabelled ones dealt out evenly.
+
+    By the parity of the ones in a row's binary place in the global batch: of any two neighbours, on any of 1, 2, 4, ...
+    workers, one is in either half, and a row's half does not depend on how many workers there are.
+    """
     assert batch.labels is not None
-    outputs = {name: tensor[first::2] for name, tensor in batch.outputs.items()}
-    return Batch(batch.images[first::2], batch.labels[first::2], outputs)
+    parity = torch.tensor([place.bit_count() % 2 for place in places(len(batch.images)).tolist()])
+    rows = (parity == half).nonzero().flatten().to(batch.images.device)
+    outputs = {name: tensor[rows] for name, tensor in batch.outputs.items()}
+    return Batch(batch.images[rows], batch.labels[rows], outputs)
 
 
 class DARTS(KD):
@@ -178,7 +185,7 @@ class DARTS(KD):
         search = replace(
             distil,
             name=SEARCH,
-            version=2,
+            version=3,
             learner=SearchLearner,
             params={**params, "alpha_scale": config.alpha_lr / config.search_lr},
             recipe=Recipe(lr=config.search_lr, weight_decay=config.weight_decay, budget=config.search_budget),

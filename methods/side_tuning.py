@@ -14,6 +14,7 @@ from methods.contract import Batch, Deployed, Feed, Given, Learner, Recipe, Sett
 from methods.heads import POOLED
 from methods.knobs import Choice, Range, knob
 from methods.parts.side import SideNetwork, SideTuned, side_tuned
+from methods.ranks import gathered
 from methods.tuning import TunedTeacher, TuningConfig, TuningLearner
 
 SIDE = "side"
@@ -55,8 +56,8 @@ class SideTuningConfig(TuningConfig):
 class ImitationLearner(Learner):
     """The side network alone: its result [B, D] against the teacher's pooled features, without labels.
 
-    Mean squared error in units of the features' variance over the batch, so that the loss of the best constant is
-    about 1 [inferred].
+    Mean squared error in units of the features' variance over the global batch, so that the loss of the best constant
+    is about 1 [inferred].
     """
 
     student: SideNetwork
@@ -67,7 +68,7 @@ class ImitationLearner(Learner):
 
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         target = batch.outputs[POOLED.key].float()
-        spread = target.var(0, correction=0).mean().clamp_min(1e-12)
+        spread = gathered(target).var(0, correction=0).mean().clamp_min(1e-12)
         apart = F.mse_loss(self.student(batch.images).float(), target) / spread
         return {"loss": apart, "imitation": apart}
 

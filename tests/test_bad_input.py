@@ -375,18 +375,6 @@ def test_the_command_line_answers_with_one_line_on_stderr_and_exit_code_2(raw, t
     assert expected in line
 
 
-def test_batch_norm_on_several_cpu_workers_says_what_to_do_instead(raw: dict[str, Any], tmp_path: Path) -> None:
-    train = {"steps": 5, "batch": 8, "workers": 2, "device": "cpu"}
-    message = refusal(changed(raw, train=train), tmp_path)
-    assert message.startswith("train.workers: 2 on CPUs cannot synchronise the batch norm of timm/test_resnet")
-    assert "sync_batchnorm: false" in message
-    checked(changed(raw, train=train | {"sync_batchnorm": False}), tmp_path)
-    student = {"model": "timm/test_convnext", "image_size": 32}
-    checked(changed(raw, train=train, students=[student]), tmp_path)
-    prepared = checked(changed(raw, train=train | {"device": "auto"}, students=[STUDENT]), tmp_path)
-    assert any("batch norm" in sentence for sentence in prepared.unchecked)
-
-
 def test_check_reads_local_weights_and_says_what_is_wrong_with_them(raw: dict[str, Any], tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file

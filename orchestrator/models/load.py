@@ -235,13 +235,6 @@ def plan_network(entry: Model, role: Role) -> tuple[NetworkInfo, Preprocessing]:
     return _plan(entry.model_dump_json(), role)
 
 
-def has_batch_norm(entry: Model) -> bool:
-    """Whether the network normalises over the batch."""
-    network = plan_network(entry, "student")[0].skeleton
-    assert network is not None
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-
-
 def deploy_network(
     entry: Model,
     num_classes: int,

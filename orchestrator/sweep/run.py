@@ -16,12 +16,11 @@ from orchestrator.data.memory import stream_memory
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import FullDiskError, UserError, disk_full, listed
 from orchestrator.models import check_model, load_network, plan_network
-from orchestrator.models.load import has_batch_norm
 from orchestrator.models.names import Role
 from orchestrator.spec import SweepSpec, read_spec
 from orchestrator.store import Store
 from orchestrator.sweep.costs import holdings_of
-from orchestrator.sweep.space import Space, check_cell, grid, method_space, trained_models, wanted_outputs
+from orchestrator.sweep.space import Space, check_cell, grid, method_space, wanted_outputs
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, feasible_cells
 
@@ -127,14 +126,7 @@ def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
             next(grid(spaces[cell.method], cell.method))
     if not runnable:
         raise UserError(f"methods: none of {listed(spec.methods)} can run on this data: {'; '.join(dropped)}.")
-    prepared = Prepared(spec, task, runnable, spaces, list(dict.fromkeys(dropped)), unchecked)
-    if spec.train.device == "cpu":
-        check_batch_norm(prepared)
-    elif spec.train.device == "auto" and _unsynchronised(prepared):
-        unchecked.append(
-            "train.workers: whether the cluster has GPUs, without which batch norm is not synchronised over workers."
-        )
-    return prepared
+    return Prepared(spec, task, runnable, spaces, list(dict.fromkeys(dropped)), unchecked)
 
 
 def _check_corpora(spec: SweepSpec, dry: bool) -> list[str]:
@@ -168,30 +160,6 @@ def _check_stream(spec: SweepSpec, row_group: int) -> None:
             f"corpus.memory_gb: {corpus.memory_gb:g} is too little for a stream of {size} px with corpus.window: "
             f"{corpus.window} and {corpus.readers} readers, which takes {memory.total / 1e9:.2f} GB at least; use a "
             "smaller window, fewer readers, or more memory."
-        )
-
-
-def _unsynchronised(prepared: Prepared) -> list[str]:
-    """The networks to train whose batch norm needs GPUs, to be over the batch of all workers as the file asks."""
-    train = prepared.spec.train
-    if train.workers == 1 or not train.sync_batchnorm:
-        return []
-    models = trained_models(prepared.spec, prepared.spaces, prepared.cells, prepared.task.info)
-    return [m.model for m in models if has_batch_norm(m)]
-
-
-def check_batch_norm(prepared: Prepared) -> None:
-    """For a sweep without GPUs: torch synchronises batch norm on GPUs only.
-
-    Raises:
-        UserError: if a network with batch norm would be trained on several workers.
-    """
-    found = _unsynchronised(prepared)
-    if found:
-        raise UserError(
-            f"train.workers: {prepared.spec.train.workers} on CPUs cannot synchronise the batch norm of "
-            f"{listed(found)} (torch does so on GPUs only): use workers: 1, networks without batch norm, or "
-            "sync_batchnorm: false, which normalises over each worker's own images."
         )
 
 
@@ -306,8 +274,6 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
     check_study(spec)
     start_ray(spec.train.threads)
     device = device_of(spec)
-    if device == "cpu":
-        check_batch_norm(prepared)
     if not os.environ.get("RAY_ADDRESS"):
         check_capacity(spec, device)
     context = SweepContext(

@@ -13,7 +13,7 @@ from methods.contract import TEACHER, Feed, FitStage, Stage, TrainStage
 from methods.knobs import Choice, Range, default_space
 from methods.outputs import Output
 from orchestrator.errors import UserError, listed, nearest
-from orchestrator.spec import Model, SweepSpec, explain
+from orchestrator.spec import SweepSpec, explain
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 
 Space = dict[str, Any]  # knob -> Range, Choice, or a fixed value
@@ -198,21 +198,3 @@ def wanted_outputs(
                 if isinstance(feed, Feed | FitStage) and feed.of == TEACHER and not (feed is stage and feed.pool):
                     wanted.setdefault(cell.teacher, {}).update(dict.fromkeys(feed.outputs))
     return {teacher: tuple(sorted(outputs, key=lambda o: o.key)) for teacher, outputs in wanted.items()}
-
-
-def trained_models(
-    spec: SweepSpec, spaces: Mapping[str, Space], cells: list[Cell], task: Any, draws: int = 8
-) -> list[Model]:
-    """The teachers and students that some stage trains, as far as draws tell."""
-    found: dict[str, Model] = {}
-    for cell in cells:
-        for stages in stage_lists(spec, spaces, cell, task, draws):
-            for stage in stages:
-                if not isinstance(stage, TrainStage):
-                    continue
-                entries, number = (
-                    (spec.teachers, cell.teacher) if stage.trains == "teacher" else (spec.students, cell.student)
-                )
-                if number is not None:
-                    found[entries[number].model_dump_json()] = entries[number]
-    return list(found.values())

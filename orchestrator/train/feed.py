@@ -175,7 +175,7 @@ class Feeder:
         if feed.images == "labelled":
             self.pools = [(known, batch)]
         elif feed.labels and len(unlabelled):
-            # A multiple of this unit gives every rank of 2, 4 or 8 as many labelled rows, whatever their number.
+            # A multiple of this unit gives every rank of 2, 4 or 8 as many labelled rows, where the batch allows it.
             unit = math.gcd(max(batch // 2, 1), 8)
             share = min(max(round(batch * feed.labelled_fraction / unit), 1), batch // unit - 1) * unit
             self.pools = [(known, share), (unlabelled, batch - share)]
@@ -194,9 +194,9 @@ class Feeder:
                 chosen = epochs + 1
             else:
                 chosen = np.random.default_rng([self.seed, order.stream, step, 1]).integers(0, self.views, amount)
-            rows.append(pool[items][self.rank :: self.world])
-            views.append(chosen[self.rank :: self.world])
-        return np.concatenate(rows), np.concatenate(views)
+            rows.append(pool[items])
+            views.append(chosen)
+        return np.concatenate(rows)[self.rank :: self.world], np.concatenate(views)[self.rank :: self.world]
 
     def _read(self, step: int) -> Batch:
         rows, views = self.rows(step)

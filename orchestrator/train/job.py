@@ -27,7 +27,7 @@ from orchestrator.data.task import ImageSet, Split, TaskData, load_task
 from orchestrator.data.views import Policy
 from orchestrator.models import Network, build_network, load_network, save_student
 from orchestrator.models.load import Preprocessing, describe, tuned_network
-from orchestrator.spec import SweepSpec
+from orchestrator.spec import SweepSpec, Train
 from orchestrator.store import Entry, JoinedRecords, OpenFiles, Store
 from orchestrator.train.feed import Feeder, LiveTeacher, StreamFeeder, TextFeed
 from orchestrator.train.loop import Checkpoint, Report, fit
@@ -203,7 +203,7 @@ def run_job(
         checkpoint=Checkpoint(Path(job.scratch) / "checkpoint.pt", spec.train.checkpoint_s),
         report=report,
     )
-    images_seen = job.steps * (spec.train.batch + (pool_batch(job) if job.pool else 0))
+    images_seen = job.steps * (spec.train.batch + (pool_batch(spec.train, stage.feed) if job.pool else 0))
     about = {
         "optimizer_steps": job.steps,
         "images_seen": images_seen,
@@ -224,10 +224,10 @@ def run_job(
     return about
 
 
-def pool_batch(job: TrainJob) -> int:
-    """Generated images of a global batch, the same number on every rank."""
-    workers = job.spec.train.workers
-    return max(1, round(job.spec.train.batch * job.stage.feed.pool_ratio / workers)) * workers
+def pool_batch(train: Train, feed: Feed) -> int:
+    """Generated images of a global batch: what the ratio asks for, or the nearest number that every rank can share."""
+    wanted = train.batch * feed.pool_ratio
+    return max(1, round(wanted / train.workers)) * train.workers
 
 
 def joined_records(store: Store, addresses: Sequence[str]) -> JoinedRecords:
@@ -319,7 +319,7 @@ def _feeder(
                 for key, addresses in job.pool_outputs.items()
             },
             live=live_teacher(joined, joined.split, feed.pool_outputs),
-            batch=pool_batch(job),
+            batch=pool_batch(spec.train, feed),
             stream=8,
             **common,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -15,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from methods.contract import Learner, Recipe
+from methods.contract import Batch, Learner, Recipe
+from methods.ranks import GlobalBatchNorm
 from orchestrator.errors import WorkError
 from orchestrator.train.feed import Feeder, StreamFeeder
 
@@ -133,6 +135,25 @@ def _moving(learner: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in learner.state_dict().items() if n not in frozen}
 
 
+def part_of(batch: Batch, part: int, parts: int) -> Batch:
+    """Every `parts`-th row of a batch from row `part` on; of texts, which are of no row, all."""
+    if parts == 1:
+        return batch
+
+    def cut(rows: Tensor | None) -> Tensor | None:
+        return rows[part::parts] if rows is not None else None
+
+    return Batch(
+        batch.images[part::parts],
+        cut(batch.labels),
+        {key: rows[part::parts] for key, rows in batch.outputs.items()},
+        cut(batch.teacher_images),
+        part_of(batch.generated, part, parts) if batch.generated is not None else None,
+        batch.texts,
+        cut(batch.captions),
+    )
+
+
 def fit(
     learner: Learner,
     feeder: Feeder | StreamFeeder,
@@ -164,13 +185,11 @@ def fit(
         DivergedError: if the loss is not finite; on all ranks at the same step.
     """
     learner.to(device)
-    if world > 1 and sync_batchnorm and device != "cpu":
-        nn.SyncBatchNorm.convert_sync_batchnorm(learner)
     wrapped: nn.Module = learner
     if world > 1:
         ids = [torch.cuda.current_device()] if device != "cpu" else None
         # Which loss parts are active may change with progress, so a parameter may have no gradient in a step.
-        wrapped = DistributedDataParallel(learner, device_ids=ids, find_unused_parameters=True, broadcast_buffers=True)
+        wrapped = DistributedDataParallel(learner, device_ids=ids, find_unused_parameters=True)
     optimizer = build_optimizer(learner, recipe)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
@@ -186,6 +205,7 @@ def fit(
         history = History(state["points"], state["loop_seconds"])
         start, counts = state["step"], dict(state.get("counts", {}))
         sums = {k: torch.tensor(v, device=device) for k, v in state.get("sums", {}).items()}
+    norms = GlobalBatchNorm() if world > 1 and sync_batchnorm else contextlib.nullcontext()
     every = report_every or max(1, steps // 20)
     began = time.perf_counter()
     wrapped.train()
@@ -195,7 +215,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step, steps) * group["scale"]
             batch = feeder(step, device)
-            with torch.autocast(device.split(":")[0], dtype=half, enabled=half is not None):
+            with torch.autocast(device.split(":")[0], dtype=half, enabled=half is not None), norms:
                 parts = wrapped(batch, step / steps)
             scaler.scale(parts["loss"]).backward()
             if recipe.clip is not None:

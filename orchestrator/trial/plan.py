@@ -19,6 +19,7 @@ from orchestrator.errors import UserError, listed, nearest
 from orchestrator.models import load_network, plan_network
 from orchestrator.models.load import describe
 from orchestrator.spec import Model, SweepSpec, explain
+from orchestrator.train.job import pool_batch
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,10 @@ def stage_reads(
         reads["precision"] = train.precision
         # Batch norm over each worker's own part is another computation; without workers it makes no difference.
         reads["workers"] = 1 if train.workers == 1 or train.sync_batchnorm else train.workers
+        if stage.feed.pool:
+            one = train.model_copy(update={"workers": 1})
+            if pool_batch(train, stage.feed) != pool_batch(one, stage.feed):  # rounded so that the workers share it
+                reads["workers"] = train.workers
         if streamed:  # each worker has a stream of its own
             reads |= {"workers": train.workers, "window": spec.corpus.window, "views": None}
         reads["seed"] = config.seed
