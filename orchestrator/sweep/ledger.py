@@ -37,6 +37,7 @@ class Ledger:
         self.folder = Path(folder)
         self.rows_folder = self.folder / "trials"
         self._final: dict[str, dict[str, Any]] = {}  # final rows never change: read once
+        self._next_publish = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes one row at once; a final row is never replaced by an unfinished one."""
@@ -65,8 +66,16 @@ class Ledger:
         found = (self.read(path.stem) for path in sorted(self.rows_folder.glob("t*.json")))
         return [row for row in found if row is not None]
 
-    def publish(self) -> None:
-        """Writes `trials.parquet` from the rows, at once."""
+    def publish(self, *, now: bool = True) -> None:
+        """Writes `trials.parquet` from the rows, at once.
+
+        Args:
+            now: False leaves it to a later call if the last one is short ago; the table of many trials takes long to
+                write, and this keeps it below a twentieth of the driver's time.
+        """
+        began = time.monotonic()
+        if not now and began < self._next_publish:
+            return
         rows = self.rows()
         if not rows:
             return
@@ -76,6 +85,8 @@ class Ledger:
             schema = schema.set(schema.get_field_index(name), pa.field(name, pa.string()))
         table = pa.Table.from_pylist(rows, schema=schema)
         at_once(self.folder / "trials.parquet", lambda temporary: pq.write_table(table, temporary))
+        ended = time.monotonic()
+        self._next_publish = ended + max(1.0, 20 * (ended - began))
 
 
 class Clock:

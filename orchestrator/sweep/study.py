@@ -47,6 +47,7 @@ class Study:
         self._place = StudyPlace(spec, folder)
         self._patiently(self._open)
         self._fixed = self._first_trials()
+        self._configs: dict[int, TrialConfig] = {}  # by Optuna's number: parsed once
 
     def _open(self) -> None:
         self._study = self._place.open()
@@ -84,9 +85,11 @@ class Study:
 
     def _whole(self) -> list[tuple[TrialConfig, FrozenTrial]]:
         """Every proposal that was made whole, by number, with Optuna's record of it."""
-        trials = self._study.get_trials(deepcopy=False)
-        whole = [t for t in trials if "config" in t.user_attrs]
-        return [(TrialConfig.from_json(t.user_attrs["config"]), t) for t in whole]
+        whole = [t for t in self._study.get_trials(deepcopy=False) if "config" in t.user_attrs]
+        for trial in whole:
+            if trial.number not in self._configs:
+                self._configs[trial.number] = TrialConfig.from_json(trial.user_attrs["config"])
+        return [(self._configs[t.number], t) for t in whole]
 
     def ask(self) -> TrialConfig:
         """Proposes the next configuration.

@@ -74,7 +74,7 @@ class _Bridge(Searcher):
             return config
         self.open[trial_id] = config
         self.ledger.write(blank_row(self.context.spec, config) | {"started": time.time()})
-        self.ledger.publish()
+        self.ledger.publish(now=False)
         return {"trial": config.to_json(), "method": config.cell.method, **config.knobs}
 
     def _next(self) -> TrialConfig | str | None:
@@ -128,7 +128,7 @@ class _Bridge(Searcher):
                 )
                 row |= {"status": "pruned", "reason": reason, "val_metric": metric}
         self.ledger.write(row)
-        self.ledger.publish()
+        self.ledger.publish(now=False)
         self.finished[config.number] = row
 
     def flush(self) -> None:

@@ -1,0 +1,103 @@
+"""What the driver of a sweep costs for each trial, and whether that grows: sweeps of instantaneous trials.
+
+    python -m benchmarks.driver                       # 10, 100 and 1,000 trials; writes benchmarks/results/
+    python -m benchmarks.driver --sizes 10 100        # minutes
+
+Each trial is one configuration that the store holds already, so that it takes milliseconds; proposals come from the
+sampler that is named. Counted from outside: CPU seconds and resident memory of the driver's process, wall seconds
+between the ends of trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RESULTS = Path(__file__).parent / "results" / "driver.json"
+TICK = os.sysconf("SC_CLK_TCK")
+SPEC: dict[str, Any] = {
+    "name": "driver",
+    "task": {"data": "packaged/clipart", "shots": 5},
+    "students": [{"model": "timm/test_resnet", "image_size": 48}],
+    "methods": {"linear_probe": {}},
+    "train": {"steps": 1, "batch": 16, "views": 1},
+}
+
+
+def used(pid: int) -> tuple[float, int]:
+    """(CPU seconds, resident bytes) of a process."""
+    stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(stat[11]) + int(stat[12])) / TICK, int(stat[21]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def watched(folder: Path, trials: int, sampler: str) -> dict[str, Any]:
+    """Runs one sweep and samples its driver at every tenth of its trials."""
+    search = {"trials": trials, "sampler": sampler, "concurrency": 1, "defaults_first": False}
+    spec = SPEC | {"search": search, "storage": str(folder), "name": f"driver-{trials}"}
+    path = folder / f"{trials}.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "orchestrator", "sweep", str(path), "--json"]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    rows = folder / f"driver-{trials}" / "trials"
+    points: list[dict[str, float]] = []
+    while driver.poll() is None:
+        done = sum(1 for _ in rows.glob("t*.json")) if rows.is_dir() else 0
+        if done >= (len(points) + 1) * trials / 10 or (done and not points):
+            cpu, resident = used(driver.pid)
+            points.append({"trials": done, "wall_s": time.monotonic(), "cpu_s": cpu, "mb": resident / 1e6})
+        time.sleep(0.05)
+    if driver.returncode != 0 or len(points) < 2:
+        raise SystemExit(f"The sweep of {trials} trials ended with exit code {driver.returncode}.")
+    steps = list(itertools.pairwise(points))
+
+    def each(what: str) -> list[float]:
+        return [1000 * (b[what] - a[what]) / (b["trials"] - a["trials"]) for a, b in steps if b["trials"] > a["trials"]]
+
+    cpu, wall = each("cpu_s"), each("wall_s")
+    return {
+        "trials": trials,
+        "cpu_ms_first": cpu[0],
+        "cpu_ms_last": cpu[-1],
+        "wall_ms_first": wall[0],
+        "wall_ms_last": wall[-1],
+        "mb_first": points[0]["mb"],
+        "mb_last": points[-1]["mb"],
+        "points": points,
+    }
+
+
+def main() -> None:
+    """Runs the sizes, prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--sampler", choices=["random", "tpe"], default="random")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        found = [watched(Path(name), trials, options.sampler) for trials in options.sizes]
+    print("| trials | CPU ms a trial, first and last tenth | wall ms a trial | driver's memory, MB |")
+    print("| --- | --- | --- | --- |")
+    for row in found:
+        print(
+            f"| {row['trials']:,} | {row['cpu_ms_first']:.0f}, {row['cpu_ms_last']:.0f} | "
+            f"{row['wall_ms_first']:.0f}, {row['wall_ms_last']:.0f} | {row['mb_first']:.0f} to {row['mb_last']:.0f} |"
+        )
+    command = f"python -m benchmarks.driver --sizes {' '.join(map(str, options.sizes))} --sampler {options.sampler}"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"command": command, "machine": machine, "sizes": found}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
