@@ -20,7 +20,7 @@ from methods.knobs import MethodConfig
 from methods.outputs import Output
 from methods.ranks import weight_of
 
-Images = Literal["labelled", "all", "corpus"]
+Images = Literal["labelled", "all", "corpus", "none"]
 Kind = Literal["classification", "multilabel", "segmentation"]
 Source = Literal["teacher", "student", "labels", "vq", "diffusion", "pipeline", "sentences", "prompts", "captions"]
 Texts = Literal["sentences", "prompts", "captions"]
@@ -42,6 +42,7 @@ class NetworkInfo:
         image_size: side of the square input, in pixels.
         pretrained: whether its weights come from pre-training.
         embedding: width of the space that a `clip` network's images and texts share; 0 of any other kind.
+        vocabulary, context: how many numbers its tokenizer knows, and how many a text takes; 0 of any other kind.
         skeleton: its modules, whatever their weights (on the meta device where that can be); never to be changed.
     """
 
@@ -53,6 +54,8 @@ class NetworkInfo:
     image_size: int
     pretrained: bool
     embedding: int = 0
+    vocabulary: int = 0
+    context: int = 0
     skeleton: nn.Module | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -119,6 +122,7 @@ class Batch:
     generated: Batch | None = None
     texts: Tensor | None = None
     captions: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ class Feed:
 
     Attributes:
         images: `labelled` for the few labelled images, `all` for every training image, `corpus` for the images of the
-            sweep file's corpus (streamed), or every training image where it has none.
+            sweep file's corpus (streamed), or every training image where it has none; `none` where only texts are read
+            (`tokens`).
         labels: whether the batch carries labels. False makes the stage unsupervised: labels are not in its key.
         labelled_fraction: with `images="all"` and labels, the share of each batch drawn from labelled images.
         outputs: teacher outputs to attach to the images.
@@ -142,6 +147,7 @@ class Feed:
         text_rows: an earlier `FitStage` whose tensor `rows` says which of these texts; "" for all of them.
         text_batch: how many texts a step; 0 for as many as images.
         captions: attach the embedding of each image's own caption. Only a corpus has captions.
+        tokens: instead of images, these texts, all together in one order: as tokens, with the teacher's embeddings.
     """
 
     images: Images = "all"
@@ -159,6 +165,7 @@ class Feed:
     text_rows: str = ""
     text_batch: int = 0
     captions: bool = False
+    tokens: tuple[Texts, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -462,7 +469,9 @@ class TrainStage:
         trains: whose preprocessing and size the batch's images follow.
         reads: `teacher` and/or `student`, if the learner is built from them.
         inputs: names of earlier stages whose results it reads.
-        publishes: a `network` (`Learner.deployed`), or `tensors` (`Learner.tensors`) for later stages only.
+        publishes: a `network` (`Learner.deployed`), `tensors` (`Learner.tensors`) for later stages only, or `texts`:
+            the tensors of a `methods.parts.text_tower.TextTower` of `params["tower"]`, which embeds the class names in
+            the teacher's place and is deployed beside the network.
         live_teacher: whether the learner runs the pre-trained teacher on every image it sees; its row counts these.
     """
 
@@ -475,7 +484,7 @@ class TrainStage:
     trains: Literal["teacher", "student"]
     reads: tuple[Source, ...] = ()
     inputs: tuple[str, ...] = ()
-    publishes: Literal["network", "tensors"] = "network"
+    publishes: Literal["network", "tensors", "texts"] = "network"
     live_teacher: bool = False
 
 

@@ -10,20 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods.contract import Batch, Feed, FitStage, Given, Recipe, Setting, Stage, TrainStage
+from methods.contract import Batch, Feed, FitStage, Given, Recipe, Setting, Stage, Texts, TrainStage
 from methods.knobs import MethodConfig, Range, knob
 from methods.ranks import gathered
+from methods.text_student import text_student_stage
 from methods.texts import TEXTS, texts_stage
-from methods.vision_language import EMBEDDING, ByDualEncoder, EmbeddingLearner, decay_knob, rate_knob, similarities
+from methods.vision_language import (
+    EMBEDDING,
+    ByDualEncoder,
+    EmbeddingLearner,
+    decay_knob,
+    divergence,
+    rate_knob,
+    similarities,
+)
 
 TEMPERATURES = "temperatures"
 CALIBRATED = 4096  # images whose similarities set the temperatures
-
-
-def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """`KL(softmax(P / T) ‖ softmax(Q / T))`, the mean over rows [n, m], without a factor T² [code]."""
-    p, q = (F.log_softmax(x / temperature, dim=-1) for x in (teacher, student))
-    return F.kl_div(q, p, reduction="batchmean", log_target=True)
 
 
 def vl_loss(v_t: Tensor, v_s: Tensor, u_t: Tensor, temperature: float, scale: float) -> Tensor:
@@ -119,6 +122,13 @@ class DimeFMConfig(MethodConfig):
     teacher_view: Literal["center", "same"] = knob(
         "center", "The teacher's embedding of the plain image, or of the view that the student sees."
     )
+    text_student: Literal["none", "small"] = knob(
+        "none", "Keep the teacher's text tower, or distil it too, into a small transformer, before the images."
+    )
+    text_width: int = knob(96, "small: its width, in steps of 32.", ge=32, le=4096, multiple_of=32)
+    text_layers: int = knob(2, "small: its blocks.", ge=1, le=24)
+    text_lr: float = knob(2e-3, "small: its peak learning rate.", gt=0, le=1)
+    text_steps: float = knob(1.0, "small: its steps, as a share of the sweep's.", gt=0, le=4)
     lr: float = rate_knob()
     weight_decay: float = decay_knob()
     warmup: float = knob(0.04, "Share of the steps with a rising learning rate.", ge=0, lt=1)
@@ -170,7 +180,7 @@ class DimeFM(ByDualEncoder):
     Losses, scale 100, temperatures 1 / 3 / 7, weights 0.7 / 0.3 / 0, AdamW(0.9, 0.999) at 8e-4 with weight decay 0.05,
     the kept text tower and the teacher's embeddings of plain images are the released code's [code]. Calibrated
     temperatures, the choice of sentences, and the schedule in shares of the sweep's steps are ours [inferred];
-    `mass: 0` gives the code's temperatures. A smaller text student is not built.
+    `mass: 0` gives the code's temperatures; so is the smaller text student, of which the code has none.
     """
 
     name = "dime_fm"
@@ -187,12 +197,21 @@ class DimeFM(ByDualEncoder):
             return f"texts {config.texts!r}: there are none; the sweep file brings {', '.join(setting.task.texts)}"
         if config.teacher_view == "same" and setting.task.streamed:
             return "teacher_view 'same' needs stored views, and the corpus is streamed; its teacher sees plain images"
+        if config.text_student == "small" and setting.teacher is not None and setting.teacher.vocabulary == 0:
+            return f"text_student 'small': {setting.teacher.name} does not tell its tokenizer's vocabulary"
         return None
 
     @classmethod
     def stages(cls, config: DimeFMConfig, setting: Setting) -> list[Stage]:
         assert setting.teacher is not None
         stages: list[Stage] = []
+        texts: list[Stage] = []
+        if config.text_student == "small":
+            also: tuple[Texts, ...] = () if config.texts == "prompts" else (config.texts,)
+            small = {"width": config.text_width, "layers": config.text_layers}
+            texts.append(
+                text_student_stage(setting, ("prompts", *also), **small, lr=config.text_lr, budget=config.text_steps)
+            )
         rest = 1 - config.pvl_weight - config.udist_weight
         chooses = config.texts == "sentences" and config.text_rule != "all"
         if chooses:
@@ -231,4 +250,4 @@ class DimeFM(ByDualEncoder):
             reads=("student",),
             inputs=tuple(stage.name for stage in stages),
         )
-        return [*stages, train]
+        return [*texts, *stages, train]

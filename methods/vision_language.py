@@ -33,6 +33,12 @@ def similarities(a: Tensor, b: Tensor, scale: float) -> Tensor:
         return scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
+def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """`KL(softmax(P / T) ‖ softmax(Q / T))`, the mean over rows [n, m], without a factor T² [code]."""
+    p, q = (F.log_softmax(x / temperature, dim=-1) for x in (teacher, student))
+    return F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
 class EmbeddingLearner(Learner):
     """A student whose head gives an embedding as wide as the teacher's: the projection of the paper's models."""
 

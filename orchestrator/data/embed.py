@@ -75,13 +75,14 @@ class EmbedJob(ShardJob):
             preprocessing = describe(network.preprocessing)
             output = asdict(self.output)
             return common | {"weights": network.weights_hash, "preprocessing": preprocessing, "output": output}
-        return common | {"weights": text_tower_of(entry).weights_hash, "column": _column(self.what)}
+        return common | {"weights": text_tower_of(entry).weights_hash, "column": column_of(self.what)}
 
     def worker(self) -> ShardEmbedder:
         return ShardEmbedder(self)
 
 
-def _column(what: str) -> str:
+def column_of(what: str) -> str:
+    """Of a corpus's shards: where its texts are."""
     return "text" if what == "sentences" else "caption"
 
 
@@ -124,7 +125,7 @@ class ShardEmbedder:
 
     def _texts(self, shard: Shard) -> Iterator[Tensor]:
         assert self.texts is not None
-        column = _column(self.job.what)
+        column = column_of(self.job.what)
         for group in range(len(shard.row_groups)):
             yield self.texts.embed([text or "" for text in shard.read(group, [column])[column].to_pylist()])
 

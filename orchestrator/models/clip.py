@@ -24,12 +24,12 @@ TEXT_BATCH = 256
 def is_clip(entry: Model) -> bool:
     """Whether an entry names a dual encoder: `open_clip/NAME[:TAG]`, such a local file or folder, or a packaged one."""
     if entry.model.startswith("local:"):
-        return (entry.architecture or "").startswith(PREFIX) or (_folder(entry) or Path()).joinpath(CONFIG).is_file()
+        return (entry.architecture or "").startswith(PREFIX) or (folder_of(entry) or Path()).joinpath(CONFIG).is_file()
     return entry.model.startswith(PREFIX) or entry.model in PACKAGED
 
 
-def _folder(entry: Model) -> Path | None:
-    """The folder with configuration and weights, if the entry is one."""
+def folder_of(entry: Model) -> Path | None:
+    """The folder with configuration, weights and maybe a tokenizer's merges, if the entry is one."""
     if entry.model in PACKAGED:
         return PACKAGED[entry.model]
     path = Path(entry.model.removeprefix("local:")).expanduser()
@@ -66,7 +66,7 @@ def clip_config(entry: Model) -> dict[str, Any]:
     """
     import open_clip
 
-    folder = _folder(entry)
+    folder = folder_of(entry)
     if folder is None:
         name, _ = clip_name(entry)
         return dict(open_clip.get_model_config(name) or {})
@@ -95,7 +95,7 @@ def check_clip(entry: Model, weights: bool) -> list[str]:
     """
     from orchestrator.models.names import local_weights
 
-    folder = _folder(entry)
+    folder = folder_of(entry)
     if folder is not None:
         clip_config(entry)
         return []
@@ -123,7 +123,7 @@ def build_clip(entry: Model, *, weights: bool) -> nn.Module:
     # open_clip moves what it built to a device of its own choice, which a plan's skeleton on "meta" cannot follow.
     options: dict[str, Any] = {"force_image_size": entry.image_size, "device": torch.get_default_device()}
     options |= entry.kwargs
-    folder = _folder(entry)
+    folder = folder_of(entry)
     before = logging.root.manager.disable
     if not weights:
         logging.disable(logging.WARNING)  # open_clip warns that there are none, as was asked
@@ -152,7 +152,7 @@ class ImageTower(nn.Module):
     """The image side of a dual encoder: images [B, 3, S, S] to embeddings [B, d], or to what a new head makes of them.
 
     Its pooled feature is the embedding, so whatever reads pooled features reads it too. `facts` say how its images are
-    prepared.
+    prepared, and what its tokenizer makes of texts.
     """
 
     def __init__(self, visual: nn.Module, width: int, facts: Mapping[str, Any]) -> None:
@@ -184,7 +184,9 @@ def image_tower(entry: Model, *, weights: bool, num_classes: int | None = None) 
 def tower_of(model: nn.Module, num_classes: int | None = None) -> ImageTower:
     """The image tower of a whole open_clip model, which it shares."""
     output = getattr(model.visual, "output_dim", None) or _projected(model)
-    tower = ImageTower(model.visual, int(output), preprocess_facts(model))  # type: ignore[arg-type]
+    beside = {"vocabulary": getattr(model, "vocab_size", None), "context": getattr(model, "context_length", None)}
+    facts = preprocess_facts(model) | {name: int(value or 0) for name, value in beside.items()}  # type: ignore[call-overload]
+    tower = ImageTower(model.visual, int(output), facts)  # type: ignore[arg-type]
     if num_classes:
         tower.reset_classifier(num_classes)
     return tower.eval()
@@ -215,6 +217,7 @@ class TextTower:
 
     Attributes:
         weights_hash: of its weights and tokenizer.
+        tokenizer_hash: of the tokenizer alone.
     """
 
     def __init__(self, entry: Model, *, weights: bool) -> None:
@@ -225,10 +228,11 @@ class TextTower:
         model = build_clip(entry, weights=weights)
         del model.visual
         self._model: Any = model.requires_grad_(False)
-        folder = _folder(entry)
+        folder = folder_of(entry)
         self._tokenize = tokenizer_of(folder) if folder is not None else open_clip.get_tokenizer(clip_name(entry)[0])
         probe = self._tokenize(["A tokenizer is told by what it makes of this: naïve 12,345 (ΑΩ)!"])
-        self.weights_hash = f"{hash_weights(model)}-{'.'.join(str(int(i)) for i in probe[0] if i)}"
+        self.tokenizer_hash = ".".join(str(int(i)) for i in probe[0] if i)
+        self.weights_hash = f"{hash_weights(model)}-{self.tokenizer_hash}"
         self.device = "cpu"
 
     def to(self, device: str) -> TextTower:
@@ -237,12 +241,21 @@ class TextTower:
         self.device = device
         return self
 
+    @property
+    def parameters(self) -> int:
+        """Of the text tower and its projection."""
+        return sum(p.numel() for p in self._model.parameters())
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """[n, L] int64."""
+        return self._tokenize(list(texts)).long()
+
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> Tensor:
         """[n, d] float32 embeddings, not normalised; on the CPU."""
         parts = []
         for start in range(0, len(texts), TEXT_BATCH):
-            tokens = self._tokenize(list(texts[start : start + TEXT_BATCH])).to(self.device)
+            tokens = self.tokenize(texts[start : start + TEXT_BATCH]).to(self.device)
             parts.append(self._model.encode_text(tokens).float().cpu())
         return torch.cat(parts).clone()
 

@@ -214,6 +214,8 @@ def _plan(key: str, role: Role) -> tuple[NetworkInfo, Preprocessing]:
         image_size=preprocessing.size,
         pretrained=wants_weights(entry, role),
         embedding=int(network.num_features) if clip else 0,
+        vocabulary=network.facts["vocabulary"] if clip else 0,
+        context=network.facts["context"] if clip else 0,
         skeleton=network,
     )
     return info, preprocessing

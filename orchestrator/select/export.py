@@ -31,6 +31,8 @@ from torch import Tensor, nn
 
 from orchestrator.errors import UserError, WorkError, listed, nearest
 from orchestrator.models.clip import clip_config, is_clip
+from orchestrator.models.texts import StudentTexts
+from orchestrator.select.export_texts import write_texts
 from orchestrator.select.results import short_name
 from orchestrator.select.scripts import onnx_script, torch_script
 from orchestrator.spec import METRIC_NAMES, Kind, Model
@@ -52,6 +54,7 @@ def export_student(
     out_dir: str | Path,
     format: str,
     sample: Tensor | None = None,
+    texts: tuple[StudentTexts, Model] | None = None,
 ) -> dict[str, Any]:
     """Writes a folder with the network, `config.json` (labels, preprocessing), `load.py` and a model card.
 
@@ -62,6 +65,7 @@ def export_student(
         format: `safetensors` (timm's own folder format, unless the network has modules that timm does not build: then
             with a copy of the file that does, `structure.py`) or `onnx`.
         sample: [B, 3, S, S] normalised images for the comparison; None compares on random numbers.
+        texts: a text tower that was trained beside it, with the teacher whose tokenizer it uses: comes into `text/`.
 
     Returns:
         As plain JSON: `folder`, `format`, `files`, `bytes`, `max_abs_difference` of the logits, `batches` compared,
@@ -90,13 +94,14 @@ def export_student(
         run = write(partial, plain, config, kind)
         batches = sorted({1, min(3, len(images)), len(images)})
         difference = _compare(plain, run, images, batches, format)
-        card = _card(meta, config, kind, format, difference)
+        beside = write_texts(partial, *texts) if texts is not None else {}
+        card = _card(meta, config, kind, format, difference) + (_text_card(beside) if beside else "")
         (partial / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(partial / "__pycache__", ignore_errors=True)
         mask = os.umask(0)
         os.umask(mask)
         partial.chmod(0o777 & ~mask)
-        files = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
+        files = {p.relative_to(partial).as_posix(): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         os.replace(partial, out)
     except OSError as error:
         raise UserError(f"The output folder {str(out)!r} cannot be written: {error.strerror or error}.") from error
@@ -111,6 +116,7 @@ def export_student(
         "max_abs_difference": difference,
         "batches": batches,
         "timm_loads": timm_loads,
+        **beside,
         "sentences": _sentences(out, format, timm_loads, difference, sum(files.values())),
     }
 
@@ -381,6 +387,14 @@ def _card(meta: Mapping[str, Any], config: Mapping[str, Any], kind: Kind, format
         *("", "## Classes", "", labels, ""),
     ]
     return "\n".join(lines)
+
+
+def _text_card(beside: Mapping[str, Any]) -> str:
+    return (
+        f"\n## Texts\n\n`text/` holds a text tower of {beside['text_parameters']:,} parameters for the same space, so "
+        "that classes of your own need no teacher: `python text/load.py TEXT ...` prints an embedding for each text. "
+        "It needs open_clip_torch, for the tokenizer.\n"
+    )
 
 
 def _library(config: Mapping[str, Any], format: str) -> str:

@@ -21,6 +21,7 @@ TYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "uint8": torch.uint8,
+    "int32": torch.int32,
     "int64": torch.int64,
 }
 MOST_OPEN = 512  # files; embeddings of 28 million sentences are 284, and a window of images lies in 16 of 9766

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from orchestrator.data.embed import text_tower_of
 from orchestrator.data.labels import open_labels
 from orchestrator.data.pixels import RenderedPixels
 from orchestrator.data.task import load_task
@@ -18,6 +20,7 @@ from orchestrator.errors import UserError, nearest
 from orchestrator.evaluate.metrics import score
 from orchestrator.models import load_student
 from orchestrator.models.load import Preprocessing
+from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.select.export import export_student
 from orchestrator.select.results import (
     as_accuracy,
@@ -28,7 +31,7 @@ from orchestrator.select.results import (
     short_name,
     standard_error,
 )
-from orchestrator.spec import METRIC_NAMES, METRICS, Kind, Task
+from orchestrator.spec import METRIC_NAMES, METRICS, Kind, Model, Task
 from orchestrator.store import Store
 from orchestrator.sweep.ledger import Ledger, at_once
 from orchestrator.sweep.run import open_sweep
@@ -163,6 +166,14 @@ def _spread(row: Any) -> str:
     return f" ± {row['val_sd']:.3f} over {int(row['repeats'])} repeats (the network is the first one's)"
 
 
+def _texts_beside(student: Path, meta: Mapping[str, Any]) -> tuple[StudentTexts, Model] | None:
+    """The text tower that was trained beside a student, with the teacher whose tokenizer it uses."""
+    if not has_text_tower(student):
+        return None
+    teacher = Model.model_validate(meta["teacher_entry"])
+    return StudentTexts(student, text_tower_of(teacher)), teacher
+
+
 def _test_once(folder: Path, trial_id: str, student_path: str) -> tuple[dict[str, Any], int]:
     path = Path(folder) / "test.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -215,5 +226,7 @@ def export_trial(folder: Path, out_dir: Path, trial: str | None, fmt: str) -> di
     pixels = RenderedPixels(task, task.val, Policy(1.0, 0.0), preprocessing)
     rows = np.arange(min(4, len(task.val)))
     sample = preprocessing.normalise(pixels.batch(rows, np.zeros(len(rows), dtype=np.int64)))
-    report = export_student(network, meta, out_dir, fmt, sample)
+    report = export_student(
+        network, meta, out_dir, fmt, sample, _texts_beside(Path(folder) / row["student_path"], meta)
+    )
     return {"trial_id": str(row["trial_id"]), **report}

@@ -323,6 +323,48 @@ class StreamFeeder:
             close()
 
 
+class TokenFeeder:
+    """Texts by step, without images. Rank r of w reads every w-th row of the global batch.
+
+    Args:
+        tables: teacher embeddings [n, d] of each kind of texts, and their tokens [n, L].
+        batch: texts of a step, over all ranks.
+        seed: decides the order.
+        rank, world: this process among how many.
+    """
+
+    live_forwards = 0
+
+    def __init__(
+        self, tables: Sequence[tuple[Table, Table]], *, batch: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.tables, self.batch, self.rank, self.world = tables, batch, rank, world
+        self.starts = np.cumsum([0, *(len(embeddings) for embeddings, _ in tables)])
+        self.order = Order(int(self.starts[-1]), seed, 20)
+
+    def __call__(self, step: int, device: str) -> Batch:
+        """The batch of `step` on `device`; it has no images."""
+        items, _ = self.order.take(step * self.batch, self.batch)
+        items = items[self.rank :: self.world]
+        owners = np.searchsorted(self.starts, items, side="right") - 1
+        texts: Tensor | None = None
+        tokens: Tensor | None = None
+        for owner in np.unique(owners).tolist():
+            where = torch.from_numpy(np.flatnonzero(owners == owner))
+            rows = items[where.numpy()] - self.starts[owner]
+            u, t = (table.rows(rows) for table in self.tables[owner])
+            if texts is None or tokens is None:
+                texts, tokens = torch.empty(len(items), u.shape[1]), torch.empty(len(items), t.shape[1]).long()
+            texts[where], tokens[where] = u.float(), t.long()
+        assert texts is not None
+        assert tokens is not None
+        empty = torch.empty(0, device=device)
+        return Batch(empty, texts=_move(texts, device), tokens=_move(tokens, device))
+
+    def close(self) -> None:
+        """Nothing is read ahead."""
+
+
 def _move(tensor: Tensor, device: str) -> Tensor:
     if device == "cpu":
         return tensor

@@ -27,9 +27,10 @@ from orchestrator.data.task import ImageSet, Split, TaskData, load_task
 from orchestrator.data.views import Policy
 from orchestrator.models import Network, build_network, load_network, save_student
 from orchestrator.models.load import Preprocessing, describe, tuned_network
+from orchestrator.models.texts import save_text_tower
 from orchestrator.spec import SweepSpec, Train
 from orchestrator.store import Entry, JoinedRecords, OpenFiles, Store
-from orchestrator.train.feed import Feeder, LiveTeacher, StreamFeeder, TextFeed
+from orchestrator.train.feed import Feeder, LiveTeacher, StreamFeeder, TextFeed, TokenFeeder
 from orchestrator.train.loop import Checkpoint, Report, fit
 
 
@@ -50,6 +51,7 @@ class TrainJob:
         pool_outputs: store addresses of teacher outputs on these, by output key, for each view one for each shard.
         captions: store addresses of the embeddings of its captions, one for each shard.
         texts: store addresses of the embeddings of the texts that come along, joined.
+        tokens: store addresses of texts that are read instead of images, by name: of their embeddings, of their tokens.
         stream_here: decode in this process, where no Ray runs.
         steps, seed, device: for how long, from where, on what.
         scratch: folder of the checkpoint.
@@ -73,6 +75,7 @@ class TrainJob:
     pool_outputs: dict[str, list[list[str]]] = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    tokens: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
     stream_here: bool = True
 
 
@@ -185,8 +188,12 @@ def run_job(
     trained = networks.trained(stage.trains)
     given = given_for(stage.reads, networks, task, store, job.seed, stage_results(store, job.inputs))
     learner = stage.learner(stage.params, given)
-    if spec.corpus.streams(stage.feed.images):
-        feeder: Feeder | StreamFeeder = _streamed(job, store, networks, rank=rank, world=world)
+    feeder: Feeder | StreamFeeder | TokenFeeder
+    if stage.feed.tokens:
+        tables = [tuple(joined_records(store, found) for found in job.tokens[name]) for name in stage.feed.tokens]
+        feeder = TokenFeeder(tables, batch=spec.train.batch, seed=job.seed, rank=rank, world=world)  # type: ignore[arg-type]
+    elif spec.corpus.streams(stage.feed.images):
+        feeder = _streamed(job, store, networks, rank=rank, world=world)
     else:
         feeder = _feeder(job, store, task, networks, rank=rank, world=world, device=device)
     history = fit(
@@ -203,7 +210,8 @@ def run_job(
         checkpoint=Checkpoint(Path(job.scratch) / "checkpoint.pt", spec.train.checkpoint_s),
         report=report,
     )
-    images_seen = job.steps * (spec.train.batch + (pool_batch(spec.train, stage.feed) if job.pool else 0))
+    images = spec.train.batch + (pool_batch(spec.train, stage.feed) if job.pool else 0)
+    images_seen = job.steps * images * (not stage.feed.tokens)
     about = {
         "optimizer_steps": job.steps,
         "images_seen": images_seen,
@@ -214,7 +222,10 @@ def run_job(
         "facts": learner.facts(),
         "seconds": time.perf_counter() - began,
     }
-    if rank == 0 and stage.publishes == "tensors":
+    if rank == 0 and stage.publishes == "texts":
+        save_text_tower(folder, stage.params["tower"], learner.tensors())
+        (folder / "history.json").write_text(json.dumps(about), encoding="utf-8")
+    elif rank == 0 and stage.publishes == "tensors":
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().cpu().contiguous() for k, v in learner.tensors().items()}
         save_file(tensors, folder / "model.safetensors")

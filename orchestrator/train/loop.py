@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from methods.contract import Batch, Learner, Recipe
 from methods.ranks import GlobalBatchNorm
 from orchestrator.errors import WorkError
-from orchestrator.train.feed import Feeder, StreamFeeder
+from orchestrator.train.feed import Feeder, StreamFeeder, TokenFeeder
 
 
 class DivergedError(WorkError):
@@ -156,7 +156,7 @@ def part_of(batch: Batch, part: int, parts: int) -> Batch:
 
 def fit(
     learner: Learner,
-    feeder: Feeder | StreamFeeder,
+    feeder: Feeder | StreamFeeder | TokenFeeder,
     recipe: Recipe,
     steps: int,
     *,

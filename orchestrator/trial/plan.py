@@ -186,6 +186,7 @@ def stage_reads(
     if isinstance(stage, TrainStage):
         texts += [stage.feed.texts] if stage.feed.texts else []
         texts += ["captions"] if stage.feed.captions else []
+        texts += stage.feed.tokens
     if texts:
         assert cell.teacher is not None
         tower = text_tower_of(spec.teachers[cell.teacher]).weights_hash
@@ -205,6 +206,8 @@ def stage_reads(
         reads["feed"] = {"images": feed.images, "labels": stage.feed.labels, "fraction": stage.feed.labelled_fraction}
         if stage.feed.plain or streamed:
             reads["feed"]["plain"] = True
+        if stage.feed.tokens:
+            reads["feed"]["tokens"] = list(stage.feed.tokens)
         if stage.feed.texts:
             reads["feed"] |= {"text_batch": stage.feed.text_batch, "text_rows": stage.feed.text_rows}
         if stage.feed.pool:
@@ -222,6 +225,8 @@ def stage_reads(
             one = train.model_copy(update={"workers": 1})
             if pool_batch(train, stage.feed) != pool_batch(one, stage.feed):  # rounded so that the workers share it
                 reads["workers"] = train.workers
+        if feed.images == "none":
+            reads |= {"views": None, "policy": None}
         if streamed:  # each worker has a stream of its own
             reads |= {"workers": train.workers, "window": spec.corpus.window, "views": None}
         reads["seed"] = config.seed

@@ -27,6 +27,7 @@ from orchestrator.data.embed import EmbedJob, embedded_prompts, ensure_embedded
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs, open_pool_outputs
 from orchestrator.data.pool import SHARD, Mapper, PoolJob, PoolShard, Sources, ensure_pool, make_here, pool_images
 from orchestrator.data.task import TaskData, load_task
+from orchestrator.data.tokens import TokenJob, ensure_tokenized, tokenized_prompts
 from orchestrator.errors import FullDiskError, UserError, WorkError, disk_full
 from orchestrator.models import Network
 from orchestrator.models.load import tuned_network
@@ -181,6 +182,7 @@ class _Trial:
     Attributes:
         addresses: of finished stages, by name.
         pools: shards of finished image stages, by name.
+        texts: the text tower that a stage has trained; None where the teacher's is kept.
     """
 
     context: SweepContext
@@ -191,6 +193,7 @@ class _Trial:
     mapper: Mapper
     addresses: dict[str, str] = field(default_factory=dict)
     pools: dict[str, list[Entry]] = field(default_factory=dict)
+    texts: Entry | None = None
 
     def __post_init__(self) -> None:
         spec, cell = self.context.spec, self.config.cell
@@ -210,6 +213,7 @@ class _Trial:
         live = 0
         found: dict[str, float] = {}
         last: Entry | None = None
+        params_texts = 0
         for stage in stages:
             reads = stage_reads(stage, self.spec, self.task, self.config, self.addresses)
             key = key_of(reads)
@@ -225,13 +229,16 @@ class _Trial:
                 about = entry.meta["about"]
                 for name in ("optimizer_steps", "images_seen", "loop_seconds"):
                     facts[name] += about[name]
-                facts["params_trained"] = about["params_trained"]
+                if stage.publishes == "texts":
+                    self.texts, params_texts = entry, about["params_trained"]
+                facts["params_trained"] = about["params_trained"] + params_texts * (stage.publishes != "texts")
                 found |= about.get("facts", {})
                 live += about["live_forwards"] if entry.computed else 0
                 last = entry if stage.publishes == "network" else last
             self.addresses[stage.name] = f"{entry.stage}/{entry.key}"
         self._picture(stages)
-        scores = evaluate(self.context, self.config, self.method, self.networks, self.task, last, self.bill)
+        scores = evaluate(self.context, self.config, self.method, self.networks, self.task, last, self.bill, self.texts)
+        found |= scores.pop("facts")
         # The common probe's head is trained too, only not by a stage.
         facts["params_trained"] += scores.pop("probe_parameters")
         return facts | {"teacher_forwards": live, "facts": json.dumps(found)} | scores
@@ -276,6 +283,15 @@ class _Trial:
         teacher = self.networks.trained("teacher").entry
         entry = embedded_prompts(self.store, self.task, teacher, self.context.device)
         return [_address(self.bill.add(entry))]
+
+    def _token_addresses(self, name: Texts) -> list[str]:
+        """Addresses of what the teacher's tokenizer makes of texts."""
+        teacher = self.config.cell.teacher
+        assert teacher is not None
+        if name == "prompts":
+            return [_address(self.bill.add(tokenized_prompts(self.store, self.task, self.spec.teachers[teacher])))]
+        job = TokenJob(self.spec, str(self.store.root), teacher, name)
+        return [_address(self.bill.add(entry)) for entry in ensure_tokenized(job, self.mapper)]
 
     def _embedded(self, what: str, output: Output = EMBEDDING) -> list[str]:
         """Addresses of what the teacher makes of every shard of a corpus, made where it is missing."""
@@ -387,6 +403,7 @@ class _Trial:
                 pool_outputs={n: [[_address(e) for e in view] for view in found] for n, found in generated.items()},
                 captions=self._text_addresses("captions") if feed.captions else [],
                 texts=self._text_addresses(feed.texts) if feed.texts else [],
+                tokens={name: (self._text_addresses(name), self._token_addresses(name)) for name in feed.tokens},
                 stream_here=self.mapper is make_here,
             )
             return self.runner(job, folder, report)
@@ -398,7 +415,8 @@ class _Trial:
         if self.progress is None:
             return None
         stops = self.spec.search.scheduler != "none" and final
-        return Reporter(ValGauge(self.context, self.config, stage.trains, before, total, stops), self.progress)
+        texts = str(self.texts.path) if self.texts is not None else None
+        return Reporter(ValGauge(self.context, self.config, stage.trains, before, total, stops, texts), self.progress)
 
     def _picture(self, stages: list[Stage], rows: int = 6, copies: int = 4) -> None:
         """A contact sheet of sources and what was made of them, once for each pool."""

@@ -16,7 +16,7 @@ from torch import nn
 from methods.contract import Deployed, Method, Structure
 from methods.dense import structure_of
 from methods.parts.zero_shot import Prototypes, ZeroShot
-from orchestrator.data.embed import class_vectors, embedded_prompts, text_tower_of, texts_identity
+from orchestrator.data.embed import class_vectors, embedded_prompts, prompts_of, text_tower_of, texts_identity
 from orchestrator.data.labels import Labels, open_labels
 from orchestrator.data.outputs import Bill
 from orchestrator.data.pixels import Pixels, open_pixels
@@ -28,6 +28,7 @@ from orchestrator.evaluate.probe import Probe, fit_probe
 from orchestrator.models import Network, load_student, save_student
 from orchestrator.models.load import describe
 from orchestrator.models.load import structure_of as stored_structure
+from orchestrator.models.texts import ABOUT, WEIGHTS, StudentTexts
 from orchestrator.store import Entry, Records, key_of
 from orchestrator.train.job import Networks, fresh_student, networks_of
 from orchestrator.train.loop import Report
@@ -59,6 +60,7 @@ class ValGauge:
         trains: whose preprocessing the stage's network has.
         before, total: optimizer steps of earlier stages, and of all.
         stops: whether anybody wants to know: trials may be stopped, and this stage trains the candidate.
+        texts: folder of the text tower that an earlier stage trained; None for the teacher's.
     """
 
     context: SweepContext
@@ -67,6 +69,7 @@ class ValGauge:
     before: int
     total: int
     stops: bool
+    texts: str | None = None
     measured: int = 0
 
     def share(self, step: int) -> float:
@@ -88,7 +91,8 @@ class ValGauge:
         base = networks_of(spec, cell.teacher, cell.student).trained(self.trains)
         method, network = method_named(cell.method), state.learner.student
         if method.zero_shot:
-            network = zero_shot(self.context, self.config, task, network)
+            texts = Path(self.texts) if self.texts is not None else None
+            network = zero_shot(self.context, self.config, task, network, texts)
         elif not method.trains_head:
             network = _probe(self.context, task, network, base).over(network)
         return val_metric(self.context, task, network, base)
@@ -104,11 +108,22 @@ def _labels(context: SweepContext, task: TaskData, split: Split, rows: Sequence[
     return open_labels(context.store, task, split, rows, policy_of(context.spec), 1, size, limit)
 
 
-def zero_shot(context: SweepContext, config: TrialConfig, task: TaskData, network: nn.Module) -> ZeroShot:
-    """`network`, which embeds images into the teacher's space, under the teacher's embeddings of the class names."""
+def zero_shot(
+    context: SweepContext, config: TrialConfig, task: TaskData, network: nn.Module, texts: Path | None = None
+) -> ZeroShot:
+    """`network`, which embeds images into the teacher's space, under embeddings of the class names.
+
+    Args:
+        texts: folder of the text tower that embeds them; None for the teacher's own.
+    """
     assert config.cell.teacher is not None
-    entry = embedded_prompts(context.store, task, context.spec.teachers[config.cell.teacher], context.device)
-    vectors = class_vectors(Records(entry.path / "records.arrow").all(), len(task.classes))
+    teacher = context.spec.teachers[config.cell.teacher]
+    if texts is not None:
+        prompts = StudentTexts(texts, text_tower_of(teacher)).embed(prompts_of(task))
+    else:
+        entry = embedded_prompts(context.store, task, teacher, context.device)
+        prompts = Records(entry.path / "records.arrow").all()
+    vectors = class_vectors(prompts, len(task.classes))
     prototypes = Prototypes(*vectors.shape)
     prototypes.vectors.copy_(vectors)
     return ZeroShot(network, prototypes.to(next(network.parameters()).device)).eval()
@@ -135,8 +150,12 @@ def evaluate(
     task: TaskData,
     last: Entry | None,
     bill: Bill,
+    texts: Entry | None = None,
 ) -> dict[str, Any]:
-    """The deployed network: a head if it has none yet, then val, size, FLOPs and latency; all through the store."""
+    """The deployed network: a head if it has none yet, then val, size, FLOPs and latency; all through the store.
+
+    `texts` is the text tower that a stage has trained; it is kept beside the network.
+    """
     store, spec = context.store, context.spec
     base = networks.trained(method.deploys)
     reads = {
@@ -150,6 +169,8 @@ def evaluate(
         assert config.cell.teacher is not None
         tower = text_tower_of(spec.teachers[config.cell.teacher])
         reads["texts"] = [tower.weights_hash, texts_identity(spec, task, "prompts")]
+        if texts is not None:
+            reads["text_tower"] = f"{texts.stage}/{texts.key}"
     if task.spec.kind != "classification":
         reads |= {"kind": task.spec.kind, "decoder": task.spec.decoder}
 
@@ -164,7 +185,7 @@ def evaluate(
             network = fresh_student(base, len(task.classes)).eval()
         fitted = 0
         if method.zero_shot:
-            network = zero_shot(context, config, task, network)
+            network = zero_shot(context, config, task, network, texts.path if texts is not None else None)
             classes, width = network.prototypes.vectors.shape
             structure = Structure("methods.parts.zero_shot:attach", {"width": width, "classes": classes})
         elif not method.trains_head:
@@ -187,6 +208,9 @@ def evaluate(
         save_student(folder, Deployed(network, method.deploys, changes, structure), meta)
         if last is not None and (last.path / "history.json").is_file():
             shutil.copy(last.path / "history.json", folder)  # the learning curves of what is deployed
+        if texts is not None:
+            for name in (ABOUT, WEIGHTS):
+                shutil.copy(texts.path / name, folder)
         return {
             "val_metric": val,
             "params_total": parameters(network),
@@ -200,7 +224,13 @@ def evaluate(
     if not (student / "student.json").is_file():
         _keep(context, config, entry, student)
     timing = _latency(context, entry, base)
+    facts: dict[str, float] = {}
+    if method.zero_shot:
+        assert config.cell.teacher is not None
+        kept = text_tower_of(spec.teachers[config.cell.teacher])
+        facts["text_params"] = (StudentTexts(student, kept) if texts is not None else kept).parameters
     return {
+        "facts": facts,
         "val_metric": about["val_metric"],
         "params_total": about["params_total"],
         "probe_parameters": about["probe_parameters"],

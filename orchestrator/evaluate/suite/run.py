@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from methods.parts.zero_shot import SCALE
-from orchestrator.data.embed import class_vectors, embedded_prompts, text_tower_of
+from orchestrator.data.embed import class_vectors, embedded_prompts, prompts_of
 from orchestrator.data.strata import draw_shots
 from orchestrator.data.task import Split, TaskData, load_task
 from orchestrator.errors import UserError, listed, nearest
@@ -237,6 +237,8 @@ class _Evaluation:
     def _vectors(self) -> Tensor | None:
         if self.subject.texts is None:
             return None
+        if self.subject.own_texts is not None:
+            return class_vectors(self.subject.embed(prompts_of(self.data), self.reader.device), self.classes)
         entry = embedded_prompts(self.reader.store, self.data, self.subject.texts, self.reader.device)
         return class_vectors(Records(entry.path / "records.arrow").all(), self.classes)
 
@@ -360,7 +362,7 @@ def _retrieval(reader: Reader, spec: SuiteTask) -> dict[str, Any]:
         reasons = listed(f"{n} {why}" for why, n in sorted(known.skipped.items()))
         raise UserError(f"The task {spec.title!r}: none of its images has a caption and can be read ({reasons}).")
     images = torch.cat(embedded)
-    texts = text_tower_of(reader.subject.texts).to(reader.device).embed(known.captions)
+    texts = reader.subject.embed(known.captions, reader.device)
     pairs = torch.tensor(known.pairs, dtype=torch.int64)
     result: dict[str, Any] = {
         "name": spec.title,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from orchestrator.errors import UserError
 from orchestrator.models import Preprocessing, check_model, load_network, load_student
 from orchestrator.models.clip import is_clip
 from orchestrator.models.load import hash_weights
+from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.spec import Model, Task, explain
 
 POOLED, LOGITS = Output("pooled"), Output("logits")
@@ -33,6 +35,7 @@ class Subject:
         preprocessing: its own.
         weights_hash: of its weights.
         texts: the dual encoder whose text tower shares its space; None where it does not embed images.
+        own_texts: folder of the smaller text tower that was trained beside it; None where the dual encoder's is used.
         classes: of its own head; none where that is no classifier.
         task: what it was trained for, where that is known.
     """
@@ -44,10 +47,18 @@ class Subject:
     texts: Model | None
     classes: tuple[str, ...] = ()
     task: Task | None = None
+    own_texts: Path | None = None
 
     @property
     def embeds(self) -> bool:
         return self.texts is not None
+
+    def embed(self, texts: Sequence[str], device: str) -> Tensor:
+        """[n, d] embeddings of texts, on the CPU; only of a network that embeds."""
+        assert self.texts is not None
+        tower = text_tower_of(self.texts)
+        own = StudentTexts(self.own_texts, tower) if self.own_texts is not None else None
+        return own.embed(texts) if own is not None else tower.to(device).embed(texts)
 
     @torch.inference_mode()
     def read(self, images: Tensor) -> Tensor:
@@ -92,9 +103,10 @@ def stored_subject(folder: Path) -> Subject:
         raise UserError(f"The student in {str(folder)!r} has no features to evaluate ({type(module).__name__}).")
     preprocessing = Preprocessing.from_json(meta["preprocessing"])
     task = Task.model_validate(meta["task"])
-    texts, classes = None, tuple(meta["classes"])
+    texts, classes, own = None, tuple(meta["classes"]), None
     if isinstance(module, ZeroShot):
         texts, classes = _teacher(meta, folder), ()
+        own = folder if has_text_tower(folder) else None
         theirs = int(text_tower_of(texts).embed([""]).shape[1])
         width = module.prototypes.vectors.shape[1]
         if theirs != width:
@@ -102,7 +114,7 @@ def stored_subject(folder: Path) -> Subject:
                 f"The student in {str(folder)!r} embeds into {width} dimensions and the text tower of "
                 f"{texts.model!r} into {theirs}: that is not the teacher that it learned from."
             )
-    return Subject(str(folder), module, preprocessing, hash_weights(module), texts, classes, task)
+    return Subject(str(folder), module, preprocessing, hash_weights(module), texts, classes, task, own)
 
 
 def _teacher(meta: dict[str, Any], folder: Path) -> Model:
