@@ -202,6 +202,7 @@ def _training(stage: TrainStage, drawn: list[Stage], spec: SweepSpec, task: Task
     feeds = [one.feed for one in drawn if isinstance(one, TrainStage)]
     reads = {name for one in drawn if isinstance(one, FitStage) for name in one.reads} | {one.texts for one in feeds}
     reads |= {"captions"} if any(one.captions for one in feeds) else set()
+    reads |= {name for one in feeds for name in one.tokens}
     embeds = ["images"] if any(one.outputs for one in feeds) else []
     embeds += [name for name in ("sentences", "captions") if name in reads]
     image_flops, text_flops = _teacher_flops(teacher.model_dump_json())

@@ -66,7 +66,20 @@ def dime_fm() -> tuple[Learner, Batch]:
     return learner, Batch(images, labels, teacher_outputs(case.teacher, images, (EMBEDDING,)), texts=texts_of())
 
 
-CASES = {"rkd": rkd, "tdmr": tdmr, "prompt": prompt, "dime_fm": dime_fm}
+def texts() -> tuple[Learner, Batch]:
+    from learners import learner_of
+    from tiny import make_case, make_images, texts_of
+
+    from methods.dime_fm import DimeFM
+
+    case = make_case("clip", "vit")
+    learner, _ = learner_of(case, DimeFM, stage=0, text_student="small", text_width=32, text_layers=1)
+    images, labels = make_images(16)
+    tokens = torch.randint(0, 64, (16, 12), generator=torch.Generator().manual_seed(0))
+    return learner, Batch(images, labels, texts=texts_of(16), tokens=tokens)
+
+
+CASES = {"rkd": rkd, "tdmr": tdmr, "prompt": prompt, "dime_fm": dime_fm, "texts": texts}
 
 
 def run(rank: int, world: int, folder: str) -> None:
@@ -81,7 +94,9 @@ def run(rank: int, world: int, folder: str) -> None:
         learner, batch = case()
         assert batch.labels is not None
         outputs = {k: v[rank::world] for k, v in batch.outputs.items()}
-        part = Batch(batch.images[rank::world], batch.labels[rank::world], outputs, texts=batch.texts)
+        own = batch.texts if batch.tokens is None or batch.texts is None else batch.texts[rank::world]
+        tokens = batch.tokens[rank::world] if batch.tokens is not None else None
+        part = Batch(batch.images[rank::world], batch.labels[rank::world], outputs, texts=own, tokens=tokens)
         wrapped: nn.Module = learner
         if world > 1:
             wrapped = DistributedDataParallel(learner, find_unused_parameters=True)

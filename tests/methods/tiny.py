@@ -117,6 +117,8 @@ def describe(network: nn.Module, kind: str) -> NetworkInfo:
         image_size=SIDE,
         pretrained=True,
         embedding=EMBEDDING if kind == "clip" else 0,
+        vocabulary=64 if kind == "clip" else 0,
+        context=12 if kind == "clip" else 0,
     )
 
 
