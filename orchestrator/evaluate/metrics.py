@@ -93,6 +93,7 @@ def score(
     num_classes: int,
     *,
     with_error: bool = False,
+    hear: Callable[[np.ndarray, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Score:
     """What a network's logits score on the first `count` images of a split, as they are (view 0).
 
@@ -106,6 +107,7 @@ def score(
         count: of the split's images.
         kind, num_classes: of the task.
         with_error: also estimate the standard error; else it is NaN (an accuracy always has one).
+        hear: is told each batch: rows [B], uint8 pixels [B, 3, S, S], logits and labels.
     """
     network.eval()
     device = next(network.parameters()).device
@@ -116,8 +118,11 @@ def score(
         rows = np.arange(start, min(start + step, count))
         plain = np.zeros(len(rows), dtype=np.int64)
         with torch.inference_mode():
-            logits = network(preprocessing.normalise(pixels.batch(rows, plain).to(device)))
+            images = pixels.batch(rows, plain)
+            logits = network(preprocessing.normalise(images.to(device)))
             truth = labels.batch(rows, plain)
+            if hear is not None:
+                hear(rows, images, logits, truth)
             if kind == "segmentation":
                 pair = overlaps(logits.argmax(1), truth.to(device), num_classes)
             else:

@@ -25,28 +25,28 @@ def _pair(row: Any) -> str:
     return f"{teacher} → itself" if teacher else student or "-"
 
 
-def _count(value: Any) -> str:
+def count(value: Any) -> str:
     """`987`, `12.3k`, `4.65M`; `-` where missing."""
     if pd.isna(value):
         return "-"
     value = float(value)
     for above, scale, unit in ((999.5e6, 1e9, "G"), (999.5e3, 1e6, "M"), (1e4, 1e3, "k")):
         if value >= above:
-            return f"{_significant(value / scale)}{unit}"
+            return f"{significant(value / scale)}{unit}"
     return f"{value:.0f}"
 
 
-def _real(value: Any, digits: int) -> str:
+def real(value: Any, digits: int) -> str:
     return "-" if pd.isna(value) else f"{float(value):,.{digits}f}"
 
 
 def _val(row: Any) -> str:
     """`0.8123`, or over several repeats `0.8123 ± 0.0101`."""
-    value = _real(row["val_metric"], 4)
-    return value if pd.isna(row["val_sd"]) else f"{value} ± {_real(row['val_sd'], 4)}"
+    value = real(row["val_metric"], 4)
+    return value if pd.isna(row["val_sd"]) else f"{value} ± {real(row['val_sd'], 4)}"
 
 
-def _significant(value: float, like: float | None = None) -> str:
+def significant(value: float, like: float | None = None) -> str:
     """Three significant digits without an exponent: `0.0123`, `4.56`, `12,346`; or as many decimals as `like` gets."""
     if pd.isna(value):
         return "-"
@@ -91,7 +91,7 @@ def print_leaderboard(
         console.print()
         console.print(_others_table(others, console.width))
     console.print()
-    for line in [f"Trials: {tally(frame)}.", *(_footnotes(shown, objectives, kind) if len(shown) else [])]:
+    for line in [f"Trials: {tally(frame)}.", *(footnotes(shown, objectives, kind) if len(shown) else [])]:
         console.print(Text(line, style="dim"))
 
 
@@ -117,15 +117,15 @@ def _complete_table(rows: pd.DataFrame, objectives: Sequence[Objective], width: 
     for row in rows.to_dict("records"):
         rank = "" if pd.isna(row["rank"]) else f"{row['rank']}{'*' if several and row['pareto'] else ''}"
         cells = [rank, row["trial_id"], row["method"], _pair(row), _val(row)]
-        cells.append(_count(row["params_total"]))
+        cells.append(count(row["params_total"]))
         if trained:
-            cells.append(_count(row["params_trained"]))
+            cells.append(count(row["params_trained"]))
         cells += [
-            "-" if pd.isna(row["flops"]) else _significant(row["flops"] / 1e6),
-            f"{_significant(row['latency_ms'])} ({_significant(row['latency_iqr_ms'], row['latency_ms'])})",
-            _count(row["optimizer_steps"]),
-            _real(row["device_seconds"], 1),
-            f"{_count(row['teacher_forwards'])}/{_count(row['teacher_forwards_shared'])}",
+            "-" if pd.isna(row["flops"]) else significant(row["flops"] / 1e6),
+            f"{significant(row['latency_ms'])} ({significant(row['latency_iqr_ms'], row['latency_ms'])})",
+            count(row["optimizer_steps"]),
+            real(row["device_seconds"], 1),
+            f"{count(row['teacher_forwards'])}/{count(row['teacher_forwards_shared'])}",
         ]
         table.add_row(*(Text(str(cell)) for cell in cells), style="bold" if row["rank"] == 1 else "")
     return table
@@ -141,13 +141,13 @@ def _others_table(rows: pd.DataFrame, width: int) -> Table:
     table.add_column("reason", overflow="fold", min_width=20)
     styles = {"failed": "red", "pruned": "yellow"}
     for row in rows.to_dict("records"):
-        cells = (row["method"], _pair(row), _real(row["device_seconds"], 1), row["reason"] or "-")
+        cells = (row["method"], _pair(row), real(row["device_seconds"], 1), row["reason"] or "-")
         status = Text(str(row["status"]), style=styles.get(row["status"], ""))
         table.add_row(Text(str(row["trial_id"])), status, *(Text(str(cell)) for cell in cells))
     return table
 
 
-def _footnotes(rows: pd.DataFrame, objectives: Sequence[Objective], kind: Kind) -> list[str]:
+def footnotes(rows: pd.DataFrame, objectives: Sequence[Objective], kind: Kind) -> list[str]:
     first = objectives[0]
     word = "largest" if first.direction == "max" else "smallest"
     notes = [f"Ranked by {first.metric}, {word} first; ties by parameters, then latency."]

@@ -117,7 +117,7 @@ def recommend(
     kind = spec.task.kind
     sentences = [
         f"Take {row['trial_id']}: {row['method']} ({networks}), {METRIC_NAMES[kind]} on val {row['val_metric']:.3f}"
-        f"{_spread(row)}, "
+        f"{spread(row)}, "
         f"on test {test['value']:.3f} over {test['images']} images (standard error {test['standard_error']:.3f}).",
         f"{int(row['params_total']):,} parameters, {row['flops'] / 1e6:.1f} MFLOPs an image (2 per multiply-add), "
         f"{row['latency_ms']:.2f} ms ({row['latency_setup']}).",
@@ -125,7 +125,7 @@ def recommend(
     note = margin_note(frame, row, name, len(task.val), max_params, max_latency_ms, kind)
     if note:
         sentences.append(note)
-    sentences += _against_baseline(frame, row, len(task.val), kind)
+    sentences += against_baseline(frame, row, len(task.val), kind)
     if reads > 1:
         sentences.append(f"The test images were now read for {reads} different choices: the last score is optimistic.")
     sentences.append(f"Next: python -m orchestrator export {folder} OUT_DIR --trial {row['trial_id']}")
@@ -136,7 +136,7 @@ def recommend(
     return plain | {"metric": name, "test": test, "test_choices": reads, "sentences": sentences}
 
 
-def _against_baseline(frame: Any, row: Any, images: int, kind: Kind) -> list[str]:
+def against_baseline(frame: Any, row: Any, images: int, kind: Kind) -> list[str]:
     """Whether transfer beat training on the labels alone, and by more than the noise of `images` images."""
     complete = frame[(frame["status"] == "complete") & frame["val_metric"].notna()]
     chose_baseline = row["method"] in BASELINES
@@ -159,7 +159,7 @@ def _against_baseline(frame: Any, row: Any, images: int, kind: Kind) -> list[str
     ]
 
 
-def _spread(row: Any) -> str:
+def spread(row: Any) -> str:
     """What stands behind a val metric that is the mean of several repeats."""
     if int(row["repeats"]) < 2:
         return ""

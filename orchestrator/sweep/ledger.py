@@ -61,6 +61,12 @@ class Ledger:
             self._final[trial_id] = row
         return dict(row)
 
+    def mark(self, trial_id: str, share: float, metric: float) -> None:
+        """Notes the val metric at a share of a trial's budget; see `select.report.curves`."""
+        self.rows_folder.mkdir(parents=True, exist_ok=True)
+        with (self.rows_folder / f"{trial_id}.val.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"share": share, "val_metric": metric}) + "\n")
+
     def rows(self) -> list[dict[str, Any]]:
         """All rows, by trial."""
         found = (self.read(path.stem) for path in sorted(self.rows_folder.glob("t*.json")))

@@ -171,6 +171,7 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
         nonlocal best
         if metric is not None:
             best = metric
+            ledger.mark(trial.trial_id, share, metric)
             tune.report({"progress": share * 100, "val_metric": metric})
 
     try:

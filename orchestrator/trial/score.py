@@ -23,6 +23,7 @@ from orchestrator.data.pixels import Pixels, open_pixels
 from orchestrator.data.task import Split, TaskData, load_task
 from orchestrator.errors import WorkError
 from orchestrator.evaluate.cost import flops, latency, parameters
+from orchestrator.evaluate.details import Details
 from orchestrator.evaluate.metrics import score
 from orchestrator.evaluate.probe import Probe, fit_probe
 from orchestrator.models import Network, load_student, save_student
@@ -35,20 +36,25 @@ from orchestrator.train.loop import Report
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig, method_named, policy_of
 
-EVALUATION_VERSION = 1
+EVALUATION_VERSION = 2  # 2: details by class
 
 
-def val_metric(context: SweepContext, task: TaskData, scored: nn.Module, base: Network) -> float:
+def val_metric(
+    context: SweepContext, task: TaskData, scored: nn.Module, base: Network, details: Details | None = None
+) -> float:
     """What a network with a head scores on val; nothing is stored.
 
     Args:
         scored: at any moment of its training.
         base: whose preprocessing it has.
+        details: hears every batch.
     """
     size = base.preprocessing.size
     labels = _labels(context, task, task.val, range(len(task.val)), size)
     pixels = _pixels(context, task, task.val, base)
-    return score(scored, base.preprocessing, pixels, labels, len(task.val), task.spec.kind, len(task.classes)).value
+    hear = details.hear if details is not None else None
+    kind, classes = task.spec.kind, len(task.classes)
+    return score(scored, base.preprocessing, pixels, labels, len(task.val), kind, classes, hear=hear).value
 
 
 @dataclass
@@ -194,7 +200,9 @@ def evaluate(
             if structure is not None and structure_of(network) is not None:
                 raise WorkError(f"{method.name} leaves a network with modules of its own: no decoder can be put on it.")
             structure = structure or structure_of(network)
-        val = val_metric(context, task, network, base)
+        details = Details(task.spec.kind, len(task.classes))
+        val = val_metric(context, task, network, base, details)
+        details.write(folder, task.classes)
         meta = {
             "model": base.entry.model_dump(mode="json"),
             "role": base.role,

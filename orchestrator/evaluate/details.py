@@ -1,0 +1,147 @@
+"""What stands behind a val metric: each class's part of it, who is taken for whom, and the worst errors with pictures.
+
+It is gathered in the pass that scores a network, and kept beside the network: a report is made from it alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from methods.contract import Kind
+from orchestrator.evaluate.metrics import auroc, overlaps
+
+FILE = "details.json"
+PICTURES = "errors.jpg"
+WORST = 12  # errors that are kept
+TILE = 96  # pixels; a multiple of 8, so that JPEG blocks do not mix neighbours
+CONFUSION = 100  # classes up to which the confusion matrix is kept
+
+
+@dataclass
+class Details:
+    """Hears every batch that `score` sees.
+
+    Args:
+        kind, num_classes: of the task.
+    """
+
+    kind: Kind
+    num_classes: int
+    rows: list[np.ndarray] = field(default_factory=list)
+    one: list[Tensor] = field(default_factory=list)
+    other: list[Tensor] = field(default_factory=list)
+    worst: list[tuple[float, int, Tensor]] = field(default_factory=list)
+
+    def hear(self, rows: np.ndarray, pixels: Tensor, logits: Tensor, truth: Tensor) -> None:
+        """One batch: row numbers [B], uint8 pixels [B, 3, S, S], logits and labels as `score` has them."""
+        logits, truth = logits.float().cpu(), truth.cpu()
+        if self.kind == "segmentation":
+            both, either = overlaps(logits.argmax(1), truth, self.num_classes)
+            self.one.append(both)
+            self.other.append(either)
+            share = both.double() / either.clamp(min=1)
+            badness = 1 - (share * (either > 0)).sum(1) / (either > 0).sum(1).clamp(min=1)
+        elif self.kind == "multilabel":
+            self.one.append(logits)
+            self.other.append(truth)
+            known = truth >= 0
+            loss = F.binary_cross_entropy_with_logits(logits, truth.clamp(min=0), reduction="none")
+            wrong = (((logits > 0) != (truth > 0.5)) & known).any(1)
+            badness = (loss * known).mean(1) * wrong
+        else:
+            self.one.append(logits)
+            self.other.append(truth)
+            badness = F.cross_entropy(logits, truth, reduction="none") * (logits.argmax(1) != truth)
+        self.rows.append(rows)
+        for at in badness.argsort(descending=True)[:WORST].tolist():
+            value = float(badness[at])
+            if value > 0:
+                self.worst.append((value, int(rows[at]), pixels[at].cpu()))
+        self.worst = sorted(self.worst, key=lambda w: (-w[0], w[1]))[:WORST]
+
+    def write(self, folder: Path, classes: tuple[str, ...]) -> None:
+        """Writes `details.json`, and `errors.jpg` with the tiles of the worst errors from left to right."""
+        one, other = torch.cat(self.one), torch.cat(self.other)
+        content: dict[str, Any] = {"kind": self.kind, "images": len(one), "confusion": None}
+        if self.kind == "segmentation":
+            content["classes"] = _overlap_classes(one, other)
+        elif self.kind == "multilabel":
+            content["classes"] = _ranked_classes(one.numpy(), other.numpy())
+        else:
+            confusion = torch.bincount(other * self.num_classes + one.argmax(1), minlength=self.num_classes**2)
+            counts = confusion.view(self.num_classes, self.num_classes)
+            content["classes"] = _counted_classes(counts)
+            content["confusion"] = counts.tolist() if self.num_classes <= CONFUSION else None
+        for fact, name in zip(content["classes"], classes, strict=True):
+            fact["name"] = name
+        where = {int(row): at for at, row in enumerate(np.concatenate(self.rows))}
+        content["worst"] = [self._error(value, row, one, other, where[row]) for value, row, _ in self.worst]
+        (folder / FILE).write_text(json.dumps(content), encoding="utf-8")
+        if self.worst:
+            sheet = Image.new("RGB", (TILE * len(self.worst), TILE))
+            for at, (_, _, pixels) in enumerate(self.worst):
+                tile = Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
+                sheet.paste(tile.resize((TILE, TILE), Image.Resampling.BICUBIC), (at * TILE, 0))
+            sheet.save(folder / PICTURES, "JPEG", quality=85)
+
+    def _error(self, value: float, row: int, one: Tensor, other: Tensor, at: int) -> dict[str, Any]:
+        """One error: which image of val, what is true, what was said, and how sure of it or how bad."""
+        if self.kind == "segmentation":
+            return {"row": row, "truth": [], "said": [], "value": 1 - value}
+        if self.kind == "multilabel":
+            truth, above = (other[at] > 0.5).nonzero().flatten(), (one[at] > 0).nonzero().flatten()
+            return {"row": row, "truth": truth.tolist(), "said": above.tolist(), "value": value}
+        shares = one[at].softmax(0)
+        said = int(one[at].argmax())
+        return {"row": row, "truth": [int(other[at])], "said": [said], "value": float(shares[said])}
+
+
+def _counted_classes(confusion: Tensor) -> list[dict[str, Any]]:
+    """Recall (`value`) and precision by class from counts [truth, said]; None where nothing was to count."""
+    right, held, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    return [
+        {"images": int(n), "value": _share(int(r), int(n)), "precision": _share(int(r), int(s))}
+        for r, n, s in zip(right, held, said, strict=True)
+    ]
+
+
+def _ranked_classes(scores: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
+    """Area under the ROC curve (`value`) by class; None where a class has no positive or no negative image."""
+    facts = []
+    for c in range(scores.shape[1]):
+        positive = labels[:, c] > 0.5
+        value = auroc(scores[:, c], positive)
+        facts.append({"images": int(positive.sum()), "value": None if math.isnan(value) else value})
+    return facts
+
+
+def _overlap_classes(both: Tensor, either: Tensor) -> list[dict[str, Any]]:
+    """Intersection over union (`value`) by class, added up over images; None where a class is nowhere."""
+    facts = []
+    for c in range(both.shape[1]):
+        union = int(either[:, c].sum())
+        facts.append({"images": int((either[:, c] > 0).sum()), "value": _share(int(both[:, c].sum()), union)})
+    return facts
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def error_tiles(folder: Path) -> list[Image.Image]:
+    """The pictures of `details.json`'s worst errors, in its order; none where none are kept."""
+    if not (folder / PICTURES).is_file():
+        return []
+    with Image.open(folder / PICTURES) as sheet:
+        sheet.load()
+        return [sheet.crop((left, 0, left + TILE, TILE)) for left in range(0, sheet.width, TILE)]

@@ -1,0 +1,363 @@
+"use strict";
+// Everything here improves a page that is whole without it: tables are in the page, and charts are drawn of their cells.
+const $ = (what, at = document) => at.querySelector(what);
+const $$ = (what, at = document) => [...at.querySelectorAll(what)];
+const SVG = "http://www.w3.org/2000/svg";
+const data = JSON.parse($("#data").textContent);
+const board = $("#board");
+const keys = $$("thead th", board).map((th) => th.dataset.k);
+const rows = $$("tbody tr", board).map((tr) => {
+  const row = { tr, id: tr.id, knobs: JSON.parse(tr.dataset.knobs) };
+  [...tr.cells].forEach((td, i) => {
+    const number = td.classList.contains("n");
+    row[keys[i]] = number ? (td.dataset.v === undefined ? null : Number(td.dataset.v)) : td.textContent.trim();
+  });
+  row.text = [...tr.cells].map((td) => td.textContent).join(" ").toLowerCase() + " " + tr.dataset.knobs.toLowerCase();
+  return row;
+});
+const byId = new Map(rows.map((row) => [row.id, row]));
+const methods = [...new Set(rows.map((row) => row.method))].sort();
+
+function node(name, attributes = {}, ...children) {
+  const made = name.startsWith("svg:") ? document.createElementNS(SVG, name.slice(4)) : document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+/* Theme */
+const themes = ["auto", "light", "dark"];
+$("#theme").addEventListener("click", (event) => {
+  const next = themes[(themes.indexOf(document.documentElement.dataset.theme || "auto") + 1) % 3];
+  document.documentElement.dataset.theme = next;
+  event.target.textContent = `Theme: ${next}`;
+});
+
+/* The leaderboard: sort, filter */
+function sortBy(th, downwards) {
+  const key = th.dataset.k;
+  for (const other of $$("thead th", board)) other.setAttribute("aria-sort", "none");
+  th.setAttribute("aria-sort", downwards ? "descending" : "ascending");
+  const missing = (value) => value === null || value === "" || value === "-";
+  const sorted = [...rows].sort((a, b) => {
+    const one = a[key], two = b[key];
+    if (missing(one) || missing(two)) return missing(one) - missing(two);
+    const order = typeof one === "number" ? one - two : one.localeCompare(two, undefined, { numeric: true });
+    return downwards ? -order : order;
+  });
+  board.tBodies[0].append(...sorted.map((row) => row.tr));
+}
+for (const th of $$("thead th", board)) {
+  $("button", th).addEventListener("click", () => {
+    const state = th.getAttribute("aria-sort");
+    const first = th.dataset.k === "val_metric"; // what is better when larger is shown downwards first
+    sortBy(th, state === "none" ? first : state === "ascending");
+  });
+}
+function filter() {
+  const words = $("#find").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const method = $("#of-method").value, status = $("#of-status").value;
+  let shown = 0;
+  for (const row of rows) {
+    const fits =
+      words.every((word) => row.text.includes(word)) &&
+      (!method || row.method === method) && (!status || row.status === status);
+    row.tr.hidden = !fits;
+    shown += fits;
+  }
+  $("#count").textContent = `${shown} of ${rows.length} trials`;
+  drawFront();
+}
+for (const id of ["#find", "#of-method", "#of-status"]) $(id).addEventListener("input", filter);
+
+/* Charts */
+const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#7f3fbf", "#666666"];
+const SHAPES = [
+  "M-5,0A5,5 0 1,0 5,0A5,5 0 1,0 -5,0Z", "M-4.5,-4.5H4.5V4.5H-4.5Z", "M0,-6L5.5,4.5H-5.5Z", "M0,-6.5L5.5,0L0,6.5L-5.5,0Z",
+  "M0,6L5.5,-4.5H-5.5Z", "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z", "M0,-6.5L6,-1.5L3.8,5.5H-3.8L-6,-1.5Z",
+];
+function mark(method) {
+  const i = Math.max(0, methods.indexOf(method)), colour = COLOURS[i % COLOURS.length];
+  const hollow = Math.floor(i / SHAPES.length) % 2;
+  return node("svg:path", {
+    d: SHAPES[i % SHAPES.length], fill: hollow ? "var(--paper)" : colour, stroke: hollow ? colour : "var(--paper)",
+    "stroke-width": hollow ? 2 : 1,
+  });
+}
+function short(value) {
+  const size = Math.abs(value);
+  for (const [above, unit] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
+    if (size >= above) return `${Number((value / above).toPrecision(3))}${unit}`;
+  }
+  return size && size < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(3)));
+}
+function scale(values, from, to, log) {
+  let low = Math.min(...values), high = Math.max(...values);
+  if (log) {
+    if (low === high) [low, high] = [low / 2, high * 2];
+    const a = Math.log(low), b = Math.log(high), pad = (b - a) * 0.06;
+    const place = (v) => from + ((Math.log(v) - a + pad) / (b - a + 2 * pad)) * (to - from);
+    const ticks = [];
+    const steps = b - a > 7 ? [1] : [1, 2, 5];
+    for (let e = Math.floor(Math.log10(low)); e <= Math.ceil(Math.log10(high)); e++) {
+      for (const m of steps) {
+        const t = Number(`${m}e${e}`);
+        if (Math.log(t) >= a - pad && Math.log(t) <= b + pad) ticks.push(t);
+      }
+    }
+    return { place, ticks: ticks.length > 1 ? ticks : [low, high] };
+  }
+  if (low === high) [low, high] = [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
+  const pad = (high - low) * 0.06;
+  const place = (v) => from + ((v - low + pad) / (high - low + 2 * pad)) * (to - from);
+  const raw = (high - low) / 4, power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
+  const ticks = [];
+  for (let t = Math.ceil((low - pad) / step) * step; t <= high + pad; t += step) ticks.push(Number(t.toPrecision(12)));
+  return { place, ticks };
+}
+const wide = (values) => Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) > 15;
+
+/* An empty chart with axes in `holder`: x and y are {label, values, log} or, for x, {label, names}. */
+function axes(holder, x, y, height) {
+  const width = Math.max(240, holder.clientWidth), left = 52, right = 12, top = 10, bottom = 42;
+  const svg = node("svg:svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group" });
+  const sy = scale(y.values, height - bottom, top, y.log);
+  let sx;
+  if (x.names) {
+    const gap = (width - left - right) / x.names.length;
+    sx = { place: (name) => left + gap * (x.names.indexOf(name) + 0.5), ticks: x.names };
+  } else sx = scale(x.values, left, width - right, x.log);
+  for (const t of sy.ticks) {
+    const at = sy.place(t);
+    svg.append(node("svg:line", { x1: left, x2: width - right, y1: at, y2: at, class: "grid" }));
+    svg.append(node("svg:text", { x: left - 6, y: at + 4, "text-anchor": "end" }, short(t)));
+  }
+  let free = -1;
+  for (const t of sx.ticks) {
+    const at = sx.place(t), label = x.names ? String(t) : short(t);
+    svg.append(node("svg:line", { x1: at, x2: at, y1: top, y2: height - bottom, class: "grid" }));
+    if (at - label.length * 3.5 < free) continue;
+    free = at + label.length * 3.5 + 6;
+    svg.append(node("svg:text", { x: at, y: height - bottom + 16, "text-anchor": "middle" }, label));
+  }
+  const middle = (left + width - right) / 2, foot = height - 6;
+  svg.append(node("svg:text", { x: middle, y: foot, "text-anchor": "middle", class: "name" }, x.label));
+  const turned = { x: 0, y: 0, "text-anchor": "middle", class: "name" };
+  turned.transform = `translate(12 ${(top + height - bottom) / 2}) rotate(-90)`;
+  svg.append(node("svg:text", turned, y.label));
+  holder.replaceChildren(svg);
+  return { svg, x: sx.place, y: sy.place };
+}
+
+const tip = $("#tip");
+function tell(event, lines) {
+  tip.replaceChildren(...lines.map((line) => node("div", {}, line)));
+  tip.hidden = false;
+  const box = event.currentTarget.getBoundingClientRect();
+  const x = event.clientX || box.x + box.width / 2, y = event.clientY || box.y;
+  tip.style.left = `${Math.max(4, Math.min(x + 14, innerWidth - tip.offsetWidth - 8))}px`;
+  tip.style.top = `${y + 18 + tip.offsetHeight > innerHeight ? Math.max(4, y - tip.offsetHeight - 10) : y + 18}px`;
+}
+const hush = () => { tip.hidden = true; };
+addEventListener("keydown", (event) => { if (event.key === "Escape") hush(); });
+
+/* A trial's point: hover, focus, click and Enter. */
+function point(chart, row, x, y, lines, reachable) {
+  const g = node("svg:g", {
+    class: "point", transform: `translate(${x} ${y})`, "data-id": row.id, role: "button",
+    tabindex: reachable ? 0 : -1, "aria-label": lines.join(", "),
+  });
+  g.append(node("svg:circle", { r: 11, fill: "transparent" }), mark(row.method));
+  for (const name of ["pointermove", "focus"]) g.addEventListener(name, (event) => tell(event, lines));
+  for (const name of ["pointerleave", "blur"]) g.addEventListener(name, hush);
+  g.addEventListener("click", () => open(row.id));
+  g.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); open(row.id); }
+  });
+  chart.svg.append(g);
+  return g;
+}
+const say = (row, key) => row.tr.cells[keys.indexOf(key)].textContent.trim();
+const legend = (holder, names) => holder.replaceChildren(...names.map((name) => {
+  const shape = node("svg:svg", { viewBox: "-8 -8 16 16", width: 16, height: 16, "aria-hidden": "true" });
+  shape.append(mark(name));
+  return node("span", {}, shape, name);
+}));
+
+/* The Pareto front */
+function drawFront() {
+  const holder = $("#front-chart");
+  if (!holder) return;
+  const key = $("#front-axis").value, front = new Set(data.fronts[key]);
+  const able = rows.filter((r) => r.status === "complete" && r.val_metric !== null && r[key] !== null);
+  if (!able.length) {
+    holder.replaceChildren(node("p", {}, "No complete trial has a value of both."));
+    return;
+  }
+  const values = able.map((r) => r[key]);
+  const log = wide(values);
+  const label = data.axes[key] + (log ? " (log scale)" : "");
+  const chart = axes(holder, { label, values, log }, { label: `${data.metric} on val`, values: able.map((r) => r.val_metric) },
+    Math.min(440, Math.max(300, innerHeight * 0.55)));
+  const line = able.filter((r) => front.has(r.id)).sort((a, b) => a[key] - b[key]);
+  let path = "";
+  line.forEach((r, i) => {
+    const x = chart.x(r[key]), y = chart.y(r.val_metric);
+    path += i ? `H${x}V${y}` : `M${x},${y}`;
+  });
+  chart.svg.append(node("svg:path", { d: path, class: "front" }));
+  const shown = able.filter((r) => !r.tr.hidden);
+  shown.sort((a, b) => front.has(a.id) - front.has(b.id));
+  let last = [-99, -99];
+  for (const r of shown) {
+    const x = chart.x(r[key]), y = chart.y(r.val_metric);
+    if (r.val_sd !== null && r.val_sd !== undefined) {
+      const [one, two] = [chart.y(r.val_metric - r.val_sd), chart.y(r.val_metric + r.val_sd)];
+      chart.svg.append(node("svg:line", { x1: x, x2: x, y1: one, y2: two, class: "spread" }));
+    }
+    const lines = [`${r.id}: ${r.method}`, `${data.metric} ${say(r, "val_metric")}`, `${data.axes[key]} ${say(r, key)}`];
+    if (front.has(r.id)) lines.push("on the front");
+    const g = point(chart, r, x, y, lines, front.has(r.id));
+    g.classList.toggle("dim", !front.has(r.id));
+    if (r.id === data.recommended) g.append(node("svg:circle", { r: 10, class: "ring" }));
+    if (front.has(r.id) && (Math.abs(x - last[0]) > 44 || Math.abs(y - last[1]) > 14)) {
+      const end = x > chart.svg.viewBox.baseVal.width - 70;
+      g.append(node("svg:text", { x: end ? -12 : 12, y: -7, "text-anchor": end ? "end" : "start", class: "tag" }, r.id));
+      last = [x, y];
+    }
+  }
+  legend($("#front-legend"), methods.filter((m) => shown.some((r) => r.method === m)));
+}
+
+/* Learning curves */
+function drawLines(holder, lines, xLabel, yLabel, height = 260) {
+  if (!lines.length) {
+    holder.replaceChildren(node("p", {}, "Nothing was recorded for these trials."));
+    return;
+  }
+  const xs = lines.flatMap((l) => l.points.map((p) => p[0])), ys = lines.flatMap((l) => l.points.map((p) => p[1]));
+  const log = wide(ys) && yLabel !== data.metric;
+  const chart = axes(holder, { label: xLabel, values: xs }, { label: yLabel + (log ? " (log)" : ""), values: ys, log }, height);
+  for (const l of lines) {
+    const d = l.points.map((p, i) => `${i ? "L" : "M"}${chart.x(p[0])},${chart.y(p[1])}`).join("");
+    const path = node("svg:path", { d, class: l.best ? "line best" : "line" });
+    if (l.row.status === "pruned") path.classList.add("stopped");
+    const wide = node("svg:path", { d, class: "catch" });
+    const end = l.points[l.points.length - 1];
+    const words = [`${l.row.id}: ${l.row.method}`, `${yLabel} ${short(end[1])} at the end`, `val ${say(l.row, "val_metric")}`];
+    wide.addEventListener("pointermove", (event) => { path.classList.add("over"); tell(event, words); });
+    wide.addEventListener("pointerleave", () => { path.classList.remove("over"); hush(); });
+    wide.addEventListener("click", () => open(l.row.id));
+    chart.svg.append(path, wide);
+  }
+  const best = lines.find((l) => l.best);
+  if (best) {
+    const end = best.points[best.points.length - 1];
+    chart.svg.append(node("svg:text", { x: chart.x(end[0]), y: chart.y(end[1]) - 7, "text-anchor": "end", class: "tag" }, best.row.id));
+  }
+}
+const pairs = (losses, part) => losses.step.map((s, i) => [s, losses[part][i]]).filter((p) => p[1] !== null);
+function drawCurves() {
+  if (!$("#curve-method")) return;
+  const method = $("#curve-method").value;
+  const mine = rows.filter((r) => r.method === method && data.curves[r.id]);
+  const parts = [...new Set(mine.flatMap((r) => Object.keys(data.curves[r.id].losses)))].filter((p) => p !== "step");
+  const chooser = $("#curve-part"), kept = chooser.value;
+  parts.sort((a, b) => (b === "loss") - (a === "loss") || a.localeCompare(b));
+  chooser.replaceChildren(...parts.map((p) => node("option", {}, p)));
+  if (parts.includes(kept)) chooser.value = kept;
+  const part = chooser.value;
+  const best = mine.find((r) => r.status === "complete"); // rows are in the leaderboard's order
+  const lines = mine.filter((r) => data.curves[r.id].losses[part])
+    .map((row) => ({ row, best: row === best, points: pairs(data.curves[row.id].losses, part) })).filter((l) => l.points.length);
+  drawLines($("#curve-chart"), lines.sort((a, b) => a.best - b.best), "optimizer steps", part || "loss");
+}
+function drawVal() {
+  const holder = $("#val-chart");
+  if (!holder) return;
+  const lines = rows.filter((r) => data.curves[r.id] && data.curves[r.id].val.length)
+    .map((row) => ({ row, best: row.id === data.recommended, points: data.curves[row.id].val.map((p) => [p[0] * 100, p[1]]) }));
+  drawLines(holder, lines.sort((a, b) => a.best - b.best), "% of the trial's budget", data.metric);
+}
+
+/* Slices: the val metric over each knob of a method */
+function drawSlices() {
+  const place = $("#slices");
+  if (!place) return;
+  const method = $("#slice-method").value;
+  const mine = rows.filter((r) => r.method === method && r.val_metric !== null && r.status !== "running");
+  const names = [...new Set(mine.flatMap((r) => Object.keys(r.knobs)))];
+  place.replaceChildren();
+  for (const name of names) {
+    const able = mine.filter((r) => r.knobs[name] !== undefined && r.knobs[name] !== null);
+    const values = able.map((r) => r.knobs[name]);
+    if (new Set(values.map(String)).size < 2) continue;
+    const holder = node("div", { class: "slice" });
+    place.append(holder);
+    const numeric = values.every((v) => typeof v === "number");
+    const log = numeric && wide(values);
+    const x = numeric ? { label: name + (log ? " (log scale)" : ""), values, log } : { label: name, names: [...new Set(values.map(String))].sort() };
+    const chart = axes(holder, x, { label: `${data.metric} on val`, values: able.map((r) => r.val_metric) }, 210);
+    for (const r of able) {
+      const at = chart.x(numeric ? r.knobs[name] : String(r.knobs[name]));
+      const g = point(chart, r, at, chart.y(r.val_metric), [`${r.id}: ${r.method}`, `${name} ${r.knobs[name]}`, `val ${say(r, "val_metric")} (${r.status})`], false);
+      g.classList.toggle("dim", r.status !== "complete");
+    }
+  }
+  if (!place.children.length) place.append(node("p", {}, "No knob of this method took two values or more in the trials that were scored."));
+}
+
+/* One trial */
+const dialog = $("#trial");
+function open(id) {
+  const row = byId.get(id);
+  hush();
+  if (!row) {
+    $("#said").textContent = `This report has no trial ${id}.`;
+    return;
+  }
+  const list = node("dl");
+  keys.forEach((key, i) => {
+    const text = row.tr.cells[i].textContent.trim();
+    if (text && text !== "-" && key !== "trial_id") list.append(node("dt", {}, $$("thead th", board)[i].dataset.title), node("dd", {}, text));
+  });
+  for (const [name, value] of Object.entries(row.knobs)) list.append(node("dt", { class: "knob" }, name), node("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value)));
+  const holder = node("div", { class: "chart" });
+  const parts = [node("h2", { id: "trial-name" }, `${row.id}: ${row.method}`), list, holder];
+  const section = document.getElementById(`classes-${id}`);
+  if (section) {
+    const link = node("a", { href: `#classes-${id}` }, "Results by class and worst errors");
+    link.addEventListener("click", () => { section.open = true; dialog.close(); });
+    parts.push(node("p", {}, link));
+  }
+  if (row.status === "complete") parts.push(node("p", {}, "Take it away: ", node("code", {}, data.export.replace("{trial}", id))));
+  $("#trial-body").replaceChildren(...parts);
+  dialog.showModal();
+  const curve = data.curves[id];
+  if (curve && curve.losses.loss) drawLines(holder, [{ row, best: true, points: pairs(curve.losses, "loss") }], "optimizer steps", "loss", 200);
+}
+$("#trial-close").addEventListener("click", () => dialog.close());
+dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+document.addEventListener("click", (event) => {
+  const link = event.target.closest("a[data-trial]");
+  if (link) { event.preventDefault(); open(link.dataset.trial); }
+});
+
+/* Print shows everything. */
+let folded = [];
+addEventListener("beforeprint", () => { folded = $$("details:not([open])"); folded.forEach((d) => { d.open = true; }); });
+addEventListener("afterprint", () => { folded.forEach((d) => { d.open = false; }); });
+
+function drawAll() { drawFront(); drawVal(); drawCurves(); drawSlices(); }
+const on = (id, what) => { const found = $(id); if (found) found.addEventListener("input", what); };
+on("#front-axis", drawFront);
+on("#curve-method", drawCurves);
+on("#curve-part", drawCurves);
+on("#slice-method", drawSlices);
+let width = innerWidth;
+addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawAll(); } });
+drawAll();
+$("#count").textContent = `${rows.length} trials`;
+if (/^#t\d+$/.test(location.hash)) open(location.hash.slice(1));
+document.documentElement.dataset.ready = "yes";

@@ -1,0 +1,181 @@
+"""A report of a sweep that has ended, runs, or never will: what is recorded, put together and written at once."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from methods.knobs import Choice
+from orchestrator.errors import UserError, listed, nearest
+from orchestrator.evaluate.details import FILE
+from orchestrator.select.report import Gathered, Importance, Study, gather, html, markdown, table
+from orchestrator.select.report.gather import knobs_of
+from orchestrator.select.results import choose, margin_note, numbers, read_trials
+from orchestrator.spec import METRIC_NAMES, SweepSpec
+from orchestrator.sweep.board import against_baseline, spread
+from orchestrator.sweep.ledger import at_once
+from orchestrator.sweep.run import open_sweep
+from orchestrator.sweep.space import method_space
+from orchestrator.sweep.study import importances
+
+FORMATS = {"html": ".html", "md": ".md", "csv": ".csv", "parquet": ".parquet"}
+ENOUGH = 10  # complete trials from which importances are worth a look
+WRITERS: dict[str, Callable[[Gathered, Path], Any]] = {
+    "html": lambda found, path: path.write_text(html(found), encoding="utf-8"),
+    "md": lambda found, path: path.write_text(markdown(found), encoding="utf-8"),
+    "csv": lambda found, path: table(found).to_csv(path, index=False),
+    "parquet": lambda found, path: table(found).to_parquet(path, index=False),
+}
+
+
+def write_report(folder: Path, out: Path | None, fmt: str | None, images: bool = True) -> dict[str, Any]:
+    """Writes a report of the sweep in `folder`; reads its recorded results alone.
+
+    Args:
+        out: the file, replaced whole; None: `report` in the sweep's folder.
+        fmt: one of `FORMATS`; None: what the name of `out` says, else html.
+        images: whether worst errors are shown as pictures of the user's data.
+
+    Raises:
+        UserError: if there is no sweep, or the file cannot be written.
+    """
+    fmt = fmt or _format_of(out)
+    path = out or folder / f"report{FORMATS[fmt]}"
+    _check_place(path)
+    frame = read_trials(folder)
+    spec = open_sweep(folder)
+    made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    found = gather(folder, spec, frame, _study(folder, spec, frame), made, images)
+    try:
+        at_once(path, lambda temporary: WRITERS[fmt](found, temporary))
+    except PermissionError as error:
+        raise UserError(f"--out: {str(path)!r} cannot be written ({error.strerror}).") from error
+    return {
+        "out": str(path),
+        "format": fmt,
+        "bytes": path.stat().st_size,
+        "trials": len(frame),
+        "recommended": found.study.recommended,
+        "sentences": list(found.study.sentences),
+    }
+
+
+def _format_of(out: Path | None) -> str:
+    if out is None or not out.suffix:
+        return "html"
+    for fmt, suffix in FORMATS.items():
+        if out.suffix.lower() in (suffix, f".{fmt}"):
+            return fmt
+    raise UserError(
+        f"--out: {out.name!r} ends in {out.suffix!r}, which is none of {listed(FORMATS.values())}; give --format as "
+        f"well.{nearest(out.suffix, FORMATS.values())}"
+    )
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"--out: {str(path)!r} is a folder; name a file.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--out: the folder {str(path.absolute().parent)!r} does not exist.")
+
+
+def _study(folder: Path, spec: SweepSpec, frame: pd.DataFrame) -> Study:
+    recommended, sentences = _recommendation(folder, spec, frame)
+    try:
+        seconds = float(json.loads((folder / "clock.json").read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        seconds = math.nan
+    text = (folder / "sweep.yaml").read_text(encoding="utf-8")
+    commands = _commands(folder, spec, frame, recommended)
+    return Study(recommended, sentences, _importances(spec, frame), seconds, commands, text)
+
+
+def _recommendation(folder: Path, spec: SweepSpec, frame: pd.DataFrame) -> tuple[str | None, list[str]]:
+    """By the sweep's first objective, as `best` chooses; the test images are not read, only what is known of them."""
+    first = spec.objectives[0]
+    try:
+        row = choose(frame, first.metric, first.direction)
+    except UserError as error:
+        return None, [str(error)]
+    trial, kind = str(row["trial_id"]), spec.task.kind
+    networks = " → ".join(n for n in (row["teacher"], row["student"]) if isinstance(n, str))
+    objective = "" if first.metric == "val_metric" else f", the best {first.metric}"
+    sentences = [
+        f"Take {trial}: {row['method']} ({networks}){objective}, {METRIC_NAMES[kind]} on val {row['val_metric']:.4f}"
+        f"{spread(row)}.",
+        f"{int(row['params_total']):,} parameters, {row['flops'] / 1e6:,.1f} MFLOPs an image, latency "
+        f"{row['latency_ms']:.2f} ms ({row['latency_setup']}).",
+    ]
+    tested = _read(folder / "test.json").get(trial)
+    if tested:
+        sentences.append(
+            f"On {tested['images']} test images: {tested['value']:.4f} (standard error {tested['standard_error']:.4f})."
+        )
+    else:
+        sentences.append("The test images were not read for it: `best` reads them once.")
+    images = int(_read(folder / str(row["student_path"]) / FILE).get("images", 0))
+    if images:
+        note = margin_note(frame, row, first.metric, images, kind=kind)
+        sentences += [note] if note else []
+        sentences += against_baseline(frame, row, images, kind)
+    return trial, sentences
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _commands(folder: Path, spec: SweepSpec, frame: pd.DataFrame, recommended: str | None) -> list[tuple[str, str]]:
+    place, run = shlex.quote(str(folder)), "python -m orchestrator"
+    again = shlex.quote(str(folder / "sweep.yaml"))
+    commands = [
+        (
+            "The same sweep again; what the store still holds is not computed anew:",
+            f"{run} sweep {again} --name {spec.name}-again",
+        )
+    ]
+    if len(frame) < spec.search.trials or (frame["status"] == "running").any():
+        commands.append(("To its end, if it does not run any more:", f"{run} resume {place}"))
+    if recommended is not None:
+        commands.append(
+            ("The recommended student with its score on the test images, which are read once:", f"{run} best {place}")
+        )
+        commands.append(
+            ("The student, loadable without this package:", f"{run} export {place} OUT --trial {recommended}")
+        )
+    return commands
+
+
+def _importances(spec: SweepSpec, frame: pd.DataFrame) -> list[Importance]:
+    done = frame[(frame["status"] == "complete").to_numpy() & ~pd.isna(numbers(frame, "val_metric"))]
+    rows = done.to_dict("records")
+    of_all = [{k: row[k] or "-" for k in ("method", "teacher", "student")} for row in rows]
+    space: dict[str, Any] = {k: Choice(values=tuple({c[k] for c in of_all})) for k in ("method", "teacher", "student")}
+    found = [_importance("all methods", of_all, [r["val_metric"] for r in rows], space)]
+    for method in sorted(done["method"].unique()):
+        mine = [r for r in rows if r["method"] == method]
+        try:
+            space = method_space(spec, method)
+        except (UserError, KeyError):
+            continue  # the method is not installed here, or is another one by now
+        if any(not isinstance(domain, str | int | float | bool) for domain in space.values()):
+            found.append(_importance(method, [knobs_of(r) for r in mine], [r["val_metric"] for r in mine], space))
+    return found
+
+
+def _importance(among: str, choices: list[dict[str, Any]], values: list[float], space: dict[str, Any]) -> Importance:
+    if len(values) < ENOUGH:
+        return Importance(among, len(values), reason=f"Not reckoned: it takes {ENOUGH} complete trials.")
+    shares = importances(choices, values, space)
+    return Importance(among, len(values), shares, "" if shares else "No choice took two values.")
