@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -13,17 +14,18 @@ from typing import Any
 import pandas as pd
 
 from methods.knobs import Choice
-from orchestrator.errors import UserError, listed, nearest
+from orchestrator.errors import UserError, disk_full, listed, nearest
 from orchestrator.evaluate.details import FILE
 from orchestrator.select.report import Gathered, Importance, Study, gather, html, markdown, table
 from orchestrator.select.report.gather import knobs_of
+from orchestrator.select.report.page import shown
 from orchestrator.select.results import choose, margin_note, numbers, read_trials
 from orchestrator.spec import METRIC_NAMES, SweepSpec
 from orchestrator.sweep.board import against_baseline, spread
-from orchestrator.sweep.ledger import at_once
+from orchestrator.sweep.ledger import Ledger, at_once
 from orchestrator.sweep.run import open_sweep
 from orchestrator.sweep.space import method_space
-from orchestrator.sweep.study import importances
+from orchestrator.sweep.study_importance import importances
 
 FORMATS = {"html": ".html", "md": ".md", "csv": ".csv", "parquet": ".parquet"}
 ENOUGH = 10  # complete trials from which importances are worth a look
@@ -49,13 +51,16 @@ def write_report(folder: Path, out: Path | None, fmt: str | None, images: bool =
     fmt = fmt or _format_of(out)
     path = out or folder / f"report{FORMATS[fmt]}"
     _check_place(path)
+    _up_to_date(folder)
     frame = read_trials(folder)
     spec = open_sweep(folder)
     made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     found = gather(folder, spec, frame, _study(folder, spec, frame), made, images)
     try:
         at_once(path, lambda temporary: WRITERS[fmt](found, temporary))
-    except PermissionError as error:
+    except OSError as error:
+        if disk_full(error):
+            raise
         raise UserError(f"--out: {str(path)!r} cannot be written ({error.strerror}).") from error
     return {
         "out": str(path),
@@ -65,6 +70,15 @@ def write_report(folder: Path, out: Path | None, fmt: str | None, images: bool =
         "recommended": found.study.recommended,
         "sentences": list(found.study.sentences),
     }
+
+
+def _up_to_date(folder: Path) -> None:
+    """Makes the table anew where rows were written after it, as when the sweep runs or its driver was killed."""
+    table_path, rows = folder / "trials.parquet", list((folder / "trials").glob("t*.json"))
+    written = max((path.stat().st_mtime for path in rows), default=0.0)
+    if rows and (not table_path.is_file() or table_path.stat().st_mtime < written):
+        with contextlib.suppress(OSError):  # a folder that may only be read: what its table says has to do
+            Ledger(folder).publish()
 
 
 def _format_of(out: Path | None) -> str:
@@ -110,8 +124,8 @@ def _recommendation(folder: Path, spec: SweepSpec, frame: pd.DataFrame) -> tuple
     sentences = [
         f"Take {trial}: {row['method']} ({networks}){objective}, {METRIC_NAMES[kind]} on val {row['val_metric']:.4f}"
         f"{spread(row)}.",
-        f"{int(row['params_total']):,} parameters, {row['flops'] / 1e6:,.1f} MFLOPs an image, latency "
-        f"{row['latency_ms']:.2f} ms ({row['latency_setup']}).",
+        f"{shown(row['params_total'], 'params_total')} parameters, {shown(row['flops'], 'flops')} MFLOPs an image, "
+        f"latency {shown(row['latency_ms'], 'latency_ms')} ms ({row['latency_setup'] or 'not measured'}).",
     ]
     tested = _read(folder / "test.json").get(trial)
     if tested:
@@ -160,6 +174,8 @@ def _commands(folder: Path, spec: SweepSpec, frame: pd.DataFrame, recommended: s
 def _importances(spec: SweepSpec, frame: pd.DataFrame) -> list[Importance]:
     done = frame[(frame["status"] == "complete").to_numpy() & ~pd.isna(numbers(frame, "val_metric"))]
     rows = done.to_dict("records")
+    if not rows:
+        return []
     of_all = [{k: row[k] or "-" for k in ("method", "teacher", "student")} for row in rows]
     space: dict[str, Any] = {k: Choice(values=tuple({c[k] for c in of_all})) for k in ("method", "teacher", "student")}
     found = [_importance("all methods", of_all, [r["val_metric"] for r in rows], space)]
@@ -176,6 +192,6 @@ def _importances(spec: SweepSpec, frame: pd.DataFrame) -> list[Importance]:
 
 def _importance(among: str, choices: list[dict[str, Any]], values: list[float], space: dict[str, Any]) -> Importance:
     if len(values) < ENOUGH:
-        return Importance(among, len(values), reason=f"Not reckoned: it takes {ENOUGH} complete trials.")
+        return Importance(among, len(values), reason=f"not reckoned, which takes {ENOUGH} complete trials.")
     shares = importances(choices, values, space)
-    return Importance(among, len(values), shares, "" if shares else "No choice took two values.")
+    return Importance(among, len(values), shares, "" if shares else "no choice took two values.")

@@ -6,13 +6,14 @@ const SVG = "http://www.w3.org/2000/svg";
 const data = JSON.parse($("#data").textContent);
 const board = $("#board");
 const keys = $$("thead th", board).map((th) => th.dataset.k);
+const whole = (td) => td.title || td.textContent.trim(); // networks are shown by their short names
 const rows = $$("tbody tr", board).map((tr) => {
   const row = { tr, id: tr.id, knobs: JSON.parse(tr.dataset.knobs) };
   [...tr.cells].forEach((td, i) => {
     const number = td.classList.contains("n");
-    row[keys[i]] = number ? (td.dataset.v === undefined ? null : Number(td.dataset.v)) : td.textContent.trim();
+    row[keys[i]] = number ? (td.dataset.v === undefined ? null : Number(td.dataset.v)) : whole(td);
   });
-  row.text = [...tr.cells].map((td) => td.textContent).join(" ").toLowerCase() + " " + tr.dataset.knobs.toLowerCase();
+  row.text = `${[...tr.cells].map(whole).join(" ")} ${tr.dataset.knobs}`.toLowerCase();
   return row;
 });
 const byId = new Map(rows.map((row) => [row.id, row]));
@@ -71,7 +72,7 @@ function filter() {
 for (const id of ["#find", "#of-method", "#of-status"]) $(id).addEventListener("input", filter);
 
 /* Charts */
-const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#7f3fbf", "#666666"];
+const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#56b4e9", "#7f3fbf", "#666666"];
 const SHAPES = [
   "M-5,0A5,5 0 1,0 5,0A5,5 0 1,0 -5,0Z", "M-4.5,-4.5H4.5V4.5H-4.5Z", "M0,-6L5.5,4.5H-5.5Z", "M0,-6.5L5.5,0L0,6.5L-5.5,0Z",
   "M0,6L5.5,-4.5H-5.5Z", "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z", "M0,-6.5L6,-1.5L3.8,5.5H-3.8L-6,-1.5Z",
@@ -110,7 +111,7 @@ function scale(values, from, to, log) {
   if (low === high) [low, high] = [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
   const pad = (high - low) * 0.06;
   const place = (v) => from + ((v - low + pad) / (high - low + 2 * pad)) * (to - from);
-  const raw = (high - low) / 4, power = 10 ** Math.floor(Math.log10(raw));
+  const raw = (high - low) / 5, power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
   const ticks = [];
   for (let t = Math.ceil((low - pad) / step) * step; t <= high + pad; t += step) ticks.push(Number(t.toPrecision(12)));
@@ -295,9 +296,10 @@ function drawSlices() {
     if (new Set(values.map(String)).size < 2) continue;
     const holder = node("div", { class: "slice" });
     place.append(holder);
-    const numeric = values.every((v) => typeof v === "number");
+    const distinct = [...new Set(values)];
+    const numeric = distinct.length > 5 && values.every((v) => typeof v === "number");
     const log = numeric && wide(values);
-    const x = numeric ? { label: name + (log ? " (log scale)" : ""), values, log } : { label: name, names: [...new Set(values.map(String))].sort() };
+    const x = numeric ? { label: name + (log ? " (log scale)" : ""), values, log } : { label: name, names: distinct.sort((a, b) => (a < b ? -1 : 1)).map(String) };
     const chart = axes(holder, x, { label: `${data.metric} on val`, values: able.map((r) => r.val_metric) }, 210);
     for (const r of able) {
       const at = chart.x(numeric ? r.knobs[name] : String(r.knobs[name]));
@@ -319,7 +321,7 @@ function open(id) {
   }
   const list = node("dl");
   keys.forEach((key, i) => {
-    const text = row.tr.cells[i].textContent.trim();
+    const text = whole(row.tr.cells[i]);
     if (text && text !== "-" && key !== "trial_id") list.append(node("dt", {}, $$("thead th", board)[i].dataset.title), node("dd", {}, text));
   });
   for (const [name, value] of Object.entries(row.knobs)) list.append(node("dt", { class: "knob" }, name), node("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value)));

@@ -14,8 +14,10 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from orchestrator.errors import listed
 from orchestrator.select.leaderboard import count, real, significant
 from orchestrator.select.report.gather import AXES, SUMS, Gathered, knobs_of
+from orchestrator.select.results import short_name
 from orchestrator.spec import Kind
 
 COLUMNS = {
@@ -77,6 +79,7 @@ def html(found: Gathered) -> str:
         curve_methods=list(dict.fromkeys(board.loc[board["trial_id"].isin(_with_losses(found)), "method"])),
         has_val=any(c["val"] for c in found.curves.values()),
         slice_methods=list(dict.fromkeys(board["method"])),
+        unreckoned=_unreckoned(found),
         cost_sentences=cost_sentences(found),
         cost_rows=_cost_rows(found),
         class_titles=CLASS_TITLES[kind],
@@ -120,7 +123,9 @@ def cell(value: Any, key: str, like: Any = None) -> dict[str, Any]:
 
 
 def shown(value: float, key: str, like: Any = None) -> str:
-    """A number of the column `key`, as a person reads it."""
+    """A number of the column `key`, as a person reads it; `-` where it is missing."""
+    if pd.isna(value):
+        return "-"
     if key in ("val_metric", "val_sd", "value", "precision"):
         return real(value, 4)
     if key == "flops":
@@ -138,7 +143,11 @@ def _row(row: Mapping[Any, Any], columns: Mapping[str, str]) -> dict[str, Any]:
         if key in TEXTS:
             text = row[key] if isinstance(row[key], str) else ""
             css = {"teacher": "net", "student": "net", "reason": "why", "status": str(row["status"])}.get(key, "")
-            cells.append({"key": key, "number": False, "text": text, "css": css})
+            network = key in ("teacher", "student")
+            title = text if network else ""
+            cells.append(
+                {"key": key, "number": False, "text": short_name(text) if network else text, "title": title, "css": css}
+            )
         else:
             blank = row["status"] != "complete" and key in ("params_total", "params_trained", "flops") and not row[key]
             cells.append(cell(None if blank else row[key], key, row["latency_ms"]))
@@ -184,14 +193,22 @@ def _knob(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _unreckoned(found: Gathered) -> list[str]:
+    """Why there are no importances, with the methods that a reason concerns."""
+    reasons: dict[str, list[str]] = {}
+    for one in found.study.importances:
+        if not one.shares:
+            reasons.setdefault(one.reason, []).append(f"{one.among} ({one.trials})")
+    return [f"{listed(names)}: {reason}" for reason, names in reasons.items()]
+
+
 def cost_sentences(found: Gathered) -> list[str]:
     """What the sweep took, what sharing saved, and what came to nothing."""
     (whole,) = found.costs["all"]
     by = {row["name"]: row for row in found.costs["status"]}
     total = whole["device_seconds"]
-    said = [
-        f"{real(total, 1)} device-seconds in {whole['trials']} trials; the sweep ran {real(found.study.seconds, 0)} s."
-    ]
+    ran = "" if math.isnan(found.study.seconds) else f"; the sweep ran {real(found.study.seconds, 0)} s"
+    said = [f"{real(total, 1)} device-seconds in {whole['trials']} trials{ran}."]
     saved, shared = whole["store_seconds_saved"], whole["teacher_forwards_shared"]
     if not math.isnan(saved):
         share = f", where computing everything would have taken {real(saved + total, 1)}" if saved > 0 else ""
@@ -199,11 +216,12 @@ def cost_sentences(found: Gathered) -> list[str]:
             f"Sharing saved {real(saved, 1)} seconds{share}; {count(shared)} teacher forwards were read instead of "
             f"made, {count(whole['teacher_forwards'])} were made."
         )
-    for status, words in (("failed", "failed"), ("pruned", "were stopped early")):
+    for status, words in (("failed", "failed"), ("pruned", "stopped early")):
         if status in by:
             spent = by[status]["device_seconds"]
             share = f" ({spent / total:.0%})" if total else ""
-            said.append(f"{by[status]['trials']} trials {words}: they cost {real(spent, 1)} device-seconds{share}.")
+            many = by[status]["trials"]
+            said.append(f"{many} trial{'' if many == 1 else 's'} {words}: {real(spent, 1)} device-seconds{share}.")
     return said
 
 
