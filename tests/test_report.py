@@ -449,3 +449,13 @@ def test_details_of_masks_average_to_the_metric(tmp_path: Path) -> None:
     known = [c["value"] for c in found["classes"] if c["value"] is not None]
     assert sum(known) / len(known) == pytest.approx(mean_iou(both.numpy(), either.numpy()))
     assert [w["value"] for w in found["worst"]] == sorted(w["value"] for w in found["worst"])
+
+
+def test_a_report_of_a_running_sweep_has_the_rows_that_its_table_lacks(swept: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "running"
+    shutil.copytree(swept, folder)
+    row = json.loads((folder / "trials" / "t0003.json").read_text())
+    Ledger(folder).write(row | {"trial_id": "t0005", "number": 5, "status": "running", "reason": ""})
+    page = page_of(folder, tmp_path / "r.html")
+    assert [a["id"] for a, _ in page.tables["board"][1:]].count("t0005") == 1
+    assert "still running" in page.texts
