@@ -121,7 +121,7 @@ const wide = (values) => Math.min(...values) > 0 && Math.max(...values) / Math.m
 
 /* An empty chart with axes in `holder`: x and y are {label, values, log} or, for x, {label, names}. */
 function axes(holder, x, y, height) {
-  const width = Math.max(240, holder.clientWidth), left = 52, right = 12, top = 10, bottom = 42;
+  const width = Math.max(240, holder.clientWidth), left = 60, right = 12, top = 10, bottom = 42;
   const svg = node("svg:svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group" });
   const sy = scale(y.values, height - bottom, top, y.log);
   let sx;
@@ -251,6 +251,7 @@ function drawLines(holder, lines, xLabel, yLabel, height = 260) {
     wide.addEventListener("pointerleave", () => { path.classList.remove("over"); hush(); });
     wide.addEventListener("click", () => open(l.row.id));
     chart.svg.append(path, wide);
+    if (l.points.length === 1) chart.svg.append(node("svg:circle", { cx: chart.x(end[0]), cy: chart.y(end[1]), r: l.best ? 4 : 2.5, class: "dot" }));
   }
   const best = lines.find((l) => l.best);
   if (best) {

@@ -1,0 +1,220 @@
+"""The report in a real browser: it loads nothing, sorts, filters, and opens a trial by mouse and by keyboard."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from browser import Watched, chromium
+from report_cases import big_sweep, real_sweep
+from test_report import EVIL
+
+from orchestrator.sweep.report import write_report
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def swept(browser: Any, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return real_sweep(colours, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def big(browser: Any, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = big_sweep(colours, tmp_path_factory.mktemp("big"), 1000)
+    write_report(folder, folder / "report.html", None, images=False)
+    return folder
+
+
+def opened(browser: Any, path: Path, width: int = 1280, **options: Any) -> Watched:
+    watched = Watched(browser, width, **options)
+    watched.page.goto(path.as_uri())
+    if options.get("java_script_enabled", True):
+        watched.page.wait_for_function("document.documentElement.dataset.ready === 'yes'")
+    return watched
+
+
+def visible_trials(page: Any) -> list[str]:
+    return page.eval_on_selector_all("#board tbody tr:not([hidden])", "rows => rows.map(row => row.id)")
+
+
+def test_a_report_sorts_filters_and_opens_a_point_without_any_request(
+    browser: Any, swept: Path, tmp_path: Path
+) -> None:
+    write_report(swept, tmp_path / "r.html", None)
+    watched = opened(browser, tmp_path / "r.html")
+    page = watched.page
+    table = pd.read_parquet(swept / "trials.parquet").set_index("trial_id")
+    ranked = visible_trials(page)
+    assert len(ranked) == 5
+
+    page.click("#board th[data-k=params_total] button")
+    assert page.get_attribute("#board th[data-k=params_total]", "aria-sort") == "ascending"
+    done = [t for t in visible_trials(page) if table.loc[t, "status"] == "complete"]
+    sizes = [table.loc[t, "params_total"] for t in done]
+    assert sizes == sorted(sizes)
+    assert [table.loc[t, "status"] for t in visible_trials(page)][:3] == ["complete"] * 3  # missing values come last
+    page.click("#board th[data-k=params_total] button")
+    done = [t for t in visible_trials(page) if table.loc[t, "status"] == "complete"]
+    assert [table.loc[t, "params_total"] for t in done] == sizes[::-1]
+
+    page.fill("#find", "timm/test_convnext kd")  # the network's full name is found, though the short one is shown
+    assert set(visible_trials(page)) == set(table.index[table["method"] == "kd"])
+    page.select_option("#of-status", "failed")
+    assert visible_trials(page) == ["t0003"]
+    assert page.inner_text("#count") == "1 of 5 trials"
+    page.fill("#find", "")
+    page.select_option("#of-status", "")
+    assert len(visible_trials(page)) == 5
+
+    best = page.evaluate("data.recommended")
+    point = page.locator(f"#front-chart g.point[data-id={best}]")
+    point.hover()
+    assert page.locator("#tip").is_visible()
+    assert f"{table.loc[best, 'val_metric']:.4f}" in page.inner_text("#tip")
+    point.click()
+    assert page.inner_text("#trial-name") == f"{best}: {table.loc[best, 'method']}"
+    body = page.inner_text("#trial-body")
+    assert f"{table.loc[best, 'params_total']:,}" in body
+    assert f"--trial {best}" in body
+    watched.shot("report_trial")
+    page.keyboard.press("Escape")
+    assert not page.locator("#trial").is_visible()
+    watched.shot("report_desktop", full_page=True)
+    assert watched.complaints == []
+    outside = [url for url in watched.requests if not url.startswith("data:")]
+    assert outside == [(tmp_path / "r.html").as_uri()]
+    page.close()
+
+
+def test_every_part_can_be_reached_and_used_by_keyboard(browser: Any, swept: Path, tmp_path: Path) -> None:
+    write_report(swept, tmp_path / "r.html", None)
+    page = opened(browser, tmp_path / "r.html").page
+    reached = []
+    for _ in range(120):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.dataset.id || document.activeElement.tagName"
+            )
+        )
+        if reached[-1] == "BODY":
+            break
+    front = page.evaluate("data.fronts.params_total")
+    assert {"theme", "front-axis", "find", "of-method", "of-status", "curve-method", "slice-method", *front} <= set(
+        reached
+    )
+    page.focus(f"g.point[data-id={front[0]}]")
+    page.keyboard.press("Enter")
+    assert page.inner_text("#trial-name").startswith(front[0])
+    page.keyboard.press("Escape")
+    page.focus("#board th[data-k=device_seconds] button")
+    page.keyboard.press("Enter")
+    assert page.get_attribute("#board th[data-k=device_seconds]", "aria-sort") == "ascending"
+    page.close()
+
+
+def test_the_front_can_be_drawn_against_another_cost(browser: Any, swept: Path, tmp_path: Path) -> None:
+    write_report(swept, tmp_path / "r.html", None)
+    page = opened(browser, tmp_path / "r.html").page
+    for axis in ("latency_ms", "flops", "device_seconds", "params_total"):
+        page.select_option("#front-axis", axis)
+        marked = page.eval_on_selector_all(
+            "#front-chart g.point[tabindex='0']", "points => points.map(p => p.dataset.id)"
+        )
+        assert sorted(marked) == sorted(page.evaluate(f"data.fronts.{axis}"))
+        assert page.locator("#front-chart g.point").count() == 3
+    page.close()
+
+
+def test_a_phone_shows_the_page_without_sideways_scrolling(browser: Any, swept: Path, tmp_path: Path) -> None:
+    write_report(swept, tmp_path / "r.html", None)
+    watched = opened(browser, tmp_path / "r.html", 390, has_touch=True, color_scheme="dark")
+    assert watched.page.evaluate("document.documentElement.scrollWidth") <= 390
+    background = watched.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == "rgb(20, 24, 29)"
+    watched.shot("report_phone", full_page=True)
+    watched.page.locator("#front-chart g.point[tabindex='0']").first.tap()
+    assert watched.page.locator("#trial").is_visible()
+    assert watched.complaints == []
+    watched.page.close()
+
+
+def test_in_print_nothing_is_folded_and_no_control_is_left(browser: Any, swept: Path, tmp_path: Path) -> None:
+    write_report(swept, tmp_path / "r.html", None)
+    watched = opened(browser, tmp_path / "r.html", color_scheme="dark")
+    page = watched.page
+    folded = page.locator("details:not([open])").count()
+    assert folded > 0
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    page.emulate_media(media="print")
+    assert not page.locator("#find").is_visible()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    watched.shot("report_print", full_page=True)
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details:not([open])").count() == folded
+    page.close()
+
+
+def test_without_scripts_the_tables_are_there(browser: Any, swept: Path, tmp_path: Path) -> None:
+    write_report(swept, tmp_path / "r.html", None)
+    page = opened(browser, tmp_path / "r.html", java_script_enabled=False).page
+    assert page.locator("#board tbody tr").count() == 5
+    assert page.locator("noscript").is_visible()
+    page.close()
+
+
+def test_a_class_that_is_a_script_does_nothing(browser: Any, swept: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "evil"
+    shutil.copytree(swept, folder)
+    for details in folder.glob("students/*/details.json"):
+        details.write_text(details.read_text().replace('"red"', json.dumps(EVIL)))
+    write_report(folder, tmp_path / "r.html", None)
+    watched = opened(browser, tmp_path / "r.html")
+    watched.page.click("#board tbody a >> nth=0")
+    assert watched.page.locator("#trial").is_visible()
+    assert watched.complaints == []
+    assert EVIL in watched.page.inner_text(f"#classes-{watched.page.evaluate('data.recommended')}")
+    watched.page.close()
+
+
+def test_a_report_of_nothing_and_an_unknown_trial_are_sentences(browser: Any, swept: Path, tmp_path: Path) -> None:
+    write_report(swept, tmp_path / "r.html", None)
+    watched = Watched(browser)
+    watched.page.goto((tmp_path / "r.html").as_uri() + "#t0099")
+    assert watched.page.inner_text("#said") == "This report has no trial t0099."
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shutil.copy(swept / "sweep.yaml", empty)
+    write_report(empty, tmp_path / "e.html", None)
+    watched.page.goto((tmp_path / "e.html").as_uri())
+    assert "The sweep has no trials yet." in watched.page.inner_text("#take")
+    assert watched.complaints == []
+    watched.page.close()
+
+
+def test_a_thousand_trials_are_drawn_sorted_and_filtered(browser: Any, big: Path) -> None:
+    watched = opened(browser, big / "report.html")
+    page = watched.page
+    assert page.locator("#board tbody tr").count() == 1000
+    assert page.locator("#front-chart g.point").count() == 1000
+    page.click("#board th[data-k=device_seconds] button")
+    assert visible_trials(page)[:2] == ["t0000", "t0001"]
+    page.select_option("#of-method", "wecolora")
+    assert len(visible_trials(page)) == 333
+    assert page.locator("#front-chart g.point").count() == 333
+    watched.shot("report_thousand")
+    assert watched.complaints == []
+    page.close()
