@@ -57,5 +57,6 @@ class SequentialAdapter(TunedTeacher):
     family = "adapter"
     paper = "Houlsby et al., Parameter-Efficient Transfer Learning for NLP, ICML 2019; Pfeiffer et al., EMNLP 2020"
     Config = AdapterConfig
+    deployed_size = "larger"
     learner = AdapterLearner
     teacher_kinds = ("vit",)

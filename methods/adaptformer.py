@@ -53,5 +53,6 @@ class AdaptFormer(TunedTeacher):
     family = "adapter"
     paper = "Chen et al., AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, NeurIPS 2022"
     Config = AdaptFormerConfig
+    deployed_size = "larger"
     learner = AdaptFormerLearner
     teacher_kinds = ("vit",)

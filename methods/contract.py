@@ -508,6 +508,8 @@ class Method(ABC):
         teacher_kinds: kinds of teacher that it can serve.
         tasks: kinds of task that it can serve.
         upstream: upstream generators without which it cannot run at all.
+        deployed_size: whether what is deployed has the `base`'s own architecture (with the task's head), all of it and
+            something more (`larger`), or one of its `own`. What is known to be too big is not trained.
     """
 
     name: ClassVar[str]
@@ -522,6 +524,7 @@ class Method(ABC):
     teacher_kinds: ClassVar[tuple[str, ...]] = ("vit", "cnn", "other")
     tasks: ClassVar[tuple[Kind, ...]] = ("classification", "multilabel")
     upstream: ClassVar[tuple[str, ...]] = ()
+    deployed_size: ClassVar[Literal["base", "larger", "own"]] = "own"
 
     @classmethod
     def refuses(cls, setting: Setting) -> str | None:

@@ -173,6 +173,7 @@ class DARTS(KD):
     name = "darts"
     paper = "Liu, Simonyan, Yang, DARTS: Differentiable Architecture Search, ICLR 2019"
     Config = DARTSConfig
+    deployed_size = "own"
     tasks = ("classification", "multilabel")
 
     @classmethod

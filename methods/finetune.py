@@ -65,6 +65,7 @@ class FineTune(Method):
     family = "fine-tuning"
     paper = "Yu et al., Visual Tuning (survey), ACM CSUR 2024: fine-tuning"
     Config = FineTuneConfig
+    deployed_size = "base"
     uses_teacher = False
     tasks = ("classification", "multilabel", "segmentation")
 

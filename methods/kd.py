@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,7 @@ class KD(Method):
     Config = KDConfig
     teacher_kinds: ClassVar[tuple[str, ...]] = ("vit", "cnn", "clip", "other")
     tasks: ClassVar[tuple[Kind, ...]] = ("classification", "multilabel", "segmentation")
+    deployed_size: ClassVar[Literal["base", "larger", "own"]] = "base"
 
     @classmethod
     def refuses(cls, setting: Setting) -> str | None:

@@ -20,6 +20,7 @@ class LinearProbe(Method):
     family = "fine-tuning"
     paper = "Yu et al., Visual Tuning (survey), ACM CSUR 2024: linear probe"
     Config = LinearProbeConfig
+    deployed_size = "base"
     uses_teacher = False
     needs_labels = False
     trains_head = False

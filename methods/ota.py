@@ -211,6 +211,7 @@ class OTA(Method):
     family = "remapping"
     paper = "Wang et al., OTA: One to Transfer All, 2021 (arXiv 2111.12386)"
     Config = OTAConfig
+    deployed_size = "base"
 
     @classmethod
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:

@@ -120,6 +120,7 @@ class SideTuning(TunedTeacher):
     family = "remapping"
     paper = "Zhang et al., Side-Tuning, ECCV 2020"
     Config = SideTuningConfig
+    deployed_size = "larger"
     learner = SideTuningLearner
     version = 2
 

@@ -288,6 +288,7 @@ class TDMR(Method):
     family = "remapping"
     paper = "Xu et al., Towards Efficient Task-Driven Model Reprogramming with Foundation Models, arXiv 2304.02263"
     Config = TDMRConfig
+    deployed_size = "base"
     teacher_kinds = ("vit", "cnn", "clip", "other")
 
     @classmethod

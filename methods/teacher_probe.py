@@ -20,6 +20,7 @@ class TeacherProbe(Method):
     family = "fine-tuning"
     paper = "Yu et al., Visual Tuning (survey), ACM CSUR 2024: linear probe"
     Config = TeacherProbeConfig
+    deployed_size = "base"
     deploys = "teacher"
     needs_labels = False
     trains_head = False

@@ -143,6 +143,7 @@ class TunedTeacher(Method):
     """
 
     deploys = "teacher"
+    deployed_size: ClassVar[Literal["base", "larger", "own"]] = "base"
     learner: ClassVar[type[TuningLearner]]
     version: ClassVar[int] = 1
     teaches: ClassVar[bool] = True

@@ -133,6 +133,7 @@ class VPT(TunedTeacher):
     family = "prompt"
     paper = "Jia et al., Visual Prompt Tuning, ECCV 2022"
     Config = VPTConfig
+    deployed_size = "larger"
     learner = VPTLearner
     version = 2
     teacher_kinds = ("vit",)

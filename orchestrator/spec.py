@@ -5,8 +5,9 @@ The descriptions below are the documentation of the keys: `orchestrator check --
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,16 @@ METRICS: dict[str, Literal["max", "min"]] = {
     "params_trained": "min",
     "flops": "min",
     "latency_ms": "min",
+    "memory_mb": "min",
+    "model_mb": "min",
     "device_seconds": "min",
+}
+UNITS: dict[str, str] = {
+    "flops": "",
+    "latency_ms": " ms",
+    "memory_mb": " MB",
+    "model_mb": " MB",
+    "device_seconds": " s",
 }
 
 
@@ -200,6 +210,81 @@ class Objective(Section):
 
 def _as_objective(value: Any) -> Any:
     return {"metric": value} if isinstance(value, str) else value
+
+
+class Limits(Section):
+    """What the chosen student must keep; what does not is `infeasible`. Found out before training where that can be."""
+
+    val_metric: float | None = Field(default=None, ge=0, le=1, description="At least this.")
+    params_total: float | None = Field(default=None, gt=0, description="At most this many parameters.")
+    params_trained: float | None = Field(default=None, gt=0, description="At most this many trained parameters.")
+    flops: float | None = Field(default=None, gt=0, description="At most this many FLOPs an image, 2 a multiply-add.")
+    latency_ms: float | None = Field(default=None, gt=0, description="At most this median latency; see `latency`.")
+    memory_mb: float | None = Field(
+        default=None,
+        gt=0,
+        description="At most this peak memory of a forward pass on one image, MB (1e6 bytes): weights, input and "
+        "activations, without what kernels need for themselves.",
+    )
+    model_mb: float | None = Field(default=None, gt=0, description="At most this size of the weights' file, MB.")
+    device_seconds: float | None = Field(
+        default=None, gt=0, description="At most this many device-seconds of the trial; known afterwards only."
+    )
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The limits that are set, by metric."""
+        return {name: value for name, value in self if value is not None}
+
+    def excess(self, facts: Mapping[str, Any]) -> dict[str, float]:
+        """By how much each limit is exceeded, as a share of it; not above 0 where it is kept.
+
+        Args:
+            facts: a trial's row, or a part of it; what is missing or not finite is left out.
+        """
+        found: dict[str, float] = {}
+        for name, limit in self.given.items():
+            value = facts.get(name)
+            if value is None or not math.isfinite(float(value)):
+                continue
+            over = limit - float(value) if METRICS[name] == "max" else float(value) - limit
+            found[name] = over / limit if limit else over
+        return found
+
+    def broken(self, facts: Mapping[str, Any]) -> str:
+        """A clause that names the limits which `facts` exceed, each with what was found; empty if none is."""
+        parts = [
+            f"{name} {shown(name, float(facts[name]))} is {'below' if METRICS[name] == 'max' else 'above'} "
+            f"limits.{name}: {shown(name, self.given[name])}"
+            for name, over in self.excess(facts).items()
+            if over > 0
+        ]
+        return listed(parts) if parts else ""
+
+
+def shown(metric: str, value: float) -> str:
+    """A metric's value with its unit: `1,234,567`, `4.56 ms`."""
+    text = f"{value:,.0f}" if value.is_integer() or abs(value) >= 1e4 else f"{value:.4g}"
+    return text + UNITS.get(metric, "")
+
+
+class Latency(Section):
+    """The profile of the device on which latency is measured; a limit or an objective of latency means this one."""
+
+    profile: str = Field(default="", max_length=40, description="Its name, shown beside every latency.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: where the trial trains.")
+    threads: int | None = Field(default=None, ge=1, description="Threads while measuring; null: `train.threads`.")
+    batch: int = Field(default=1, ge=1, description="Images in each timed pass.")
+    runtime: Literal["torch", "onnxruntime"] = Field(
+        default="torch", description="What runs the student: the network itself, or what `export --format onnx` writes."
+    )
+    min_run_s: float = Field(default=0.5, gt=0, le=60, description="Seconds of timed passes, at least.")
+
+    @model_validator(mode="after")
+    def _onnx_on_cpu(self) -> Latency:
+        if self.runtime == "onnxruntime" and self.device == "cuda":
+            raise ValueError("runtime: onnxruntime measures on the CPU, and device is cuda; use cpu or auto")
+        return self
 
 
 class Search(Section):
@@ -459,6 +544,8 @@ class SweepSpec(Section):
         min_length=1,
         description="One or several; the first ranks the leaderboard.",
     )
+    limits: Limits = Field(default_factory=Limits, description="What the chosen student must keep.")
+    latency: Latency = Field(default_factory=Latency, description="The profile on which latency is measured.")
     search: Search = Field(default_factory=Search, description="How trials are proposed and stopped.")
     train: Train = Field(default_factory=Train, description="The budget that all methods share.")
     generate: Generate = Field(default_factory=Generate, description="The actors that generate images.")

@@ -50,6 +50,8 @@ def trial(number: int, **values: Any) -> dict[str, Any]:
         "latency_ms": 2.0,
         "latency_iqr_ms": 0.1,
         "latency_setup": "cpu, 1 thread, batch 1",
+        "memory_mb": 3.0,
+        "model_mb": 1.5,
         "optimizer_steps": 100,
         "images_seen": 6400,
         "teacher_forwards": 400,
@@ -185,29 +187,49 @@ def test_only_complete_trials_with_a_student_are_chosen() -> None:
 
 def test_a_limit_takes_what_just_fits() -> None:
     rows = [trial(0, val_metric=0.9, params_total=1001), trial(1, val_metric=0.8, params_total=1000)]
-    assert choose(frame(*rows), "val_metric", "max", max_params=1000)["trial_id"] == "t0001"
+    assert choose(frame(*rows), "val_metric", "max", {"params_total": 1000})["trial_id"] == "t0001"
 
 
 def test_a_limit_that_nothing_keeps_names_the_nearest_miss() -> None:
     rows = [trial(2, params_total=4_000_000, latency_ms=2.5), trial(3, params_total=101_234, latency_ms=7.25)]
     with pytest.raises(UserError) as error:
-        choose(frame(*rows), "val_metric", "max", max_params=1000)
+        choose(frame(*rows), "val_metric", "max", {"params_total": 1000})
     want = "No complete trial has at most 1,000 parameters; the smallest has 101,234 (t0003)."
     assert str(error.value) == want
     with pytest.raises(UserError) as error:
-        choose(frame(*rows), "val_metric", "max", max_latency_ms=1.5)
+        choose(frame(*rows), "val_metric", "max", {"latency_ms": 1.5})
     assert str(error.value) == "No complete trial has a latency of at most 1.5 ms; the fastest takes 2.5 ms (t0002)."
     with pytest.raises(UserError) as error:
-        choose(frame(*rows), "val_metric", "max", max_params=200_000, max_latency_ms=3)
+        choose(frame(*rows), "val_metric", "max", {"params_total": 200_000, "latency_ms": 3})
     assert str(error.value) == (
-        "No complete trial has both at most 200,000 parameters and a latency of at most 3 ms: of those that are small "
-        "enough, the fastest takes 7.25 ms (t0003); of those that are fast enough, the smallest has 4,000,000 (t0002)."
+        "No complete trial has both at most 200,000 parameters and a latency of at most 3 ms: of those that keep the "
+        "others, the smallest has 4,000,000 (t0002); of those that keep the others, the fastest takes 7.25 ms (t0003)."
     )
+
+
+def test_other_limits_make_an_infeasible_trial_a_candidate_again() -> None:
+    rows = [trial(0, val_metric=0.7), trial(1, val_metric=0.9, status="infeasible", latency_ms=9.0, reason="too slow")]
+    assert choose(frame(*rows), "val_metric", "max")["trial_id"] == "t0000"
+    assert choose(frame(*rows), "val_metric", "max", {"latency_ms": 5})["trial_id"] == "t0000"
+    assert choose(frame(*rows), "val_metric", "max", {"latency_ms": 10})["trial_id"] == "t0001"
+    untrained = trial(
+        2, status="infeasible", val_metric=math.nan, student_path="", reason="too big; nothing was trained"
+    )
+    with pytest.raises(
+        UserError, match=r"No trial is complete: 1 infeasible\. The first: too big; nothing was trained"
+    ):
+        choose(frame(untrained), "val_metric", "max", {"latency_ms": 10})
+
+
+def test_a_limit_of_the_val_metric_is_the_least_that_is_taken() -> None:
+    assert choose(frame(trial(0, val_metric=0.7)), "latency_ms", "min", {"val_metric": 0.7})["trial_id"] == "t0000"
+    with pytest.raises(UserError, match=r"has val_metric of at least 0\.71; the nearest has 0\.7 \(t0000\)\."):
+        choose(frame(trial(0, val_metric=0.7)), "latency_ms", "min", {"val_metric": 0.71})
 
 
 def test_a_trial_without_a_measured_latency_keeps_no_latency_limit() -> None:
     with pytest.raises(UserError, match="none has a measured latency"):
-        choose(frame(trial(0, latency_ms=math.nan)), "val_metric", "max", max_latency_ms=5)
+        choose(frame(trial(0, latency_ms=math.nan)), "val_metric", "max", {"latency_ms": 5})
 
 
 # --- uncertainty ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.face import JsonFlag, SweepDir, app, err, out
+from orchestrator.errors import UserError, listed, nearest
 
 
 class Format(str, Enum):
@@ -27,17 +28,39 @@ def best(
     ] = None,
     max_params: Annotated[int | None, typer.Option(help="At most this many parameters.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="At most this median latency.")] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=VALUE", help="At most (val_metric: at least) that; in place of the sweep's own."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """The recommended student under limits, and its score on the test images."""
     from orchestrator.sweep.board import recommend
 
-    answer = recommend(folder, metric, max_params, max_latency_ms)
+    answer = recommend(folder, metric, read_limits(limit, params_total=max_params, latency_ms=max_latency_ms))
     if as_json:
         print(json.dumps(answer))
         return
     for line in answer["sentences"]:
         out.print(line, markup=False, soft_wrap=True)
+
+
+def read_limits(given: list[str] | None, **named: float | None) -> dict[str, float]:
+    """Limits by metric, from `METRIC=VALUE` and from options of their own."""
+    from orchestrator.spec import METRICS
+
+    limits = {metric: float(value) for metric, value in named.items() if value is not None}
+    for text in given or []:
+        metric, _, value = text.partition("=")
+        if metric not in METRICS:
+            raise UserError(
+                f"--limit: unknown metric {metric!r}; allowed: {listed(METRICS)}.{nearest(metric, METRICS)}"
+            )
+        try:
+            limits[metric] = float(value)
+        except ValueError:
+            raise UserError(f"--limit {text!r} is not of the form METRIC=NUMBER, as in {metric}=5.") from None
+    return limits
 
 
 @app.command()

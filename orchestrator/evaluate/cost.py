@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+import platform
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 WARM_UP = 3  # calls before anything is timed
@@ -64,6 +69,74 @@ def flops(network: nn.Module, size: int) -> int:
     return int(counter.get_total_flops())
 
 
+class _Alive(TorchDispatchMode):
+    """Adds up the storages that are alive at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: set[int] = set()
+
+    def hold(self, tensor: Any) -> None:
+        """Counts a tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._known:
+            return
+        size, key = storage.nbytes(), storage._cdata
+        self._known.add(key)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.hold, result)
+        return result
+
+
+def peak_bytes(network: nn.Module, size: int) -> int:
+    """Memory of one forward pass on one image of `size` x `size` pixels: weights, input, and the activations that are
+    alive at the same time. What kernels need for themselves is not counted, so it is the same on every device.
+    """
+    network = copy.deepcopy(network).requires_grad_(False)
+    with _evaluating(network), torch.inference_mode(), _Alive() as alive:
+        for tensor in (*network.parameters(), *network.buffers()):
+            alive.hold(tensor)
+        network(_images(network, 1, size))
+    return alive.peak
+
+
+def model_bytes(network: nn.Module) -> int:
+    """Size of the network's weights and buffers in a file."""
+    return sum(t.numel() * t.element_size() for t in network.state_dict().values())
+
+
+def costs(network: nn.Module, size: int) -> dict[str, float]:
+    """What a network costs on any device: `params_total`, `flops`, `memory_mb` and `model_mb` of a leaderboard's row.
+
+    A network on the meta device will do.
+    """
+    return {
+        "params_total": parameters(network),
+        "flops": flops(network, size),
+        "memory_mb": peak_bytes(network, size) / 1e6,
+        "model_mb": model_bytes(network) / 1e6,
+    }
+
+
+def processor() -> str:
+    """The CPU's name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()
+
+
 def latency(
     network: nn.Module,
     size: int,
@@ -75,6 +148,8 @@ def latency(
 ) -> Latency:
     """Times forward passes in inference mode, after a warm-up; the network itself stays where and as it is.
 
+    See `timed` for a network that another runtime runs.
+
     Args:
         network: what to time.
         size: side of the square input, in pixels.
@@ -84,16 +159,30 @@ def latency(
         min_run_time: seconds of timed runs, at least.
     """
     here = {p.device.type for p in network.parameters()} or {"cpu"}
-    timed = network if here == {torch.device(device).type} else copy.deepcopy(network).to(device)
-    images = _images(timed, batch, size)
-    timer = _timer_class()("network(images)", globals={"network": timed, "images": images}, num_threads=threads)
-    with _evaluating(timed), torch.inference_mode():
-        timer.timeit(WARM_UP)
-        measured = timer.blocked_autorange(min_run_time=min_run_time)
+    moved = network if here == {torch.device(device).type} else copy.deepcopy(network).to(device)
+    images = _images(moved, batch, size)
+    where = f"cuda ({torch.cuda.get_device_name(images.device)})" if images.is_cuda else str(images.device)
+    with _evaluating(moved), torch.inference_mode():
+        return timed(lambda: moved(images), where, threads, batch, min_run_time)
+
+
+def timed(call: Callable[[], Any], device: str, threads: int, batch: int, min_run_time: float = 0.5) -> Latency:
+    """Times calls of anything that runs a network once, after a warm-up.
+
+    Args:
+        call: one forward pass.
+        device: how it is called in the result.
+        threads: Torch threads while timing; another runtime's are its own affair.
+        batch: images in each call.
+        min_run_time: seconds of timed runs, at least.
+    """
+    timer = _timer_class()("call()", globals={"call": call}, num_threads=threads)
+    timer.timeit(WARM_UP)
+    measured = timer.blocked_autorange(min_run_time=min_run_time)
     return Latency(
         median_ms=measured.median * 1e3,
         iqr_ms=measured.iqr * 1e3,
-        device=f"cuda ({torch.cuda.get_device_name(images.device)})" if images.is_cuda else str(images.device),
+        device=device,
         threads=threads,
         batch=batch,
         runs=measured.number_per_run * len(measured.raw_times),

@@ -7,23 +7,18 @@ folder that works.
 from __future__ import annotations
 
 import ast
-import contextlib
 import copy
 import importlib
-import io
 import json
-import logging
 import os
 import runpy
 import shutil
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
@@ -31,6 +26,7 @@ from torch import Tensor, nn
 
 from orchestrator.errors import UserError, WorkError, listed, nearest
 from orchestrator.models.clip import clip_config, is_clip
+from orchestrator.models.onnx import first_line, onnx_runner, write_onnx
 from orchestrator.models.texts import StudentTexts
 from orchestrator.select.export_texts import write_texts
 from orchestrator.select.results import short_name
@@ -45,7 +41,6 @@ OUTPUT: dict[Kind, str] = {
     "multilabel": "A logit's sigmoid is the probability of its class; an image may have several classes, or none.",
     "segmentation": "The logits are [B, C, S, S], one class a pixel of the input.",
 }
-ONE_FILE = 1_800_000_000  # bytes of weights; beyond 2 GB an ONNX file keeps them beside it
 
 
 def export_student(
@@ -227,7 +222,7 @@ def _write_timm(folder: Path, network: nn.Module, config: dict[str, Any], kind: 
     try:
         loaded = runpy.run_path(str(script))["network"]()
     except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise WorkError(f"timm cannot rebuild the student from what was exported: {_first_line(error)}") from error
+        raise WorkError(f"timm cannot rebuild the student from what was exported: {first_line(error)}") from error
     return loaded
 
 
@@ -253,68 +248,16 @@ def _source(module: str) -> bytes:
 
 
 def _write_onnx(folder: Path, network: nn.Module, config: dict[str, Any], kind: Kind) -> Callable[[Tensor], Tensor]:
-    import onnx
-    import onnxruntime
-
     path = folder / "model.onnx"
-    weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                network,
-                (torch.zeros(2, *config["pretrained_cfg"]["input_size"]),),  # a batch of 1 would be exported as fixed
-                dynamo=True,
-                verbose=False,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            )
-            assert program is not None
-            program.model.metadata_props["labels"] = json.dumps(config["label_names"], ensure_ascii=False)
-            program.model.metadata_props["preprocessing"] = json.dumps(config["pretrained_cfg"])
-            program.save(str(path), external_data=weights > ONE_FILE)
-            onnx.checker.check_model(str(path))
-            session = onnxruntime.InferenceSession(str(path), _session_options(), providers=["CPUExecutionProvider"])
-    except OSError:
-        raise
-    except Exception as error:  # the exporter, the checker and the runtime share no base class
-        raise WorkError(f"{config['architecture']} cannot be exported to ONNX: {_first_line(error)}") from error
+    facts = {
+        "labels": json.dumps(config["label_names"], ensure_ascii=False),
+        "preprocessing": json.dumps(config["pretrained_cfg"]),
+    }
+    write_onnx(network, config["pretrained_cfg"]["input_size"][-1], path, config["architecture"], facts)
+    run = onnx_runner(path)
     _write_json(folder, {k: v for k, v in config.items() if k not in ("structure", "open_clip")})
     (folder / "load.py").write_text(onnx_script(kind), encoding="utf-8")
-    return lambda images: torch.from_numpy(np.asarray(session.run(["logits"], {"images": images.numpy()})[0]))
-
-
-def _session_options() -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    return options
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = (lines[0] if lines else type(error).__name__)[:240]
-    return text if text.endswith(".") else text + "."
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's progress, notes and warnings are for its authors."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return run
 
 
 @torch.inference_mode()

@@ -139,7 +139,7 @@ def _others_table(rows: pd.DataFrame, width: int) -> Table:
     table.add_column("teacher → student", overflow="fold", min_width=12)
     table.add_column("device s", justify="right", no_wrap=True)
     table.add_column("reason", overflow="fold", min_width=20)
-    styles = {"failed": "red", "pruned": "yellow"}
+    styles = {"failed": "red", "pruned": "yellow", "infeasible": "yellow"}
     for row in rows.to_dict("records"):
         cells = (row["method"], _pair(row), real(row["device_seconds"], 1), row["reason"] or "-")
         status = Text(str(row["status"]), style=styles.get(row["status"], ""))

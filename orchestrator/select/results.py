@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from orchestrator.errors import UserError, listed, nearest
-from orchestrator.spec import METRICS, Kind, Objective
+from orchestrator.spec import METRICS, Kind, Objective, shown
 
 TEXTS = ("method", "teacher", "student", "status", "reason", "config", "latency_setup", "student_path")
 COUNTS = (
@@ -26,10 +26,24 @@ COUNTS = (
     "teacher_forwards",
     "teacher_forwards_shared",
 )
-REALS = ("val_metric", "val_sd", "latency_ms", "latency_iqr_ms", "device_seconds", "store_seconds_saved")
+REALS = (
+    "val_metric",
+    "val_sd",
+    "latency_ms",
+    "latency_iqr_ms",
+    "memory_mb",
+    "model_mb",
+    "device_seconds",
+    "store_seconds_saved",
+)
 COLUMNS = ("trial_id", *TEXTS, *COUNTS, *REALS)
-LATER = {"repeats": 1, "val_sd": math.nan}  # columns that older tables lack
-STATUSES = ("complete", "running", "pruned", "failed")
+LATER = {
+    "repeats": 1,
+    "val_sd": math.nan,
+    "memory_mb": math.nan,
+    "model_mb": math.nan,
+}  # columns that older tables lack
+STATUSES = ("complete", "infeasible", "running", "pruned", "failed")
 Direction = Literal["max", "min"]
 
 
@@ -88,7 +102,7 @@ def _known(metric: str) -> str:
     return metric
 
 
-def _ranked(frame: pd.DataFrame, metric: str, direction: Direction) -> pd.DataFrame:
+def ranked(frame: pd.DataFrame, metric: str, direction: Direction) -> pd.DataFrame:
     """The rows, best first; ties go to fewer parameters, then lower latency, then the earlier trial."""
     sign = -1.0 if direction == "max" else 1.0
     keys = pd.DataFrame(
@@ -112,10 +126,10 @@ def leaderboard(frame: pd.DataFrame, objectives: Sequence[Objective]) -> pd.Data
     """
     first = objectives[0]
     rest = [s for s in dict.fromkeys([*STATUSES, *frame["status"]]) if s != "complete"]
-    best = _ranked(frame[frame["status"] == "complete"], first.metric, first.direction)
+    best = ranked(frame[frame["status"] == "complete"], first.metric, first.direction)
     board = pd.concat([best, *(frame[frame["status"] == s] for s in rest)], ignore_index=True)
-    ranked = (board["status"] == "complete").to_numpy() & ~np.isnan(numbers(board, first.metric))
-    board["rank"] = pd.array([i + 1 if ok else pd.NA for i, ok in enumerate(ranked)], dtype="Int64")
+    counted = (board["status"] == "complete").to_numpy() & ~np.isnan(numbers(board, first.metric))
+    board["rank"] = pd.array([i + 1 if ok else pd.NA for i, ok in enumerate(counted)], dtype="Int64")
     board["pareto"] = board["trial_id"].isin(pareto(frame, objectives))
     return board
 
@@ -128,7 +142,7 @@ def pareto(frame: pd.DataFrame, objectives: Sequence[Objective]) -> list[str]:
     Raises:
         UserError: for an unknown metric.
     """
-    complete = _ranked(frame[frame["status"] == "complete"], objectives[0].metric, objectives[0].direction)
+    complete = ranked(frame[frame["status"] == "complete"], objectives[0].metric, objectives[0].direction)
     signs = [1.0 if o.direction == "min" else -1.0 for o in objectives]
     points = np.stack([s * numbers(complete, _known(o.metric)) for s, o in zip(signs, objectives, strict=True)], axis=1)
     keep = []
@@ -140,74 +154,103 @@ def pareto(frame: pd.DataFrame, objectives: Sequence[Objective]) -> list[str]:
 
 
 def choose(
-    frame: pd.DataFrame,
-    metric: str,
-    direction: Direction,
-    max_params: int | None = None,
-    max_latency_ms: float | None = None,
+    frame: pd.DataFrame, metric: str, direction: Direction, limits: Mapping[str, float] | None = None
 ) -> pd.Series:
-    """The best complete trial that has a student and keeps the limits.
+    """The best trial that has a student and keeps the limits.
 
     Ties go to fewer parameters, then lower latency, then the earlier trial.
+
+    Args:
+        frame: all trials.
+        metric: what to choose by.
+        direction: what is better.
+        limits: the most of each metric, or of one that is better when larger the least. Given, they take the place of
+            the sweep's: a trial that was infeasible under those is a candidate again.
 
     Raises:
         UserError: if no trial fits, with what comes nearest; or for an unknown metric.
     """
     _known(metric)
-    candidates = _candidates(frame)
-    fits = _within(candidates, max_params, max_latency_ms)
+    limits = {_known(name): value for name, value in (limits or {}).items()}
+    candidates = candidates_of(frame, bool(limits))
+    fits = within(candidates, limits)
     if fits.empty:
-        raise UserError(_nearest_miss(candidates, max_params, max_latency_ms))
+        raise UserError(_nearest_miss(candidates, limits))
     fits = fits[~np.isnan(numbers(fits, metric))]
     if fits.empty:
         raise UserError(f"No complete trial that fits has a value of {metric}.")
-    return _ranked(fits, metric, direction).iloc[0]
+    return ranked(fits, metric, direction).iloc[0]
 
 
-def _candidates(frame: pd.DataFrame) -> pd.DataFrame:
+def candidates_of(frame: pd.DataFrame, infeasible: bool = False) -> pd.DataFrame:
+    """The trials that can be chosen.
+
+    Args:
+        frame: all trials.
+        infeasible: also those that exceeded a limit after training, for whoever sets other limits.
+
+    Raises:
+        UserError: if there are none.
+    """
     if frame.empty:
         raise UserError("The sweep has no trials yet.")
-    complete = frame[frame["status"] == "complete"]
+    complete = frame[frame["status"].isin(["complete", *(["infeasible"] if infeasible else [])])]
     if complete.empty:
-        raise UserError(f"No trial is complete: {tally(frame)}.")
+        raise UserError(f"No trial is complete: {tally(frame)}.{_first_reason(frame)}")
     kept = complete[[isinstance(p, str) and bool(p) for p in complete["student_path"]]]
+    if kept.empty and (frame["status"] != "complete").all():
+        raise UserError(f"No trial is complete: {tally(frame)}.{_first_reason(frame)}")
     if kept.empty:
         raise UserError("No complete trial has kept its student.")
     return kept
 
 
-def _within(frame: pd.DataFrame, max_params: int | None, max_latency_ms: float | None) -> pd.DataFrame:
+def _first_reason(frame: pd.DataFrame) -> str:
+    """Why the first infeasible trial is so, where no other is complete."""
+    reasons = frame.loc[frame["status"] == "infeasible", "reason"]
+    return "" if reasons.empty else f" The first: {reasons.iloc[0]}."
+
+
+def within(frame: pd.DataFrame, limits: Mapping[str, float]) -> pd.DataFrame:
+    """The rows that keep every limit; what was not measured keeps none."""
     ok = np.ones(len(frame), dtype=bool)
-    if max_params is not None:
-        ok &= numbers(frame, "params_total") <= max_params
-    if max_latency_ms is not None:
-        ok &= numbers(frame, "latency_ms") <= max_latency_ms
+    for metric, limit in limits.items():
+        values = numbers(frame, metric)
+        ok &= values >= limit if METRICS[metric] == "max" else values <= limit
     return frame[ok]
 
 
-def _nearest_miss(frame: pd.DataFrame, max_params: int | None, max_latency_ms: float | None) -> str:
-    small = None if max_params is None else f"at most {max_params:,} parameters"
-    fast = None if max_latency_ms is None else f"a latency of at most {max_latency_ms:g} ms"
-    if small and _within(frame, max_params, None).empty:
-        return f"No complete trial has {small}; {_extreme(frame, 'params_total')}."
-    if fast and _within(frame, None, max_latency_ms).empty:
-        return f"No complete trial has {fast}; {_extreme(frame, 'latency_ms')}."
-    among_small = _extreme(_within(frame, max_params, None), "latency_ms")
-    among_fast = _extreme(_within(frame, None, max_latency_ms), "params_total")
-    return (
-        f"No complete trial has both {small} and {fast}: of those that are small enough, {among_small}; "
-        f"of those that are fast enough, {among_fast}."
-    )
+def _nearest_miss(frame: pd.DataFrame, limits: Mapping[str, float]) -> str:
+    for metric, limit in limits.items():
+        if within(frame, {metric: limit}).empty:
+            return f"No complete trial has {_clause(metric, limit)}; {_extreme(frame, metric)}."
+    ends = [
+        f"of those that keep the others, {_extreme(others, metric)}"
+        for metric in limits
+        if not (others := within(frame, {m: v for m, v in limits.items() if m != metric})).empty
+    ]
+    clauses = listed(_clause(m, v) for m, v in limits.items())
+    both = "both " if len(limits) == 2 else ""
+    return f"No complete trial has {both}{clauses}{': ' if ends else ''}{'; '.join(ends)}."
 
 
-def _extreme(frame: pd.DataFrame, metric: Literal["params_total", "latency_ms"]) -> str:
-    word, unit = ("smallest has", "") if metric == "params_total" else ("fastest takes", " ms")
+def _clause(metric: str, limit: float) -> str:
+    most = "at least" if METRICS[metric] == "max" else "at most"
+    if metric == "params_total":
+        return f"{most} {limit:,.0f} parameters"
+    return f"{'a latency of' if metric == 'latency_ms' else metric + ' of'} {most} {shown(metric, float(limit))}"
+
+
+def _extreme(frame: pd.DataFrame, metric: str) -> str:
     known = frame[~np.isnan(numbers(frame, metric))]
+    words = {"params_total": "the smallest has", "latency_ms": "the fastest takes"}
     if known.empty:
-        return "none has a measured latency" if metric == "latency_ms" else "none has a parameter count"
-    row = _ranked(known, metric, "min").iloc[0]
-    value = f"{int(row[metric]):,}" if metric == "params_total" else f"{float(row[metric]):.4g}"
-    return f"the {word} {value}{unit} ({row['trial_id']})"
+        missing = {"latency_ms": "measured latency", "params_total": "parameter count"}.get(
+            metric, f"value of {metric}"
+        )
+        return f"none has a {missing}"
+    row = ranked(known, metric, METRICS[metric]).iloc[0]
+    return f"{words.get(metric, 'the nearest has')} {shown(metric, float(row[metric]))} ({row['trial_id']})"
 
 
 def margin_note(
@@ -215,8 +258,7 @@ def margin_note(
     row: pd.Series,
     metric: str,
     images: int,
-    max_params: int | None = None,
-    max_latency_ms: float | None = None,
+    limits: Mapping[str, float] | None = None,
     kind: Kind = "classification",
 ) -> str | None:
     """A sentence where the choice is within the noise of the val images, else None.
@@ -229,17 +271,16 @@ def margin_note(
         row: the chosen one.
         metric: what it was chosen by; only `val_metric` has this noise.
         images: number of val images.
-        max_params: limit that the other trial must keep too.
-        max_latency_ms: limit that the other trial must keep too.
+        limits: that the other trial must keep too.
         kind: of the task; the metric of another kind has no such simple error, and is treated as an accuracy.
     """
     if _known(metric) != "val_metric" or images < 1:
         return None
-    others = _within(_candidates(frame), max_params, max_latency_ms)
+    others = within(candidates_of(frame, bool(limits)), limits or {})
     others = others[(others["method"] != row["method"]).to_numpy() & ~np.isnan(numbers(others, metric))]
     if others.empty:
         return None
-    second = _ranked(others, metric, "max").iloc[0]
+    second = ranked(others, metric, "max").iloc[0]
     best, other = float(row[metric]), float(second[metric])
     error = max(standard_error(r, images) for r in (row, second))
     difference = abs(best - other)

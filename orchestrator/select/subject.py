@@ -50,8 +50,8 @@ def _known(folder: Path) -> list[str]:
 def _student(folder: Path, trial: str | None) -> Path:
     frame = read_trials(folder)
     if trial is None:
-        first = read_spec(folder / "sweep.yaml").objectives[0]
-        row = choose(frame, first.metric, first.direction)
+        spec = read_spec(folder / "sweep.yaml")
+        row = choose(frame, spec.objectives[0].metric, spec.objectives[0].direction, spec.limits.given)
     else:
         found = frame[frame["trial_id"] == trial]
         if found.empty:

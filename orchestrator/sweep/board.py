@@ -95,10 +95,13 @@ def _history(folder: Path, row: dict[str, Any]) -> list[dict[str, float]]:
     return json.loads(path.read_text(encoding="utf-8"))["history"]
 
 
-def recommend(
-    folder: Path, metric: str | None = None, max_params: int | None = None, max_latency_ms: float | None = None
-) -> dict[str, Any]:
+def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, float] | None = None) -> dict[str, Any]:
     """The best complete trial under limits, with its score on the test images, which are read once for each choice.
+
+    Args:
+        folder: the sweep's.
+        metric: what to choose by; None: the sweep's first objective.
+        limits: by metric, in place of the sweep's own limit of that metric.
 
     Raises:
         UserError: if the sweep has no such trial or the metric is unknown.
@@ -110,7 +113,8 @@ def recommend(
     if name not in METRICS:
         raise UserError(f"--metric: unknown metric {name!r}; allowed: {', '.join(METRICS)}.{nearest(name, METRICS)}")
     direction = first.direction if name == first.metric else METRICS[name]
-    row = choose(frame, name, direction, max_params, max_latency_ms)
+    kept = spec.limits.given | dict(limits or {})
+    row = choose(frame, name, direction, kept)
     test, reads = _test_once(folder, row["trial_id"], row["student_path"])
     networks = " -> ".join(n for n in (row["teacher"], row["student"]) if isinstance(n, str))
     task = load_task(spec.task, Store(Path(spec.storage) / "store"))
@@ -122,7 +126,7 @@ def recommend(
         f"{int(row['params_total']):,} parameters, {row['flops'] / 1e6:.1f} MFLOPs an image (2 per multiply-add), "
         f"{row['latency_ms']:.2f} ms ({row['latency_setup']}).",
     ]
-    note = margin_note(frame, row, name, len(task.val), max_params, max_latency_ms, kind)
+    note = margin_note(frame, row, name, len(task.val), kept, kind)
     if note:
         sentences.append(note)
     sentences += against_baseline(frame, row, len(task.val), kind)
@@ -130,6 +134,7 @@ def recommend(
         sentences.append(f"The test images were now read for {reads} different choices: the last score is optimistic.")
     sentences.append(f"Next: python -m orchestrator export {folder} OUT_DIR --trial {row['trial_id']}")
     names = ["trial_id", "method", "teacher", "student", "val_metric", "val_sd", "repeats", "params_total", "flops"]
+    names += ["memory_mb", "model_mb"]
     names += ["latency_ms", "latency_iqr_ms", "latency_setup", "student_path", "config"]
     facts = {k: None if isinstance(row[k], float) and math.isnan(row[k]) else row[k] for k in names}
     plain = json.loads(json.dumps(facts, default=lambda v: v.item()))
@@ -208,7 +213,7 @@ def export_trial(folder: Path, out_dir: Path, trial: str | None, fmt: str) -> di
     spec = open_sweep(folder)
     frame = read_trials(folder)
     if trial is None:
-        row = choose(frame, spec.objectives[0].metric, spec.objectives[0].direction)
+        row = choose(frame, spec.objectives[0].metric, spec.objectives[0].direction, spec.limits.given)
     else:
         found = frame[frame["trial_id"] == trial]
         if found.empty:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FINAL = ("complete", "pruned", "failed")
+FINAL = ("complete", "infeasible", "pruned", "failed")
 
 
 def at_once(path: Path, write: Callable[[Path], Any]) -> None:

@@ -22,6 +22,7 @@ from orchestrator.store import Store
 from orchestrator.sweep.costs import holdings_of
 from orchestrator.sweep.space import Space, check_cell, grid, method_space, wanted_outputs
 from orchestrator.trial.context import SweepContext
+from orchestrator.trial.limits import planned_excess
 from orchestrator.trial.plan import Cell, feasible_cells
 
 
@@ -115,15 +116,23 @@ def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
         raise UserError("task: no labelled image is left in train.")
     cells, dropped = feasible_cells(spec, task.info)
     runnable: list[Cell] = []
+    too_big: list[str] = []
     for cell in cells:
         reason = check_cell(spec, spaces[cell.method], cell, task.info)
-        if reason is None:
+        excess = planned_excess(spec, cell, len(task.classes)) if reason is None else ""
+        if excess:
+            network = spec.teachers[cell.teacher or 0] if cell.student is None else spec.students[cell.student]
+            too_big.append(f"{cell.method} with {network.model}: {excess}")
+        elif reason is None:
             runnable.append(cell)
         else:
             dropped.append(reason)
     if spec.search.sampler == "grid":
         for cell in runnable:
             next(grid(spaces[cell.method], cell.method))
+    dropped += too_big
+    if not runnable and too_big:
+        raise UserError(f"limits: nothing can keep them: {'; '.join(dict.fromkeys(too_big))}.")
     if not runnable:
         raise UserError(f"methods: none of {listed(spec.methods)} can run on this data: {'; '.join(dropped)}.")
     return Prepared(spec, task, runnable, spaces, list(dict.fromkeys(dropped)), unchecked)
@@ -274,6 +283,8 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
     check_study(spec)
     start_ray(spec.train.threads)
     device = device_of(spec)
+    if device == "cpu" and spec.latency.device == "cuda":
+        raise UserError("latency.device: cuda is asked for, and the trials have no GPU; use cpu or auto.")
     if not os.environ.get("RAY_ADDRESS"):
         check_capacity(spec, device)
     context = SweepContext(

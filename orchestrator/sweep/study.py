@@ -19,6 +19,7 @@ from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, 
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+REPORTED = (TrialState.COMPLETE, TrialState.PRUNED)
 REDRAWS = 50
 
 
@@ -152,6 +153,9 @@ class Study:
     def tell(self, number: int, row: dict[str, Any]) -> None:
         """Tells how a trial ended, in Optuna's own states: complete with its values, pruned, or failed.
 
+        The excess over each of the sweep's limits is an Optuna constraint, so that its samplers prefer what keeps them
+        and learn from how far the others are off. An infeasible trial is complete, or if it was not trained, pruned.
+
         Raises:
             StudyLostError: if the study's database stays away.
         """
@@ -162,10 +166,16 @@ class Study:
         if frozen.state.is_finished():
             return
         values = [float(row.get(o.metric, float("nan"))) for o in self.spec.objectives]
+        known = all(math.isfinite(v) for v in values)
         state = STATES.get(row["status"], TrialState.FAIL)
-        if state is TrialState.COMPLETE and not all(math.isfinite(v) for v in values):
+        if row["status"] == "infeasible":  # what was not trained has no values, and that is no failure
+            state = TrialState.COMPLETE if known else TrialState.PRUNED
+        elif state is TrialState.COMPLETE and not known:
             state = TrialState.FAIL
         storage, trial_id = self._study._storage, frozen._trial_id
+        for metric, over in self.spec.limits.excess(row).items() if state in REPORTED else ():
+            storage.set_trial_system_attr(trial_id, f"constraints:{metric}", over)
+        storage.set_trial_user_attr(trial_id, "status", row["status"])
         storage.set_trial_user_attr(trial_id, "reason", row.get("reason", ""))
         for metric in ("val_metric", "params_total", "latency_ms"):
             storage.set_trial_user_attr(trial_id, metric, json.loads(json.dumps(row.get(metric))))

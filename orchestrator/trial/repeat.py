@@ -14,7 +14,7 @@ from orchestrator.train.job import run_job
 from orchestrator.train.loop import Tell
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
-from orchestrator.trial.run import Runner, run_trial
+from orchestrator.trial.run import Runner, judged, run_trial
 
 SUMS = (
     "loop_seconds",
@@ -41,7 +41,8 @@ def run_repeats(
     mean of the val metric, its standard deviation over the repeats (n - 1) and its values; costs are summed; steps,
     parameters and latency are those of one network. The network of the first repeat is the one that may be deployed:
     which one it is was decided before any was scored. `progress` hears of the first repeat, as of a whole trial, so
-    that trials are stopped early by what is comparable. If a repeat fails, the trial has failed.
+    that trials are stopped early by what is comparable. If a repeat fails, the trial has failed; if the first one
+    exceeds a limit, it is the only one.
     """
     count = context.spec.search.repeats
     rows = [run_trial(context, config, progress, runner, mapper)]
@@ -50,7 +51,7 @@ def run_repeats(
         again = replace(config, trial_id=f"{config.trial_id}.{number}", seed=config.seed + number)
         rows.append(run_trial(redrawn(context, number), again, None, runner, mapper))
         shutil.rmtree(Path(context.folder) / "students" / again.trial_id, ignore_errors=True)
-    return rows[0] if count == 1 else joined(rows)
+    return judged(context.spec, rows[0] if len(rows) == 1 else joined(rows))
 
 
 def redrawn(context: SweepContext, number: int) -> SweepContext:

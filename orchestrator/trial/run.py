@@ -45,6 +45,7 @@ from orchestrator.train.job import (
 )
 from orchestrator.train.loop import Reporter
 from orchestrator.trial.context import SweepContext
+from orchestrator.trial.limits import InfeasibleError, check_before
 from orchestrator.trial.plan import (
     TEXT_SOURCES,
     TrialConfig,
@@ -64,6 +65,8 @@ class Runner(Protocol):
     def __call__(self, job: TrainJob, folder: Path, report: Reporter | None) -> dict[str, Any]: ...
 
 
+# Metrics of a network, which no repeat of its trial changes.
+KNOWN_AT_ONCE = ("params_total", "params_trained", "flops", "latency_ms", "memory_mb", "model_mb")
 Progress = Callable[[float, float | None], None]  # (share of the whole budget, val metric or None)
 
 
@@ -89,6 +92,9 @@ def run_trial(
     bill = Bill()
     try:
         row |= _Trial(context, config, bill, progress, runner, mapper).run() | {"status": "complete"}
+        row |= _verdict(context.spec, {name: row[name] for name in KNOWN_AT_ONCE})
+    except InfeasibleError as error:
+        row |= error.facts | {"status": "infeasible", "reason": str(error)}
     except FullDiskError:
         raise
     except (UserError, WorkError) as error:
@@ -119,6 +125,17 @@ def run_trial(
     }
     release_memory()
     return row
+
+
+def _verdict(spec: SweepSpec, facts: dict[str, Any]) -> dict[str, Any]:
+    """Status and reason of a trial that has ended well but exceeds a limit; nothing of one that keeps all."""
+    broken = spec.limits.broken(facts)
+    return {"status": "infeasible", "reason": broken} if broken else {}
+
+
+def judged(spec: SweepSpec, row: dict[str, Any]) -> dict[str, Any]:
+    """The row, infeasible if it is complete and exceeds a limit; its student and its values stay."""
+    return row | _verdict(spec, row) if row["status"] == "complete" else row
 
 
 def release_memory() -> None:
@@ -156,6 +173,8 @@ def blank_row(spec: SweepSpec, config: TrialConfig) -> dict[str, Any]:
         "latency_ms": float("nan"),
         "latency_iqr_ms": float("nan"),
         "latency_setup": "",
+        "memory_mb": float("nan"),
+        "model_mb": float("nan"),
         "optimizer_steps": 0,
         "images_seen": 0,
         "teacher_forwards": 0,
@@ -206,6 +225,7 @@ class _Trial:
     def run(self) -> dict[str, Any]:
         """Every stage in order, then the evaluation; returns the facts of the row."""
         settings = configure(self.spec, self.config)
+        check_before(self.context, self.config, self.method, self.networks, self.task)
         stages = self.method.stages(settings, setting_of(self.spec, self.task.info, self.config.cell))
         trained = [s for s in stages if isinstance(s, TrainStage)]
         total = sum(stage_steps(s, self.spec, self.task) for s in trained) or 1

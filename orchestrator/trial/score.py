@@ -22,9 +22,10 @@ from orchestrator.data.outputs import Bill
 from orchestrator.data.pixels import Pixels, open_pixels
 from orchestrator.data.task import Split, TaskData, load_task
 from orchestrator.errors import WorkError
-from orchestrator.evaluate.cost import flops, latency, parameters
+from orchestrator.evaluate.cost import costs
 from orchestrator.evaluate.details import Details
 from orchestrator.evaluate.metrics import score
+from orchestrator.evaluate.outcomes import write_outcomes
 from orchestrator.evaluate.probe import Probe, fit_probe
 from orchestrator.models import Network, load_student, save_student
 from orchestrator.models.load import describe
@@ -34,9 +35,10 @@ from orchestrator.store import Entry, Records, key_of
 from orchestrator.train.job import Networks, fresh_student, networks_of
 from orchestrator.train.loop import Report
 from orchestrator.trial.context import SweepContext
+from orchestrator.trial.limits import Blueprint, latency_of
 from orchestrator.trial.plan import TrialConfig, method_named, policy_of
 
-EVALUATION_VERSION = 2  # 2: details by class
+EVALUATION_VERSION = 3  # 2: details by class; 3: memory, file size and outcomes by image
 
 
 def val_metric(
@@ -203,6 +205,7 @@ def evaluate(
         details = Details(task.spec.kind, len(task.classes))
         val = val_metric(context, task, network, base, details)
         details.write(folder, task.classes)
+        write_outcomes(folder, task.spec.kind, torch.cat(details.one), torch.cat(details.other))
         meta = {
             "model": base.entry.model_dump(mode="json"),
             "role": base.role,
@@ -221,9 +224,8 @@ def evaluate(
                 shutil.copy(texts.path / name, folder)
         return {
             "val_metric": val,
-            "params_total": parameters(network),
             "probe_parameters": fitted,
-            "flops": flops(network, base.preprocessing.size),
+            **costs(network, base.preprocessing.size),
         }
 
     entry = bill.add(store.compute("evaluate", key_of(reads), write, reads=reads))
@@ -231,20 +233,26 @@ def evaluate(
     student = Path(context.folder) / "students" / config.trial_id
     if not (student / "student.json").is_file():
         _keep(context, config, entry, student)
-    timing = _latency(context, entry, base)
     facts: dict[str, float] = {}
     if method.zero_shot:
         assert config.cell.teacher is not None
         kept = text_tower_of(spec.teachers[config.cell.teacher])
         facts["text_params"] = (StudentTexts(student, kept) if texts is not None else kept).parameters
+    meta = json.loads((entry.path / "student.json").read_text(encoding="utf-8"))
+    deployed = Blueprint(
+        lambda: load_student(entry.path)[0],
+        base.preprocessing.size,
+        base.entry,
+        meta["num_classes"],
+        meta["changes"],
+        stored_structure(meta),
+    )
+    names = ("val_metric", "probe_parameters", "params_total", "flops", "memory_mb", "model_mb")
     return {
         "facts": facts,
-        "val_metric": about["val_metric"],
-        "params_total": about["params_total"],
-        "probe_parameters": about["probe_parameters"],
-        "flops": about["flops"],
+        **{name: about[name] for name in names},
         "student_path": f"students/{config.trial_id}",
-        **timing,
+        **latency_of(context, deployed),
     }
 
 
@@ -268,27 +276,3 @@ def _keep(context: SweepContext, config: TrialConfig, entry: Entry, student: Pat
         temporary.rename(student)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _latency(context: SweepContext, entry: Entry, base: Network) -> dict[str, Any]:
-    """Latency belongs to the architecture, the device and the threads: measured once for each, then shared."""
-    meta = json.loads((entry.path / "student.json").read_text(encoding="utf-8"))
-    train = context.spec.train
-    reads = {
-        "model": meta["model"],
-        "changes": meta["changes"],
-        "structure": meta["structure"],
-        "classes": meta["num_classes"],
-        "size": base.preprocessing.size,
-        "device": context.device,
-        "threads": train.threads,
-    }
-
-    def write(folder: Path) -> dict[str, Any]:
-        network, _ = load_student(entry.path)
-        measured = latency(network, base.preprocessing.size, device=context.device, threads=train.threads)
-        return {"median": measured.median_ms, "iqr": measured.iqr_ms, "batch": measured.batch}
-
-    about = context.store.compute("latency", key_of(reads), write, reads=reads).meta["about"]
-    setup = f"{context.device}, {train.threads} thread{'s' if train.threads > 1 else ''}, batch {about['batch']}"
-    return {"latency_ms": about["median"], "latency_iqr_ms": about["iqr"], "latency_setup": setup}

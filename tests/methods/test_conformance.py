@@ -434,6 +434,9 @@ def test_what_it_deploys_is_a_plain_network(method):
             assert not module.startswith("peft")
             assert not module.startswith("methods") or module.startswith("methods.parts.")
         assert not any(m.training for m in network.modules())
+        if method.deployed_size == "base":
+            assert not chain.deployed.changes
+            assert chain.deployed.structure is None
         assert "num_classes" not in chain.deployed.changes  # every deployed network has the task's
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
         outputs = EMBEDDING if method.zero_shot else CLASSES

@@ -1,0 +1,77 @@
+"""How each val image came out, kept beside a student, so that two students can be compared image by image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from methods.contract import Kind
+from orchestrator.evaluate.metrics import mean_auroc, mean_iou
+
+FILE = "outcomes.safetensors"
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a metric between two students on the same images: 95 % of the draws lie between `low` and `high`."""
+
+    value: float
+    low: float
+    high: float
+    images: int
+
+    @property
+    def error(self) -> float:
+        """Its standard error, as of a normal distribution with that interval."""
+        return (self.high - self.low) / (2 * 1.96)
+
+
+def write_outcomes(folder: Path, kind: Kind, one: Tensor, other: Tensor) -> None:
+    """Writes `outcomes.safetensors`: whether each image was right [n]; or logits and labels [n, C] (multi-label); or
+    pixels in intersection and union by class [n, C] (segmentation).
+
+    Args:
+        one, other: logits and labels of all images, or both counts.
+    """
+    if kind == "classification":
+        tensors = {"right": (one.argmax(1) == other).to(torch.uint8).numpy()}
+    else:
+        small = torch.float16 if kind == "multilabel" else torch.int32
+        tensors = {"one": one.to(small).numpy(), "other": other.to(small).numpy()}
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / FILE)
+
+
+def compare_outcomes(kind: Kind, first: Path, second: Path) -> Difference | None:
+    """How much better the first student's folder does than the second's, by a paired bootstrap over val images.
+
+    Returns:
+        None where an outcome is missing (a sweep from an older version) or they are not of the same images.
+    """
+    if not (first / FILE).is_file() or not (second / FILE).is_file():
+        return None
+    a, b = load_file(first / FILE), load_file(second / FILE)
+    if {k: v.shape for k, v in a.items()} != {k: v.shape for k, v in b.items()}:
+        return None
+    rng = np.random.default_rng(0)
+    if kind == "classification":
+        gains = a["right"].astype(np.float64) - b["right"]
+        count = len(gains)
+        drawn = np.array([gains[rng.integers(0, count, count)].mean() for _ in range(DRAWS)])
+        value = float(gains.mean())
+    else:
+        metric = mean_auroc if kind == "multilabel" else mean_iou
+        count = len(a["one"])
+
+        def gain(rows: np.ndarray | slice) -> float:
+            return metric(a["one"][rows], a["other"][rows]) - metric(b["one"][rows], b["other"][rows])
+
+        drawn = np.array([gain(rng.integers(0, count, count)) for _ in range(DRAWS // 5)])
+        value = gain(slice(None))
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return Difference(value, float(low), float(high), count)

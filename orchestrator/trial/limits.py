@@ -1,0 +1,200 @@
+"""The sweep file's `limits`, checked on a network that was not trained yet, and the latency that every trial shares."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from methods.contract import Method, Structure, TrainStage
+from methods.dense import structure_of
+from methods.parts.dense import segmenter
+from orchestrator.data.task import TaskData
+from orchestrator.errors import WorkError
+from orchestrator.evaluate.cost import costs, latency, processor, timed
+from orchestrator.models import Network, build_network, plan_network
+from orchestrator.models.onnx import onnx_runner, write_onnx
+from orchestrator.spec import Model, SweepSpec
+from orchestrator.store import key_of
+from orchestrator.train.job import Networks, given_for
+from orchestrator.trial.context import SweepContext
+from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
+
+LATENCY_VERSION = 2
+
+
+class InfeasibleError(Exception):
+    """A configuration that cannot keep a limit; `facts` is what of its row is known."""
+
+    def __init__(self, reason: str, facts: dict[str, Any]) -> None:
+        super().__init__(reason)
+        self.facts = facts
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a trial will deploy, as far as it is known before training.
+
+    Attributes:
+        build: makes the network, with any weights.
+        size: side of its input.
+        entry: its base.
+        classes: of its head.
+        changes, structure: as in `Deployed`.
+        exact: whether it is the network itself; else what is deployed has all of this, and more.
+    """
+
+    build: Callable[[], nn.Module]
+    size: int
+    entry: Model
+    classes: int
+    changes: dict[str, Any] = field(default_factory=dict)
+    structure: Structure | None = None
+    exact: bool = True
+
+
+def base_blueprint(spec: SweepSpec, cell: Cell, classes: int) -> Blueprint | None:
+    """Of a cell whose method deploys its base network, or that with something more; None of any other.
+
+    Args:
+        classes: of the task.
+    """
+    method = method_named(cell.method)
+    if method.deployed_size == "own" or method.zero_shot:
+        return None
+    number, entries = (cell.teacher, spec.teachers) if method.deploys == "teacher" else (cell.student, spec.students)
+    assert number is not None
+    entry = entries[number]
+    size = plan_network(entry, "teacher" if method.deploys == "teacher" else "student")[1].size
+    dense = spec.task.kind == "segmentation"
+
+    def build() -> nn.Module:
+        network = build_network(entry, num_classes=0 if dense else classes)
+        return segmenter(network, classes, spec.task.decoder) if dense else network
+
+    structure = structure_of(_drawn(build)) if dense else None
+    return Blueprint(build, size, entry, classes, structure=structure, exact=method.deployed_size == "base")
+
+
+def _drawn(build: Callable[[], nn.Module]) -> nn.Module:
+    """The network without weights, where that can be."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (NotImplementedError, RuntimeError):
+        return build()  # a few constructors compute with their tensors
+
+
+def planned_excess(spec: SweepSpec, cell: Cell, classes: int) -> str:
+    """Which limits no trial of this cell can keep, whatever its knobs and the machine; empty if none is known."""
+    if not set(spec.limits.given) & {"params_total", "flops", "memory_mb", "model_mb"}:
+        return ""
+    blueprint = base_blueprint(spec, cell, classes)
+    if blueprint is None:
+        return ""
+    return spec.limits.broken(costs(_drawn(blueprint.build), blueprint.size))
+
+
+def check_before(
+    context: SweepContext, config: TrialConfig, method: type[Method], networks: Networks, task: TaskData
+) -> None:
+    """Refuses a configuration before anything is trained, if what it will deploy cannot keep a limit.
+
+    Raises:
+        InfeasibleError: naming the limits.
+    """
+    limits, cell = context.spec.limits, config.cell
+    if not limits.given:
+        return
+    classes = len(task.classes)
+    blueprint = base_blueprint(context.spec, cell, classes) or _untrained(context, config, method, networks, task)
+    if blueprint is None:
+        return
+    facts: dict[str, Any] = dict(costs(_drawn(blueprint.build), blueprint.size))
+    if not limits.broken(facts) and limits.latency_ms is not None:
+        facts |= latency_of(context, blueprint)
+    broken = limits.broken(facts)
+    if broken:
+        least = "" if blueprint.exact else " without what the method adds"
+        setup = f" ({facts['latency_setup']})" if "latency_ms" in broken else ""
+        raise InfeasibleError(f"{broken}{least}{setup}; nothing was trained", facts)
+
+
+def _untrained(
+    context: SweepContext, config: TrialConfig, method: type[Method], networks: Networks, task: TaskData
+) -> Blueprint | None:
+    """Of a method that makes a network of its own from nothing but its base: what it makes, before it trains it."""
+    settings = configure(context.spec, config)
+    stages = method.stages(settings, setting_of(context.spec, task.info, config.cell))
+    last = next((s for s in reversed(stages) if isinstance(s, TrainStage)), None)
+    if last is None or last.inputs or not set(last.reads) <= {"teacher", "student"} or method.zero_shot:
+        return None
+    given = given_for(last.reads, networks, task, context.store, config.seed, {})
+    deployed = last.learner(last.params, given).deployed()
+    network: Any = deployed.network
+    base: Network = networks.trained(method.deploys)
+    structure = deployed.structure
+    if not method.trains_head:
+        if task.spec.kind == "segmentation":
+            if structure is not None:
+                return None
+            network.reset_classifier(0)
+            network = segmenter(network, len(task.classes), task.spec.decoder)
+            structure = structure_of(network)
+        else:
+            network.reset_classifier(len(task.classes))
+    return Blueprint(
+        lambda: network, base.preprocessing.size, base.entry, len(task.classes), dict(deployed.changes), structure
+    )
+
+
+def latency_of(context: SweepContext, blueprint: Blueprint) -> dict[str, Any]:
+    """Latency belongs to the architecture, the device and the profile: measured once for each, then shared.
+
+    Returns:
+        `latency_ms`, `latency_iqr_ms` and `latency_setup` of a row.
+    """
+    profile, train = context.spec.latency, context.spec.train
+    onnx = profile.runtime == "onnxruntime"
+    device = "cpu" if onnx else context.device if profile.device == "auto" else profile.device
+    threads = profile.threads or train.threads
+    if device == "cuda" and not torch.cuda.is_available():
+        raise WorkError("latency.device: cuda is asked for, and this trial has no GPU.")
+    reads = {
+        "model": blueprint.entry.model_dump(mode="json"),
+        "changes": blueprint.changes,
+        "structure": asdict(blueprint.structure) if blueprint.structure is not None else None,
+        "classes": blueprint.classes,
+        "size": blueprint.size,
+        "device": device,
+        "chip": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": threads,
+        "batch": profile.batch,
+        "runtime": profile.runtime,
+        "min_run_s": profile.min_run_s,
+        "version": LATENCY_VERSION,
+    }
+
+    def write(folder: Path) -> dict[str, Any]:
+        network = blueprint.build().cpu().eval()
+        options = {"threads": threads, "batch": profile.batch, "min_run_time": profile.min_run_s}
+        if not onnx:
+            measured = latency(network, blueprint.size, device=device, **options)  # type: ignore[arg-type]
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                write_onnx(network, blueprint.size, Path(scratch) / "model.onnx", blueprint.entry.model)
+                run = onnx_runner(Path(scratch) / "model.onnx", threads)
+                images = torch.zeros(profile.batch, 3, blueprint.size, blueprint.size)
+                measured = timed(lambda: run(images), "cpu", **options)  # type: ignore[arg-type]
+        return {"median": measured.median_ms, "iqr": measured.iqr_ms, "runs": measured.runs}
+
+    about = context.store.compute("latency", key_of(reads), write, reads=reads).meta["about"]
+    name = f"{profile.profile}: " if profile.profile else ""
+    runtime = ", onnxruntime" if onnx else ""
+    setup = f"{name}{device} ({reads['chip']}), {threads} thread{'s' if threads > 1 else ''}, batch {profile.batch}"
+    return {"latency_ms": about["median"], "latency_iqr_ms": about["iqr"], "latency_setup": setup + runtime}

@@ -1,0 +1,172 @@
+"""Limits: told to Optuna as constraints, and what cannot keep them is not trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from optuna.trial import TrialState
+from small import small_spec
+from test_study import row, study_of
+from torch import nn
+
+from orchestrator.errors import UserError
+from orchestrator.evaluate.cost import costs, model_bytes, peak_bytes
+from orchestrator.spec import Limits, SweepSpec
+from orchestrator.store import Store
+from orchestrator.sweep.run import prepare
+from orchestrator.trial.context import SweepContext
+from orchestrator.trial.plan import Cell, TrialConfig
+from orchestrator.trial.repeat import run_repeats
+
+CONVNEXT, VIT = ({"model": f"timm/{name}", "image_size": 32} for name in ("test_convnext", "test_vit"))
+
+
+def run_one(spec: SweepSpec, cell: Cell, knobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    folder = Path(spec.storage) / spec.name
+    return run_repeats(SweepContext(spec, str(folder)), TrialConfig("t0000", 0, cell, knobs or {}, 0))
+
+
+def stages(spec: SweepSpec) -> set[str]:
+    return {e.stage for e in Store(Path(spec.storage) / "store").entries()}
+
+
+def test_the_excess_is_a_share_of_the_limit_and_the_val_metrics_is_a_least() -> None:
+    limits = Limits(val_metric=0.8, params_total=1000.0, latency_ms=4.0)
+    facts = {"val_metric": 0.6, "params_total": 900, "latency_ms": 5.0, "flops": 1e12}
+    assert limits.excess(facts) == pytest.approx({"val_metric": 0.25, "params_total": -0.1, "latency_ms": 0.25})
+    assert limits.broken(facts) == (
+        "val_metric 0.6 is below limits.val_metric: 0.8 and latency_ms 5 ms is above limits.latency_ms: 4 ms"
+    )
+    assert limits.excess({"val_metric": math.nan, "params_total": None}) == {}
+    assert limits.broken({"params_total": 1000, "latency_ms": 4.0, "val_metric": 0.8}) == ""
+
+
+def test_peak_memory_is_weights_and_what_is_alive_at_the_same_time() -> None:
+    plane = 32 * 32 * 4
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1))
+    weights = 4 * (3 * 8 * 9 + 8 + 8 + 1)
+    # input and both maps of 8 channels; when the last map is made, the first one is gone
+    assert peak_bytes(network, 32) == weights + 3 * plane + 2 * 8 * plane
+    assert model_bytes(network) == weights
+    real = timm.create_model("test_resnet")
+    with torch.device("meta"):
+        drawn = timm.create_model("test_resnet")
+    assert costs(drawn, 64) == costs(real, 64)
+
+
+def test_a_network_that_exceeds_a_limit_is_left_out_before_anything_runs(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(
+        colours,
+        tmp_path,
+        students=[CONVNEXT, {"model": "timm/resnet18", "image_size": 32}],
+        limits={"params_total": 1_000_000},
+    )
+    prepared = prepare(spec)
+    assert {c.student for c in prepared.cells if c.method != "wecolora"} == {0}
+    said = [s for s in prepared.dropped if s.startswith("kd with timm/resnet18: ")]
+    assert said == ["kd with timm/resnet18: params_total 11,178,051 is above limits.params_total: 1,000,000"]
+    with pytest.raises(UserError, match=r"^limits: nothing can keep them: finetune with timm/test_convnext: model_mb "):
+        prepare(small_spec(colours, tmp_path, methods={"finetune": {}, "kd": {}}, limits={"model_mb": 0.01}))
+
+
+def test_a_network_that_is_too_slow_is_not_trained_and_its_row_says_why(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path, limits={"latency_ms": 1e-3}, search={"trials": 1, "repeats": 3})
+    found = run_one(spec, Cell("kd", 0, 0))
+    assert found["status"] == "infeasible", found["reason"]
+    assert found["latency_ms"] > 1e-3
+    assert found["params_total"] > 0
+    assert "is above limits.latency_ms: 0.001 ms (cpu (" in found["reason"]
+    assert found["reason"].endswith("; nothing was trained")
+    assert (found["optimizer_steps"], found["student_path"], found["repeats"]) == (0, "", 1)
+    assert math.isnan(found["val_metric"])
+    assert stages(spec) <= {"latency", "catalogue"}
+    free = small_spec(colours, tmp_path, search={"trials": 1})
+    assert run_one(free, Cell("kd", 0, 0))["latency_ms"] == found["latency_ms"]  # measured once, for both
+
+
+def test_what_a_method_makes_of_its_teacher_is_weighed_before_it_is_trained(colours: Path, tmp_path: Path) -> None:
+    small = run_one(small_spec(colours, tmp_path), Cell("wecolora", 0, None), {"factor": 3, "rank": 4})
+    assert small["status"] == "complete", small["reason"]
+    limits = {"params_total": small["params_total"]}
+    spec = small_spec(colours, tmp_path / "limited", limits=limits)
+    big = run_one(spec, Cell("wecolora", 0, None), {"factor": 2, "rank": 4})
+    assert (big["status"], big["optimizer_steps"]) == ("infeasible", 0), big["reason"]
+    assert big["params_total"] > small["params_total"]
+    assert "distil" not in stages(spec)
+    again = run_one(spec, Cell("wecolora", 0, None), {"factor": 3, "rank": 4})
+    assert (again["status"], again["params_total"]) == ("complete", small["params_total"])
+
+
+def test_a_limit_that_only_training_tells_keeps_the_student_and_its_values(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path, limits={"val_metric": 1.0, "device_seconds": 1e-6})
+    found = run_one(spec, Cell("finetune", None, 0))
+    assert found["status"] == "infeasible"
+    assert "is above limits.device_seconds" in found["reason"]
+    assert found["student_path"] == "students/t0000"
+    assert found["val_metric"] >= 0
+
+
+def test_optuna_hears_limits_as_constraints_and_infeasible_is_no_failure(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(
+        colours,
+        tmp_path,
+        objectives=["val_metric", "latency_ms"],
+        limits={"latency_ms": 4, "params_total": 1e9},
+        methods={"finetune": {"lr": {"low": 1e-4, "high": 1e-2, "log": True}}},
+        search={"trials": 20},
+    )
+    study = study_of(spec, tmp_path / "s")
+    for _ in range(3):
+        study.ask()
+    study.tell(0, row("complete", val_metric=0.5, latency_ms=2.0, params_total=10))
+    study.tell(1, row("infeasible", val_metric=0.9, latency_ms=8.0, params_total=10))
+    study.tell(2, row("infeasible", val_metric=math.nan, latency_ms=6.0, params_total=10))  # it was not trained
+    trials = study._study.get_trials(deepcopy=False)
+    assert [t.state for t in trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED]
+    assert [t.constraints["latency_ms"] for t in trials] == [-0.5, 1.0, 0.5]
+    assert all(t.constraints["params_total"] < 0 for t in trials)
+    assert [t.number for t in study._study.best_trials] == [0]  # the other one has a better val metric
+    assert [t.user_attrs["status"] for t in trials] == ["complete", "infeasible", "infeasible"]
+
+
+def test_the_search_turns_to_where_the_limit_is_kept(colours: Path, tmp_path: Path) -> None:
+    """Larger lr: a better val metric and a higher latency, in this made-up response."""
+    spec = small_spec(
+        colours,
+        tmp_path,
+        limits={"latency_ms": 5},
+        methods={"finetune": {"lr": {"low": 1e-4, "high": 1e-2}}},
+        search={"trials": 60},
+    )
+    study = study_of(spec, tmp_path / "s")
+    kept = []
+    for number in range(40):
+        lr = study.ask().knobs["lr"]
+        latency = lr * 1000
+        kept.append(latency <= 5)
+        status = "complete" if kept[-1] else "infeasible"
+        study.tell(number, row(status, val_metric=lr * 100 if kept[-1] else math.nan, latency_ms=latency))
+    assert sum(kept[20:]) >= 14, kept  # half of them by chance
+    best = max(t.values[0] for t in study._study.get_trials(states=(TrialState.COMPLETE,)))
+    assert best > 0.45  # of 0.5
+
+
+def test_latency_is_measured_on_the_profile_that_the_file_names(colours: Path, tmp_path: Path) -> None:
+    profile = {"profile": "edge", "threads": 2, "batch": 4, "runtime": "onnxruntime", "min_run_s": 0.05}
+    spec = small_spec(colours, tmp_path, latency=profile, methods={"finetune": {}})
+    found = run_one(spec, Cell("finetune", None, 0))
+    assert found["status"] == "complete", found["reason"]
+    assert found["latency_setup"].startswith("edge: cpu (")
+    assert found["latency_setup"].endswith(", 2 threads, batch 4, onnxruntime")
+    assert found["latency_ms"] > 0
+    reads = [e.meta["reads"] for e in Store(tmp_path / "store").entries() if e.stage == "latency"]
+    assert [(r["threads"], r["batch"], r["runtime"]) for r in reads] == [(2, 4, "onnxruntime")]
+    with pytest.raises(UserError, match=r"latency: runtime: onnxruntime measures on the CPU, and device is cuda"):
+        small_spec(colours, tmp_path, latency={"runtime": "onnxruntime", "device": "cuda"})
+    assert json.loads(spec.model_dump_json())["limits"]["latency_ms"] is None
