@@ -140,21 +140,21 @@ def test_the_search_turns_to_where_the_limit_is_kept(colours: Path, tmp_path: Pa
     spec = small_spec(
         colours,
         tmp_path,
-        limits={"latency_ms": 5},
+        limits={"latency_ms": 1.5},
         methods={"finetune": {"lr": {"low": 1e-4, "high": 1e-2}}},
-        search={"trials": 60},
+        search={"trials": 40},
     )
     study = study_of(spec, tmp_path / "s")
     kept = []
     for number in range(40):
         lr = study.ask().knobs["lr"]
         latency = lr * 1000
-        kept.append(latency <= 5)
+        kept.append(latency <= 1.5)
         status = "complete" if kept[-1] else "infeasible"
         study.tell(number, row(status, val_metric=lr * 100 if kept[-1] else math.nan, latency_ms=latency))
-    assert sum(kept[20:]) >= 14, kept  # half of them by chance
+    assert sum(kept[20:]) >= 8, kept  # 3 of the 20 by chance
     best = max(t.values[0] for t in study._study.get_trials(states=(TrialState.COMPLETE,)))
-    assert best > 0.45  # of 0.5
+    assert best > 0.13  # of 0.15
 
 
 def test_latency_is_measured_on_the_profile_that_the_file_names(colours: Path, tmp_path: Path) -> None:

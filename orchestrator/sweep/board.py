@@ -85,7 +85,7 @@ def _choices(row: dict[str, Any]) -> dict[str, Any]:
 
 def _results(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The metrics that the rows have, in a group beside the learning curves."""
-    return {f"result/{m}": float(row[m]) for row in rows for m in METRICS if math.isfinite(float(row[m]))}
+    return {f"result/{m}": float(row[m]) for row in rows for m in METRICS if math.isfinite(float(row.get(m, math.nan)))}
 
 
 def _history(folder: Path, row: dict[str, Any]) -> list[dict[str, float]]:
