@@ -514,13 +514,39 @@ class Estimate(Section):
 
 
 class StoreLimits(Section):
-    """Limits of the shared store."""
+    """The shared store, and its limits."""
 
+    remote: str | None = Field(
+        default=None,
+        description="Object storage for the store, such as s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, with ?region=... "
+        "or ?endpoint_override=HOST:PORT&scheme=https; null: the folder `store` below `storage`. Keys come from the "
+        "environment or the machine. Each node keeps copies in $ORCHESTRATOR_CACHE.",
+    )
     max_gb: float | None = Field(
         default=None, gt=0, description="`store gc` shrinks the store to this; null: no limit."
     )
     min_free_gb: float = Field(default=0.5, ge=0, description="A stage is refused where it would leave less free disk.")
     pixels_gb: float = Field(default=4.0, ge=0, description="Rendered views are stored if they take at most this much.")
+
+    @field_validator("remote")
+    @classmethod
+    def _an_address_without_secrets(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        scheme, there, rest = value.partition("://")
+        if not there or scheme not in ("s3", "gs", "gcs", "file") or not rest.strip("/"):
+            raise ValueError("remote is no address of the form s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH")
+        place, _, query = rest.partition("?")
+        user, at, _ = place.partition("/")[0].rpartition("@")
+        if (at and user != "anonymous") or any(word in query.lower() for word in ("secret", "password", "token")):
+            raise ValueError(
+                "remote holds a key, which would be copied into the sweep's folder: take it out, and give it in the "
+                "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or by the "
+                "machine's role"
+            )
+        if ".." in place.split("/"):
+            raise ValueError("remote leads out of its bucket with '..'")
+        return value
 
 
 Knob = Any
@@ -551,7 +577,7 @@ class SweepSpec(Section):
     generate: Generate = Field(default_factory=Generate, description="The actors that generate images.")
     corpus: Corpus = Field(default_factory=Corpus, description="Images and sentences beyond the task's own.")
     estimate: Estimate = Field(default_factory=Estimate, description="Machines for the estimate that `check` prints.")
-    store: StoreLimits = Field(default_factory=StoreLimits, description="Limits of the shared store.")
+    store: StoreLimits = Field(default_factory=StoreLimits, description="The shared store, and its limits.")
     storage: str = Field(default="runs", description="Folder for sweeps and the store; a shared one on a cluster.")
 
     @field_validator("name")
@@ -579,6 +605,11 @@ class SweepSpec(Section):
                 f"{len(metrics)} objectives; use none"
             )
         return self
+
+    @property
+    def store_address(self) -> str:
+        """Where the store lies: an address, or a folder."""
+        return self.store.remote or str(Path(self.storage) / "store")
 
     def to_yaml(self) -> str:
         """The whole file with every default written out; reading it gives an equal spec."""

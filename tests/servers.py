@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import http.server
 import os
 import pwd
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -106,3 +111,123 @@ def _user(name: str) -> Any:
         return pwd.getpwnam(name)
     except KeyError:
         return None
+
+
+class S3:
+    """An S3-protocol server of its own (moto) on loopback, with one bucket, behind a proxy that can be told to fail.
+
+    Attributes:
+        address: of a prefix in the bucket.
+        failures: how many of the next requests are answered with 503, or broken off.
+        seen: requests that reached the proxy, as `GET /bucket/key`.
+    """
+
+    def __init__(self) -> None:
+        self.port, self.failures, self.mode = free_port(), 0, "503"
+        self.seen: list[str] = []
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+        server = self
+        self.proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
+        self.proxy.daemon_threads = True
+        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
+        self.endpoint = f"127.0.0.1:{self.proxy.server_address[1]}"
+        self.make_bucket()
+
+    def make_bucket(self) -> None:
+        from pyarrow import fs
+
+        here = fs.S3FileSystem(
+            access_key="test",
+            secret_key="test",
+            scheme="http",
+            endpoint_override=f"127.0.0.1:{self.port}",
+            region="us-east-1",
+            allow_bucket_creation=True,
+        )
+        here.create_dir("bucket")
+
+    def address(self, prefix: str) -> str:
+        return f"s3://bucket/{prefix}?endpoint_override={self.endpoint}&scheme=http&region=us-east-1"
+
+    def start(self) -> None:
+        words = ["-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([sys.executable, *words], **quiet)
+
+        def ready() -> bool:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return True
+            return False
+
+        wait_until(ready, self.process, "moto")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(60)
+            self.process = None
+
+    def remove(self) -> None:
+        self.stop()
+        self.proxy.shutdown()
+        self.proxy.server_close()
+
+
+def _handler(server: S3) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *words: Any) -> None:
+            """Nothing on the test's screen."""
+
+        def _pass_on(self) -> None:
+            body = self._body()
+            server.seen.append(f"{self.command} {self.path.partition('?')[0]}")
+            if server.failures > 0:
+                server.failures -= 1
+                if server.mode == "503":
+                    self._answer(503, [], b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>")
+                else:
+                    self.close_connection = True
+                return
+            del self.headers["Expect"]
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            try:
+                connection.request(self.command, self.path, body, dict(self.headers.items()))
+                answer = connection.getresponse()
+                content = answer.read()
+                dropped = ("transfer-encoding", "connection", "content-length")
+                headers = [(k, v) for k, v in answer.getheaders() if k.lower() not in dropped]
+                length = answer.getheader("Content-Length")
+                self._answer(answer.status, headers, content, length if self.command == "HEAD" else None)
+            except OSError:
+                self.close_connection = True
+            finally:
+                connection.close()
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            del self.headers["Transfer-Encoding"]
+            body = b""
+            while size := int(self.rfile.readline().partition(b";")[0], 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                """Trailers."""
+            self.headers["Content-Length"] = str(len(body))
+            return body
+
+        def _answer(self, status: int, headers: Any, content: bytes, length: str | None = None) -> None:
+            self.send_response(status)
+            for name, value in headers:
+                self.send_header(name, value)
+            self.send_header("Content-Length", length or str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on  # noqa: N815
+
+    return Handler

@@ -212,6 +212,23 @@ def test_a_failed_write_leaves_neither_an_entry_nor_a_temporary_folder(tmp_path)
     assert store.compute("stage", KEY, lambda f: None, wait=False).computed  # the lock is free again
 
 
+def test_where_locks_do_not_hold_among_machines_the_first_to_publish_wins(tmp_path, monkeypatch):
+    store, theirs = Store(tmp_path / "store"), []
+
+    def write(folder: Path) -> None:
+        (folder / "data").write_text("second")
+        with monkeypatch.context() as patch:  # another machine, whose lock this one's kernel does not know
+            patch.setattr("platform.node", lambda: "another")
+            published = store._publish("stage", KEY, lambda f: (f / "data").write_text("first") and None, None)
+        theirs.append(published)
+
+    entry = store.compute("stage", KEY, write)
+    assert not entry.computed
+    assert (entry.path / "data").read_text() == "first"
+    assert entry.meta == theirs[0].meta
+    assert leftovers(store) == []
+
+
 def test_partial_work_outlives_a_failure_and_goes_when_the_entry_is_published(tmp_path):
     store = Store(tmp_path / "store")
 

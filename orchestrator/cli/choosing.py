@@ -107,13 +107,13 @@ def suite(
     """Evaluate a network on many tasks: zero-shot, probes, shifts, retrieval. Reads their test images, on purpose."""
     from orchestrator.evaluate.suite import check_out, markdown, read_suite, run_suite, write_result
     from orchestrator.select.subject import find_subject
-    from orchestrator.store import Store
+    from orchestrator.store import store_at
 
     if out_file is not None:
         check_out(out_file)
     read = read_suite(tasks)
     subject, place = find_subject(model, store)
-    result = run_suite(subject, read, Store(place), lambda line: err.print(line, markup=False))
+    result = run_suite(subject, read, store_at(place), lambda line: err.print(line, markup=False))
     if out_file is not None:
         write_result(result, out_file)
     print(json.dumps(result) if as_json else markdown(result), end="\n" if as_json else "")

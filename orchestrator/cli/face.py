@@ -23,7 +23,10 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 SetFlag = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the file.")
 ]
-StoreDir = Annotated[Path, typer.Argument(help="A sweep's folder, a storage folder, or a store.")]
+StoreDir = Annotated[
+    str,
+    typer.Argument(metavar="WHERE", help="A sweep's folder, a storage folder, a store, or its s3:// or gs:// address."),
+]
 SweepDir = Annotated[Path, typer.Argument(help="A sweep's folder: <storage>/<name>.")]
 
 

@@ -21,7 +21,7 @@ from orchestrator.data.task import Split, TaskData, load_task
 from orchestrator.data.views import Policy, stored_view, view_parameters
 from orchestrator.models.load import Preprocessing
 from orchestrator.spec import SweepSpec
-from orchestrator.store import Entry, JoinedRecords, Records, Store, key_of, write_records
+from orchestrator.store import Entry, JoinedRecords, Records, Store, key_of, store_at, write_records
 
 SHARD = 64  # images: the unit of work, of resuming, and of sharing between budgets
 BATCH = 32
@@ -52,7 +52,7 @@ class ShardJob(ABC):
 
     @property
     def store(self) -> Store:
-        return Store(self.store_root, min_free_gb=self.spec.store.min_free_gb)
+        return store_at(self.store_root, min_free_gb=self.spec.store.min_free_gb)
 
     @property
     @abstractmethod

@@ -21,7 +21,7 @@ from orchestrator.data.sources import SPLITS, Item, Source, check_splits, open_s
 from orchestrator.data.strata import assign, draw_shots
 from orchestrator.errors import UserError, listed
 from orchestrator.spec import Task
-from orchestrator.store import Store, key_of
+from orchestrator.store import Store, key_of, store_at
 
 CATALOGUE_VERSION = 1
 CONFLICTS = {
@@ -138,7 +138,7 @@ def load_task(task: Task, store: Store, needed: tuple[str, ...] = SPLITS) -> Tas
     Raises:
         UserError: if there is nothing to learn from: no images, one class, or fewer images than shots.
     """
-    return _load_task(task.model_dump_json(), str(store.root), _stamp(task), needed)
+    return _load_task(task.model_dump_json(), store.address, _stamp(task), needed)
 
 
 def _stamp(task: Task) -> str:
@@ -153,7 +153,7 @@ def _load_task(task_json: str, root: str, stamp: str, needed: tuple[str, ...]) -
     source = open_source(task.data, task.kind)
     items = _items(source, task)
     reads = {"listing": stamp, "version": CATALOGUE_VERSION}
-    entry = Store(root).compute("catalogue", key_of(reads), lambda f: _scan(source, items, task, f), reads=reads)
+    entry = store_at(root).compute("catalogue", key_of(reads), lambda f: _scan(source, items, task, f), reads=reads)
     table = pq.read_table(entry.path / "catalogue.parquet").to_pylist()
     return divide(task, source, table, dict(entry.meta["about"]["skipped"]), needed)
 

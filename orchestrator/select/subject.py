@@ -12,7 +12,7 @@ from orchestrator.spec import read_spec
 PREFIXES = ("timm/", "open_clip/", "local:", "packaged/")
 
 
-def find_subject(address: str, store: Path | None = None) -> tuple[Subject, Path]:
+def find_subject(address: str, store: Path | None = None) -> tuple[Subject, str | Path]:
     """The network that `address` names, and the store to work with.
 
     Args:
@@ -39,7 +39,8 @@ def find_subject(address: str, store: Path | None = None) -> tuple[Subject, Path
             f"{nearest(address, _known(folder))}"
         )
     student = _student(folder, trial if folder != path else None)
-    return stored_subject(student), store or folder.absolute().parent / "store"
+    remote = read_spec(folder / "sweep.yaml").store.remote
+    return stored_subject(student), store or remote or folder.absolute().parent / "store"
 
 
 def _known(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from orchestrator.store.keys import key_of
 from orchestrator.store.records import JoinedRecords, OpenFiles, Records, records_bytes, write_records
+from orchestrator.store.remote import RemoteStore, check_remote, open_store, store_at
 from orchestrator.store.store import Entry, Store
 
 __all__ = [
@@ -9,8 +10,12 @@ __all__ = [
     "JoinedRecords",
     "OpenFiles",
     "Records",
+    "RemoteStore",
     "Store",
+    "check_remote",
     "key_of",
+    "open_store",
     "records_bytes",
+    "store_at",
     "write_records",
 ]

@@ -8,20 +8,22 @@ one can never be read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from orchestrator.errors import FullDiskError, UserError, disk_full
+from orchestrator.errors import FullDiskError, disk_full
 
 META = "meta.json"
 
@@ -49,6 +51,16 @@ class Entry:
         return sum(int(f["bytes"]) for f in self.meta["files"].values())
 
 
+class Mirror(Protocol):
+    """Copies of single files of a folder, for whoever continues on another node."""
+
+    def put(self, file: Path) -> None:
+        """Keeps a file under its name."""
+
+    def get(self, file: Path) -> bool:
+        """Brings a kept file of that name, if there is one."""
+
+
 class BusyError(Exception):
     """Another process is computing this entry (only with `wait=False`)."""
 
@@ -64,6 +76,11 @@ class Store:
     def __init__(self, root: str | Path, *, min_free_gb: float = 0.0) -> None:
         self.root = Path(root)
         self.min_free_gb = min_free_gb
+
+    @property
+    def address(self) -> str:
+        """What `store_at` opens again, in any process."""
+        return str(self.root)
 
     def _folder(self, stage: str, key: str) -> Path:
         return self.root / stage / key
@@ -129,11 +146,13 @@ class Store:
         return self.root / ".partial" / f"{stage}-{key}"
 
     def _publish(self, stage: str, key: str, write: Callable[[Path], dict[str, Any] | None], reads: Any) -> Entry:
-        temporary = self.root / ".tmp" / f"{stage}-{key}-{uuid.uuid4().hex[:8]}"
+        machine = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+        temporary = self.root / ".tmp" / f"{stage}-{key}-{machine}-{uuid.uuid4().hex[:8]}"
         target = self._folder(stage, key)
         started = time.perf_counter()
-        for abandoned in temporary.parent.glob(f"{stage}-{key}-*"):
-            shutil.rmtree(abandoned, ignore_errors=True)  # this process holds the lock, so its writer is dead
+        # This process holds the lock, so their writer is dead; of another machine only where locks hold among machines.
+        for abandoned in temporary.parent.glob(f"{stage}-{key}-{machine}-*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(temporary).free
@@ -153,9 +172,14 @@ class Store:
                 "files": files,
             }
             (temporary / META).write_text(json.dumps(meta), encoding="utf-8")
+            self._share(stage, key, temporary, meta)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary, target)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                found = self.get(stage, key)  # the lock holds on one node only here, and another's was faster
+                if found is not None:
+                    return found
             if disk_full(error):
                 raise FullDiskError(
                     f"The disk of the store {str(self.root)!r} is full while writing {stage}/{key}."
@@ -165,6 +189,13 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(self.scratch(stage, key), ignore_errors=True)
         return Entry(stage, key, target, meta, computed=True)
+
+    def _share(self, stage: str, key: str, folder: Path, meta: dict[str, Any]) -> None:
+        """Hands a whole result on before it is published here; whatever this raises, it is not."""
+
+    def mirror(self, folder: Path) -> Mirror | None:
+        """Where files of a folder are kept for other nodes; None where these see the folder itself."""
+        return None
 
     def entries(self) -> list[Entry]:
         """Every published entry, by stage and key."""
@@ -231,16 +262,3 @@ def _hash_blocks(file: Any) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
-
-
-def open_store(path: str | Path) -> Store:
-    """The store of a sweep folder, of a storage folder, or the store folder itself.
-
-    Raises:
-        UserError: if there is no store there.
-    """
-    path = Path(path)
-    for candidate in (path / "store", path.parent / "store", path):
-        if candidate.name == "store" and candidate.is_dir():
-            return Store(candidate)
-    raise UserError(f"There is no store at {str(path)!r}, nor beside it.")

@@ -32,7 +32,7 @@ from orchestrator.select.results import (
     standard_error,
 )
 from orchestrator.spec import METRIC_NAMES, METRICS, Kind, Model, Task
-from orchestrator.store import Store
+from orchestrator.store import store_at
 from orchestrator.sweep.ledger import Ledger, at_once
 from orchestrator.sweep.run import open_sweep
 from orchestrator.trial.plan import TrialConfig
@@ -117,7 +117,7 @@ def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, floa
     row = choose(frame, name, direction, kept)
     test, reads = _test_once(folder, row["trial_id"], row["student_path"])
     networks = " -> ".join(n for n in (row["teacher"], row["student"]) if isinstance(n, str))
-    task = load_task(spec.task, Store(Path(spec.storage) / "store"))
+    task = load_task(spec.task, store_at(spec.store_address))
     kind = spec.task.kind
     sentences = [
         f"Take {row['trial_id']}: {row['method']} ({networks}), {METRIC_NAMES[kind]} on val {row['val_metric']:.3f}"
@@ -184,7 +184,7 @@ def _test_once(folder: Path, trial_id: str, student_path: str) -> tuple[dict[str
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if trial_id not in known:
         network, meta = load_student(Path(folder) / student_path)
-        store = Store(Path(folder).absolute().parent / "store")
+        store = store_at(open_sweep(folder).store_address)
         task = load_task(Task.model_validate(meta["task"]), store)
         preprocessing = Preprocessing.from_json(meta["preprocessing"])
         # Test pixels stay out of the store: nothing but this one look reads them.
@@ -225,7 +225,7 @@ def export_trial(folder: Path, out_dir: Path, trial: str | None, fmt: str) -> di
             f"The trial {row['trial_id']} is {row['status']} and has no student to export ({row['reason']})."
         )
     network, meta = load_student(Path(folder) / row["student_path"])
-    store = Store(Path(spec.storage) / "store")
+    store = store_at(spec.store_address)
     task = load_task(Task.model_validate(meta["task"]), store)
     preprocessing = Preprocessing.from_json(meta["preprocessing"])
     pixels = RenderedPixels(task, task.val, Policy(1.0, 0.0), preprocessing)

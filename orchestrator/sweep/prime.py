@@ -13,15 +13,14 @@ from orchestrator.errors import UserError, listed, nearest
 from orchestrator.models import check_model, load_network
 from orchestrator.models.upstream import KINDS, check_free, save_upstream
 from orchestrator.spec import Model, explain, read_overrides
-from orchestrator.store import Store
-from orchestrator.store.store import open_store
+from orchestrator.store import Store, open_store
 from orchestrator.train.prime import DiffusionSettings, VQSettings, prime_diffusion, prime_vq
 
 SETTINGS: dict[str, Any] = {"vq": VQSettings, "diffusion": DiffusionSettings}
 
 
 def prime(
-    where: Path,
+    where: str,
     data: str,
     kind: str,
     size: int,
@@ -56,7 +55,7 @@ def prime(
         entry = Model(model=settings.feature_network)
         check_model(entry, "teacher")
         features = load_network(entry, "teacher")
-    store = store_at(where)
+    store = store_for(where)
     package: Any
     if kind == "vq":
         package, facts = prime_vq(store, data, settings, steps, features, tell)
@@ -82,9 +81,12 @@ def read_settings(kind: str, size: int, overrides: Sequence[str]) -> Any:
         raise UserError(explain(error, SETTINGS[kind], "--set").replace("In --set, size:", "--size:")) from None
 
 
-def store_at(where: Path) -> Store:
+def store_for(where: str) -> Store:
     """The store there; a new one if there is none."""
     try:
         return open_store(where)
     except UserError:
-        return Store(where if where.name == "store" else where / "store")
+        path = Path(where)
+        if "://" in where:
+            raise
+        return Store(path if path.name == "store" else path / "store")

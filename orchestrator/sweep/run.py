@@ -18,7 +18,7 @@ from orchestrator.errors import FullDiskError, UserError, disk_full, listed
 from orchestrator.models import check_model, load_network, plan_network
 from orchestrator.models.names import Role
 from orchestrator.spec import SweepSpec, read_spec
-from orchestrator.store import Store
+from orchestrator.store import check_remote, store_at
 from orchestrator.sweep.costs import holdings_of
 from orchestrator.sweep.space import Space, check_cell, grid, method_space, wanted_outputs
 from orchestrator.trial.context import SweepContext
@@ -77,13 +77,15 @@ def _absolute(address: str, prefixes: tuple[str, ...] = ("",)) -> str:
 
 
 def check_storage(spec: SweepSpec) -> None:
-    """Refuses a storage folder that cannot be written; makes nothing."""
+    """Refuses a storage folder, or object storage for the store, that cannot be written; makes nothing."""
     folder = Path(spec.storage)
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not existing.is_dir():
         raise UserError(f"storage: the folder {str(folder)!r} cannot be written ({str(existing)!r} is a file).")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"storage: the folder {str(folder)!r} cannot be written (no permission in {str(existing)!r}).")
+    if spec.store.remote is not None:
+        check_remote(spec.store.remote)
 
 
 def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
@@ -110,7 +112,7 @@ def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
         check_section(spec.upstream)
     _check_stream(spec, holdings_of(spec).row_group)
     spaces = {name: method_space(spec, name) for name in spec.methods}
-    task = load_task(spec.task, Store(Path(spec.storage) / "store"))
+    task = load_task(spec.task, store_at(spec.store_address))
     images = len(task.labelled)
     if images == 0:
         raise UserError("task: no labelled image is left in train.")

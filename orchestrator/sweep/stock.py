@@ -17,14 +17,13 @@ from orchestrator.data.views import render, view_parameters
 from orchestrator.models import load_network
 from orchestrator.models.load import tuned_network
 from orchestrator.spec import Model, Task, read_spec
-from orchestrator.store import Entry, Store
-from orchestrator.store.store import open_store
+from orchestrator.store import Entry, Store, open_store
 
 SAMPLE = 16
 TOLERANCE = 2e-3  # of the largest value: half precision keeps 11 bits
 
 
-def inventory(where: Path) -> list[dict[str, Any]]:
+def inventory(where: str) -> list[dict[str, Any]]:
     """One row a stage: entries, bytes, and the seconds that they cost."""
     rows: dict[str, dict[str, Any]] = {}
     for entry in open_store(where).entries():
@@ -35,17 +34,17 @@ def inventory(where: Path) -> list[dict[str, Any]]:
     return [rows[stage] for stage in sorted(rows)]
 
 
-def collect(where: Path, max_gb: float | None) -> dict[str, Any]:
+def collect(where: str, max_gb: float | None) -> dict[str, Any]:
     """Deletes leftovers of dead processes, and the least recently used entries beyond the limit."""
     store = open_store(where)
-    if max_gb is None and (where / "sweep.yaml").is_file():
-        max_gb = read_spec(where / "sweep.yaml").store.max_gb
+    if max_gb is None and (Path(where) / "sweep.yaml").is_file():
+        max_gb = read_spec(Path(where) / "sweep.yaml").store.max_gb
     freed, removed = store.collect(None if max_gb is None else int(max_gb * 1e9))
     sentence = f"Freed {freed / 1e6:.1f} MB; {removed} entries removed."
     return {"freed": freed, "removed": removed, "sentence": sentence}
 
 
-def verify(where: Path) -> dict[str, Any]:
+def verify(where: str) -> dict[str, Any]:
     """Compares every file with its published hash, and a sample of each teacher output with the live teacher."""
     store = open_store(where)
     damaged: list[str] = []

@@ -29,7 +29,7 @@ from orchestrator.models import Network, build_network, load_network, save_stude
 from orchestrator.models.load import Preprocessing, describe, tuned_network
 from orchestrator.models.texts import save_text_tower
 from orchestrator.spec import SweepSpec, Train
-from orchestrator.store import Entry, JoinedRecords, OpenFiles, Store
+from orchestrator.store import Entry, JoinedRecords, OpenFiles, Store, store_at
 from orchestrator.train.feed import Feeder, LiveTeacher, StreamFeeder, TextFeed, TokenFeeder
 from orchestrator.train.loop import Checkpoint, Report, fit
 
@@ -182,7 +182,7 @@ def run_job(
     spec, stage = job.spec, job.stage
     device = device or job.device
     torch.set_num_threads(spec.train.threads)
-    store = Store(job.store_root)
+    store = store_at(job.store_root)
     task = load_task(spec.task, store)
     networks = networks_of(spec, job.teacher, job.student)
     trained = networks.trained(stage.trains)

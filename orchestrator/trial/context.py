@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from methods.outputs import Output
 from orchestrator.spec import SweepSpec
-from orchestrator.store import Store
+from orchestrator.store import Store, store_at
 
 
 @dataclass(frozen=True)
@@ -28,4 +27,4 @@ class SweepContext:
 
     @property
     def store(self) -> Store:
-        return Store(Path(self.spec.storage) / "store", min_free_gb=self.spec.store.min_free_gb)
+        return store_at(self.spec.store_address, min_free_gb=self.spec.store.min_free_gb)

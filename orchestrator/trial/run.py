@@ -317,7 +317,7 @@ class _Trial:
         """Addresses of what the teacher makes of every shard of a corpus, made where it is missing."""
         cell = self.config.cell
         assert cell.teacher is not None
-        job = EmbedJob(self.spec, str(self.store.root), cell.teacher, what, output, self.context.device)
+        job = EmbedJob(self.spec, self.store.address, cell.teacher, what, output, self.context.device)
         return [_address(self.bill.add(entry)) for entry in ensure_embedded(job, self.mapper)]
 
     def _pool_outputs(
@@ -355,7 +355,7 @@ class _Trial:
         images = len(self.task.labelled) if stage.images == "labelled" else len(self.task.train)
         job = PoolJob(
             spec=self.spec,
-            store_root=str(self.store.root),
+            store_root=self.store.address,
             stage=stage,
             key=key,
             inputs=stage_results(self.store, {name: self.addresses[name] for name in stage.inputs}),
@@ -405,7 +405,7 @@ class _Trial:
             shards = self._shards(feed.pool, feed.pool_size) if feed.pool else []
             job = TrainJob(
                 spec=self.spec,
-                store_root=str(self.store.root),
+                store_root=self.store.address,
                 stage=stage,
                 teacher=cell.teacher,
                 student=cell.student,

@@ -1,0 +1,309 @@
+"""A store on object storage: what is published there is copied once to each node that needs it.
+
+    <address>/<stage>/<key>/meta.json         written last: what it names is there, whole
+    <address>/<stage>/<key>/<attempt>/<file>  each attempt has files of its own, so that none is ever overwritten
+    <address>/.leases  .partial  .used        who works on what; checkpoints; when an entry was last copied to a node
+
+A copy is compared with the hashes of `meta.json` before anybody on the node can see it. On one node the kernel's lock
+decides who computes or copies, among nodes a lease (`lease.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import FullDiskError, UserError, disk_full
+from orchestrator.spec import read_spec
+from orchestrator.store.bucket import Bucket, RemoteError, bucket_at
+from orchestrator.store.lease import Lease
+from orchestrator.store.store import META, BusyError, Entry, Store, file_hash
+
+VARIABLE = "ORCHESTRATOR_CACHE"
+COPIES = 3  # of a file whose copy does not match its hash
+
+
+class RemoteStore(Store):
+    """A store at an address of object storage, with a cache on the disk of each node.
+
+    It is `$ORCHESTRATOR_CACHE`, or a folder of the user in the node's temporary one. A node's processes share it.
+
+    Args:
+        address: such as `s3://bucket/prefix`.
+        min_free_gb: a computation or a copy is refused where less than this is free on the node.
+
+    Raises:
+        UserError: if the address cannot be opened, or the cache belongs to somebody else.
+    """
+
+    def __init__(self, address: str, *, min_free_gb: float = 0.0) -> None:
+        super().__init__(cache_of(address), min_free_gb=min_free_gb)
+        self._address = address
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    @property
+    def bucket(self) -> Bucket:
+        return bucket_at(self._address)
+
+    def get(self, stage: str, key: str) -> Entry | None:
+        here = super().get(stage, key)
+        if here is not None:
+            return here
+        if self._published(stage, key) is None:
+            return None
+        with super().lock("copy", key):
+            found = super().get(stage, key)
+            while found is None and (published := self._published(stage, key)) is not None:
+                found = self._copied(stage, key, published)
+        return found
+
+    def _published(self, stage: str, key: str) -> dict[str, Any] | None:
+        content = self.bucket.read(f"{stage}/{key}/{META}")
+        return json.loads(content) if content is not None else None
+
+    def _copied(self, stage: str, key: str, meta: dict[str, Any]) -> Entry | None:
+        temporary = self.root / ".tmp" / f"copy-{key}-{uuid.uuid4().hex[:8]}"
+        target = self._folder(stage, key)
+        size = sum(int(f["bytes"]) for f in meta["files"].values())
+        for abandoned in temporary.parent.glob(f"copy-{key}-*"):
+            shutil.rmtree(abandoned, ignore_errors=True)  # this process holds the lock, so its writer is dead
+        try:
+            temporary.mkdir(parents=True)
+            free = shutil.disk_usage(temporary).free - size
+            if free < self.min_free_gb * 1e9:
+                raise FullDiskError(
+                    f"{stage}/{key} ({size / 1e9:.2f} GB) would leave {free / 1e9:.2f} GB free in {str(self.root)!r}, "
+                    f"less than store.min_free_gb = {self.min_free_gb:g}: free some, or set {VARIABLE} to another disk."
+                )
+            for name, fact in meta["files"].items():
+                if not self._copy(f"{stage}/{key}/{meta['attempt']}/{name}", temporary / name, fact["sha256"]):
+                    return None  # removed meanwhile, or published again
+            (temporary / META).write_text(json.dumps(meta), encoding="utf-8")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, target)
+        except OSError as error:
+            if disk_full(error):
+                raise FullDiskError(f"The disk of the cache {str(self.root)!r} is full.") from error
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(RemoteError):  # it only tells `gc` what is in use
+            self.bucket.write(f".used/{stage}/{key}", b"x")
+        return Entry(stage, key, target, meta)
+
+    def _copy(self, name: str, file: Path, sha256: str) -> bool:
+        for _ in range(COPIES):
+            if not self.bucket.download(name, file):
+                return False
+            if file_hash(file) == sha256:
+                return True
+        raise RemoteError(f"{name} in {self.bucket.shown} differs from what was published; see `store verify`.")
+
+    @contextlib.contextmanager
+    def lock(self, stage: str, key: str, *, wait: bool = True) -> Iterator[None]:
+        """Holds the entry's lock on this node, and its lease among nodes."""
+        with super().lock(stage, key, wait=wait):
+            lease = Lease(self.bucket, f"{stage}-{key}", self._node())
+            if not lease.acquire(wait=wait):
+                raise BusyError(f"{stage}/{key}")
+            try:
+                yield
+            finally:
+                lease.release()
+
+    def _node(self) -> str:
+        """Names this cache among all caches of the store."""
+        path = self.root / ".node"
+        if not path.is_file():
+            self.root.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".node-{uuid.uuid4().hex}")
+            temporary.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)  # unlike a rename, never over another's
+            temporary.unlink()
+        return path.read_text(encoding="utf-8")
+
+    def _publish(self, stage: str, key: str, write: Callable[[Path], dict[str, Any] | None], reads: Any) -> Entry:
+        entry = super()._publish(stage, key, write, reads)
+        for one in self.bucket.list(f".partial/{stage}-{key}"):
+            self.bucket.delete(one.name)
+        return entry
+
+    def _share(self, stage: str, key: str, folder: Path, meta: dict[str, Any]) -> None:
+        meta["attempt"] = uuid.uuid4().hex[:12]
+        for name in meta["files"]:
+            self.bucket.upload(folder / name, f"{stage}/{key}/{meta['attempt']}/{name}")
+        content = json.dumps(meta)
+        (folder / META).write_text(content, encoding="utf-8")
+        self.bucket.write(f"{stage}/{key}/{META}", content.encode())
+
+    def mirror(self, folder: Path) -> BucketMirror:
+        return BucketMirror(self.bucket, f".partial/{folder.name}")
+
+    def entries(self) -> list[Entry]:
+        found = []
+        for one in self.bucket.list():
+            stage, _, rest = one.name.partition("/")
+            key, _, name = rest.partition("/")
+            if name == META and not stage.startswith("."):
+                meta = self._published(stage, key)
+                if meta is not None:
+                    found.append(Entry(stage, key, self._folder(stage, key), meta))
+        return found
+
+    def damaged(self, entry: Entry) -> list[str]:
+        where, files = f"{entry.stage}/{entry.key}/{entry.meta['attempt']}", entry.meta["files"]
+        return [name for name in files if self.bucket.hash(f"{where}/{name}") != files[name]["sha256"]]
+
+    def remove(self, entry: Entry) -> None:
+        folder = f"{entry.stage}/{entry.key}"
+        self.bucket.delete(f"{folder}/{META}")  # first: what is not named is not there
+        for one in self.bucket.list(folder):
+            self.bucket.delete(one.name)
+        self.bucket.delete(f".used/{folder}")
+        if entry.path.exists():
+            super().remove(entry)
+
+    def collect(self, max_bytes: int | None = None) -> tuple[int, int]:
+        """Deletes what dead processes left here and there, and the least recently used entries beyond `max_bytes`.
+
+        An entry counts as used when it is published, and when it is copied to a node.
+        """
+        freed, removed = super().collect(None)[0], 0
+        objects = self.bucket.list()
+        entries = {(e.stage, e.key): e for e in self.entries()}
+        used: dict[tuple[str, str], int] = {}
+        for one in objects:
+            head, _, rest = one.name.partition("/")
+            if head == ".leases":
+                continue
+            if head == ".used":
+                stage, _, key = rest.partition("/")
+                used[stage, key] = max(used.get((stage, key), 0), one.stamp or 0)
+                continue
+            if head == ".partial":
+                stage, _, key = rest.partition("/")[0].partition("-")
+            else:
+                stage, key = head, rest.partition("/")[0]
+                entry = entries.get((stage, key))
+                if entry is not None:
+                    if one.name.endswith(f"/{META}"):
+                        used[stage, key] = max(used.get((stage, key), 0), one.stamp or 0)
+                    if one.name.endswith(f"/{META}") or f"/{entry.meta['attempt']}/" in one.name:
+                        continue
+            with contextlib.suppress(BusyError), self.lock(stage, key[:20], wait=False):
+                latest = self._published(stage, key)
+                if latest is None or f"/{latest['attempt']}/" not in one.name:
+                    self.bucket.delete(one.name)
+                    freed += one.size
+        if max_bytes is not None:
+            total = sum(e.bytes for e in entries.values())
+            for address in sorted(entries, key=lambda a: used.get(a, 0)):
+                if total <= max_bytes:
+                    break
+                self.remove(entries[address])
+                total -= entries[address].bytes
+                freed += entries[address].bytes
+                removed += 1
+        return freed, removed
+
+
+class BucketMirror:
+    """Files of a folder of partial work, for whoever goes on with it on another node.
+
+    Args:
+        bucket: where they are kept.
+        folder: below its address.
+    """
+
+    def __init__(self, bucket: Bucket, folder: str) -> None:
+        self.bucket, self.folder = bucket, folder
+
+    def put(self, file: Path) -> None:
+        """Keeps a file under its name. One that cannot be kept is missing after a death, and costs nothing else."""
+        with contextlib.suppress(RemoteError):
+            self.bucket.upload(file, f"{self.folder}/{file.name}")
+
+    def get(self, file: Path) -> bool:
+        """Brings a kept file of that name, whole, if there is one."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            if not self.bucket.download(f"{self.folder}/{file.name}", temporary):
+                return False
+            os.replace(temporary, file)
+            return True
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def cache_of(address: str) -> Path:
+    """The folder of this node in which entries of a remote store are kept.
+
+    Raises:
+        UserError: if it belongs to another user, who could put anything into it.
+    """
+    given = os.environ.get(VARIABLE)
+    base = Path(given) if given else Path(tempfile.gettempdir()) / f"transfer-orchestrator-{getpass.getuser()}"
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not given and base.stat().st_uid != os.getuid():
+        raise UserError(f"The cache folder {str(base)!r} belongs to another user: set {VARIABLE} to one of yours.")
+    return base / hashlib.sha256(address.partition("?")[0].encode()).hexdigest()[:16]
+
+
+def store_at(address: str | Path, *, min_free_gb: float = 0.0) -> Store:
+    """The store of a folder, or of an address of object storage.
+
+    Raises:
+        UserError: if the address cannot be opened.
+    """
+    if "://" in str(address):
+        return RemoteStore(str(address), min_free_gb=min_free_gb)
+    return Store(address, min_free_gb=min_free_gb)
+
+
+def open_store(where: str | Path) -> Store:
+    """The store at an address; or of a sweep folder, of a storage folder, or the store folder itself.
+
+    Raises:
+        UserError: if there is no store there.
+    """
+    if "://" in str(where):
+        return store_at(where)
+    path = Path(where)
+    if (path / "sweep.yaml").is_file() and (remote := read_spec(path / "sweep.yaml").store.remote) is not None:
+        return store_at(remote)
+    for candidate in (path / "store", path.parent / "store", path):
+        if candidate.name == "store" and candidate.is_dir():
+            return Store(candidate)
+    raise UserError(f"There is no store at {str(path)!r}, nor beside it.")
+
+
+def check_remote(address: str) -> None:
+    """Writes, lists, reads and deletes one small object.
+
+    Raises:
+        UserError: if that is not possible.
+    """
+    bucket = bucket_at(address)
+    name, content = f".leases/check-{uuid.uuid4().hex}/probe", uuid.uuid4().hex.encode()
+    try:
+        bucket.write(name, content)
+        whole = bucket.read(name) == content and [o.name for o in bucket.list(name.rpartition("/")[0])] == [name]
+        bucket.delete(name)
+    except RemoteError as error:
+        raise UserError(f"store.remote: {error}") from None
+    if not whole:
+        raise UserError(f"store.remote: {bucket.shown} does not give back what was just written to it.")

@@ -1,0 +1,347 @@
+"""A store on object storage, against a real S3-protocol server: nodes are caches of their own."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from servers import S3
+from small import small_spec
+
+from orchestrator.errors import FullDiskError, UserError
+from orchestrator.store import Records, RemoteStore, bucket, key_of, lease, open_store, store_at, write_records
+from orchestrator.store.bucket import Bucket, RemoteError
+from orchestrator.store.store import BusyError
+
+KEY = key_of("an entry")
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["orchestrator.store"])
+SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    server = S3()
+    try:
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    hurry(monkeypatch.setattr)
+
+
+def hurry(set_value: Any) -> None:
+    set_value(bucket, "FIRST_WAIT_S", 0.05)
+    set_value(bucket, "PATIENCE_S", 2.0)
+    set_value(lease, "HEARTBEAT_S", 0.2)
+    set_value(lease, "DEAD_S", 2.0)
+    set_value(lease, "POLL_S", 0.1)
+
+
+class Node:
+    """A store as one node sees it: with a cache of its own."""
+
+    def __init__(self, address: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as patch:
+            patch.setenv("ORCHESTRATOR_CACHE", str(cache))
+            self.store = RemoteStore(address)
+
+
+@pytest.fixture
+def nodes(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RemoteStore]:
+    address = s3.address(tmp_path.name)
+    return [Node(address, tmp_path / name, monkeypatch).store for name in "ab"]
+
+
+def refuse(folder: Path) -> None:
+    pytest.fail("computed twice")
+
+
+def objects(store: RemoteStore) -> list[str]:
+    return [one.name for one in store.bucket.list()]
+
+
+def on_a_node(address: str, cache: str, barrier: Any, answers: Any, log: str, seconds: float) -> None:
+    os.environ.update(SECRETS | {"ORCHESTRATOR_CACHE": cache})
+    hurry(setattr)
+
+    def write(folder: Path) -> None:
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        (folder / "data").write_text("half")
+        time.sleep(seconds)
+        (folder / "data").write_text("result")
+
+    barrier.wait()
+    entry = store_at(address).compute("stage", KEY, write)
+    answers.put((entry.computed, (entry.path / "data").read_text()))
+
+
+def test_what_one_node_published_is_copied_once_to_another_and_read_by_memory_map(
+    nodes: list[RemoteStore], s3: S3
+) -> None:
+    table = torch.arange(600.0).view(100, 6)
+
+    def write(folder: Path) -> dict[str, Any]:
+        write_records(folder / "records.arrow", 100, [table], "float32")
+        return {"forwards": 100}
+
+    one, two = nodes
+    made = one.compute("outputs", KEY, write, reads={"weights": "w"})
+    assert made.computed
+    assert two.root != one.root
+    before = len(s3.seen)
+    found = two.compute("outputs", KEY, refuse)
+    assert not found.computed
+    assert found.path.is_relative_to(two.root)
+    assert found.meta == made.meta
+    assert torch.equal(Records(found.path / "records.arrow").all(), table)
+    assert len(s3.seen) > before
+    before = len(s3.seen)
+    assert two.get("outputs", KEY) is not None  # from the node's own disk
+    assert len(s3.seen) == before
+    assert [(e.stage, e.key, e.bytes) for e in two.entries()] == [("outputs", KEY, made.bytes)]
+    assert not any(name.startswith(".leases") for name in objects(one))
+
+
+def test_nodes_and_processes_that_ask_at_once_compute_once(s3: S3, tmp_path: Path) -> None:
+    barrier, answers, log = PROCESSES.Barrier(6), PROCESSES.Queue(), tmp_path / "log"
+    caches = [str(tmp_path / f"node{i % 3}") for i in range(6)]  # two processes on each of three nodes
+    words = (barrier, answers, str(log), 1.0)
+    processes = [PROCESSES.Process(target=on_a_node, args=(s3.address(tmp_path.name), c, *words)) for c in caches]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert len(log.read_text().splitlines()) == 1
+    assert sorted(computed for computed, _ in found) == [False] * 5 + [True]
+    assert {text for _, text in found} == {"result"}
+
+
+@pytest.mark.parametrize("same_node", [True, False])
+def test_when_a_node_dies_while_it_computes_another_takes_over(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_node: bool
+) -> None:
+    address, log = s3.address(tmp_path.name), tmp_path / "log"
+    barrier, answers = PROCESSES.Barrier(2), PROCESSES.Queue()
+    words = (address, str(tmp_path / "dies"), barrier, answers, str(log), 600.0)
+    process = PROCESSES.Process(target=on_a_node, args=words)
+    process.start()
+    barrier.wait()
+    deadline = time.monotonic() + 60
+    while not log.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    store = Node(address, tmp_path / ("dies" if same_node else "lives"), monkeypatch).store
+    assert store.get("stage", KEY) is None
+    assert store.entries() == []
+    with pytest.raises(BusyError):
+        store.compute("stage", KEY, refuse, wait=False)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join(60)
+    entry = store.compute("stage", KEY, lambda folder: (folder / "data").write_text("whole") and None)
+    assert entry.computed
+    assert (entry.path / "data").read_text() == "whole"
+    assert not any(name.startswith(".leases") for name in objects(store))
+
+
+def test_a_holder_that_was_only_asleep_publishes_a_whole_entry_all_the_same(nodes: list[RemoteStore]) -> None:
+    one, two = nodes
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> None:
+        (folder / "data").write_text("by one")
+        entered.set()
+        assert go_on.wait(60)
+
+    sleeper = threading.Thread(target=lambda: one.compute("stage", KEY, slow))
+    sleeper.start()
+    assert entered.wait(60)
+    for name in objects(one):
+        one.bucket.delete(name)  # its lease is gone, as if it had slept for too long
+    taken = two.compute("stage", KEY, lambda folder: (folder / "data").write_text("by two") and None)
+    go_on.set()
+    sleeper.join(60)
+    assert (taken.path / "data").read_text() == "by two"
+    (entry,) = two.entries()
+    assert two.damaged(entry) == []
+    freed, removed = two.collect()
+    assert removed == 0
+    assert freed == len("by two")  # the attempt that nothing names any more
+    assert two.damaged(entry) == []
+
+
+@pytest.mark.parametrize("mode", ["503", "broken off"])
+def test_errors_of_the_server_are_waited_out(
+    nodes: list[RemoteStore], s3: S3, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "PATIENCE_S", 30.0)
+    s3.mode = mode
+
+    def write(folder: Path) -> None:
+        (folder / "data").write_bytes(b"x" * 100_000)
+        s3.failures = 6  # more than the client below repeats by itself
+
+    entry = nodes[0].compute("stage", KEY, write)
+    assert s3.failures == 0
+    assert nodes[0].damaged(entry) == []
+    s3.failures = 6
+    assert nodes[1].compute("stage", KEY, refuse).bytes == 100_000
+    assert s3.failures == 0
+    s3.mode = "503"
+
+
+def test_a_server_that_stays_away_is_one_sentence_and_nothing_is_published(nodes: list[RemoteStore], s3: S3) -> None:
+    def write(folder: Path) -> None:
+        (folder / "data").write_text("result")
+        s3.failures = 10**9
+
+    try:
+        with pytest.raises(RemoteError, match=r"^The object storage s3://bucket/\S+ could not write \S+ in \d+ s"):
+            nodes[0].compute("stage", KEY, write)
+    finally:
+        s3.failures = 0
+    assert nodes[0].get("stage", KEY) is None
+    assert nodes[1].get("stage", KEY) is None
+    assert list((nodes[0].root / ".tmp").iterdir()) == []
+    assert nodes[1].compute("stage", KEY, lambda f: None).computed  # after the lost lease's time
+
+
+def test_a_trial_whose_object_storage_stays_away_fails_with_that_reason(
+    colours: Path, tmp_path: Path, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.trial.context import SweepContext
+    from orchestrator.trial.plan import Cell, TrialConfig
+    from orchestrator.trial.run import run_trial
+
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    spec = small_spec(colours, tmp_path, methods={"finetune": {}}, store={"remote": s3.address(tmp_path.name)})
+    context = SweepContext(spec, str(tmp_path / "small"))
+    config = TrialConfig("t0000", 0, Cell("finetune", None, 0), {}, 0)
+    s3.failures = 10**9
+    try:
+        row = run_trial(context, config)
+    finally:
+        s3.failures = 0
+    assert row["status"] == "failed"
+    assert row["reason"].startswith("The object storage s3://bucket/")
+    row = run_trial(context, config)
+    assert row["status"] == "complete", row["reason"]
+    assert (tmp_path / "small" / row["student_path"] / "student.json").is_file()
+    assert not (tmp_path / "store").exists()
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "other"))
+    again = run_trial(context, config)
+    assert (again["val_metric"], again["store_misses"]) == (row["val_metric"], 0)
+
+
+def test_a_changed_object_is_never_read_and_is_named_by_verify(nodes: list[RemoteStore]) -> None:
+    entry = nodes[0].compute("stage", KEY, lambda folder: (folder / "data").write_text("result") and None)
+    name = f"stage/{KEY}/{entry.meta['attempt']}/data"
+    nodes[0].bucket.write(name, b"resulT")
+    with pytest.raises(RemoteError, match="differs from what was published"):
+        nodes[1].get("stage", KEY)
+    assert not nodes[1]._folder("stage", KEY).exists()
+    assert nodes[1].damaged(entry) == ["data"]
+
+
+def test_without_its_meta_nothing_is_there_and_gc_takes_the_rest(nodes: list[RemoteStore]) -> None:
+    one, two = nodes
+    kept = one.compute("stage", key_of("kept"), lambda folder: (folder / "data").write_bytes(b"x" * 10) and None)
+    one.bucket.write(f"stage/{KEY}/0123456789ab/data", b"x" * 7)  # its writer died before it wrote meta.json
+    one.bucket.write(f".partial/stage-{KEY}/checkpoint.pt", b"x" * 5)
+    assert two.get("stage", KEY) is None
+    assert [e.key for e in two.entries()] == [kept.key]
+    assert two.collect() == (12, 0)
+    assert two.damaged(kept) == []
+    assert two.collect(max_bytes=5) == (10, 1)
+    assert two.entries() == []
+    assert [name for name in objects(two) if not name.startswith(".leases")] == []
+
+
+def test_gc_spares_what_a_node_works_on(nodes: list[RemoteStore]) -> None:
+    one, two = nodes
+    with one.lock("stage", KEY):
+        one.bucket.write(f".partial/stage-{KEY}/checkpoint.pt", b"x" * 5)
+        assert two.collect() == (0, 0)
+    assert two.collect() == (5, 0)
+
+
+def test_partial_work_goes_on_on_another_node_and_goes_when_the_entry_is_published(nodes: list[RemoteStore]) -> None:
+    one, two = nodes
+    file = one.scratch("stage", KEY) / "checkpoint.pt"
+    file.parent.mkdir(parents=True)
+    file.write_text("step 5")
+    one.mirror(file.parent).put(file)
+    theirs = two.scratch("stage", KEY) / "checkpoint.pt"
+    assert two.mirror(theirs.parent).get(theirs)
+    assert theirs.read_text() == "step 5"
+    two.compute("stage", KEY, lambda folder: None)
+    assert not one.mirror(file.parent).get(file)
+
+
+def test_a_copy_that_would_fill_the_nodes_disk_is_refused(nodes: list[RemoteStore]) -> None:
+    nodes[0].compute("stage", KEY, lambda folder: (folder / "data").write_text("result") and None)
+    nodes[1].min_free_gb = 1e9
+    with pytest.raises(FullDiskError, match=r"less than store\.min_free_gb = 1e\+09"):
+        nodes[1].get("stage", KEY)
+
+
+def test_open_store_knows_addresses_and_sweeps_on_object_storage(colours: Path, tmp_path: Path, s3: S3) -> None:
+    address = s3.address(tmp_path.name)
+    assert open_store(address).address == address
+    spec = small_spec(colours, tmp_path, store={"remote": address})
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "sweep.yaml").write_text(spec.to_yaml())
+    assert open_store(tmp_path / "small").address == address == spec.store_address
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("s3://me:hunter2@bucket/x", "holds a key"),
+        ("s3://bucket/x?secret_key=hunter2", "holds a key"),
+        ("s3://bucket/../x", "leads out"),
+        ("http://bucket/x", "no address"),
+        ("bucket/x", "no address"),
+        ("s3://", "no address"),
+    ],
+)
+def test_an_address_with_a_key_or_of_another_kind_is_refused(
+    colours: Path, tmp_path: Path, address: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        small_spec(colours, tmp_path, store={"remote": address})
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_bucket_that_is_not_there_is_refused_before_anything_runs(colours: Path, tmp_path: Path, s3: S3) -> None:
+    from orchestrator.sweep.run import check_storage
+
+    check_storage(small_spec(colours, tmp_path, store={"remote": s3.address("x")}))
+    address = s3.address("x").replace("//bucket/", "//elsewhere/")
+    with pytest.raises(UserError, match=r"^store\.remote: The object storage s3://elsewhere/x"):
+        check_storage(small_spec(colours, tmp_path, store={"remote": address}))
+
+
+def test_a_folder_by_its_file_address_is_object_storage_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = (tmp_path / "shared").as_uri()
+    one, two = (Node(address, tmp_path / name, monkeypatch).store for name in "ab")
+    made = one.compute("stage", KEY, lambda folder: (folder / "data").write_text("result") and None)
+    found = two.compute("stage", KEY, refuse)
+    assert json.dumps(found.meta) == json.dumps(made.meta)
+    assert isinstance(Bucket(address).read(f"stage/{KEY}/meta.json"), bytes)
