@@ -382,7 +382,18 @@ class Train(Section):
     gpus_per_worker: float = Field(default=1.0, gt=0, description="A fraction puts several trials on one GPU.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Autocast precision of training.")
     threads: int = Field(default=1, ge=1, description="Torch threads of each trial process; also the CPUs it reserves.")
+    accumulate: int = Field(
+        default=1,
+        ge=1,
+        description="Micro batches that a worker's part of a batch is cut into: less memory, more time. Losses that "
+        "relate rows, and batch norm, see those of a micro batch (of all workers).",
+    )
+    oom_retry: bool = Field(
+        default=False,
+        description="Try a training stage that runs out of device memory once more, with micro batches half as large.",
+    )
     checkpoint_s: float = Field(default=30.0, gt=0, description="Seconds between checkpoints of a training stage.")
+    checkpoint_steps: int | None = Field(default=None, ge=1, description="Also after every so many optimizer steps.")
     sync_batchnorm: bool = Field(default=True, description="With several workers: batch norm over the global batch.")
 
     @model_validator(mode="after")
@@ -391,6 +402,9 @@ class Train(Section):
             raise ValueError(f"steps: {self.steps} and epochs: {self.epochs:g} are both given; give one of them")
         if self.batch % self.workers:
             raise ValueError(f"batch: {self.batch} is not divisible by workers: {self.workers}")
+        if self.batch % (self.workers * self.accumulate):
+            parts = f"workers: {self.workers} x accumulate: {self.accumulate}"
+            raise ValueError(f"batch: {self.batch} is not divisible by {parts}")
         return self
 
     def total_steps(self, images: int) -> int:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
 import json
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from methods.contract import Deployed, Feed, Given, TrainStage, trainable_parameters
@@ -25,6 +30,7 @@ from orchestrator.data.pool import JoinedImages, PoolShard
 from orchestrator.data.stream import Plan, Stream, blocks_of, decoding_threads, read_on_ray, read_on_threads
 from orchestrator.data.task import ImageSet, Split, TaskData, load_task
 from orchestrator.data.views import Policy
+from orchestrator.errors import WorkError
 from orchestrator.models import Network, build_network, load_network, save_student
 from orchestrator.models.load import Preprocessing, describe, tuned_network
 from orchestrator.models.texts import save_text_tower
@@ -173,13 +179,25 @@ def run_job(
     folder: Path,
     report: Callable[[Report], None] | None = None,
     *,
+    notice: Callable[[], bool] | None = None,
     rank: int = 0,
     world: int = 1,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Trains one stage and (rank 0) writes its deployed network to `folder`; returns what the ledger needs."""
+    """Trains one stage and (rank 0) writes its deployed network to `folder`; returns what the ledger needs.
+
+    Args:
+        report, notice: see `fit`.
+        rank, world, device: this process; with `world > 1` the process group must exist.
+
+    Raises:
+        UnlikeError: on every rank, if one of them has another job or other libraries.
+        DivergedError, DeviceMemoryError: see `fit`.
+    """
     began = time.perf_counter()
     spec, stage = job.spec, job.stage
+    if world > 1:
+        check_alike(identity_of(job), rank, world)
     device = device or job.device
     torch.set_num_threads(spec.train.threads)
     store = store_at(job.store_root)
@@ -207,7 +225,11 @@ def run_job(
         rank=rank,
         world=world,
         sync_batchnorm=spec.train.sync_batchnorm,
-        checkpoint=Checkpoint(Path(job.scratch) / "checkpoint.pt", spec.train.checkpoint_s),
+        accumulate=spec.train.accumulate,
+        checkpoint=Checkpoint(
+            Path(job.scratch) / "checkpoint.pt", spec.train.checkpoint_s, spec.train.checkpoint_steps
+        ),
+        notice=notice,
         report=report,
     )
     images = spec.train.batch + (pool_batch(spec.train, stage.feed) if job.pool else 0)
@@ -219,6 +241,7 @@ def run_job(
         "live_forwards": feeder.live_forwards * world + (images_seen if stage.live_teacher else 0),
         "loop_seconds": history.loop_seconds,
         "history": history.points,
+        "accumulate": spec.train.accumulate,
         "facts": learner.facts(),
         "seconds": time.perf_counter() - began,
     }
@@ -237,8 +260,44 @@ def run_job(
 
 def pool_batch(train: Train, feed: Feed) -> int:
     """Generated images of a global batch: what the ratio asks for, or the nearest number that every rank can share."""
-    wanted = train.batch * feed.pool_ratio
-    return max(1, round(wanted / train.workers)) * train.workers
+    shares = train.workers * train.accumulate
+    return max(1, round(train.batch * feed.pool_ratio / shares)) * shares
+
+
+class UnlikeError(WorkError):
+    """A rank would train something else than the first one."""
+
+
+def identity_of(job: TrainJob) -> dict[str, str]:
+    """What all ranks must agree on."""
+    stage = job.stage
+    code = inspect.getsource(stage.learner)
+    what = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in ("spec", "stage", "device")}
+    resolved = repr([job.spec.model_dump_json(), stage.learner.__qualname__, repr(stage), sorted(what.items())])
+    return {
+        "configuration": hashlib.sha256(resolved.encode()).hexdigest()[:16],
+        "learner": hashlib.sha256(code.encode()).hexdigest()[:16],
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "timm")},
+    }
+
+
+def check_alike(own: dict[str, str], rank: int, world: int) -> None:
+    """Compares what the ranks have resolved; every rank must call it.
+
+    Raises:
+        UnlikeError: on every rank alike, naming the first rank that differs and rank 0.
+    """
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, (platform.node(), own))
+    node, first = found[0]
+    for other, (there, theirs) in enumerate(found):
+        for name in first:
+            if theirs.get(name) != first[name]:
+                raise UnlikeError(
+                    f"The {name} of rank {other} (node {there}) is {theirs.get(name)}, and that of rank 0 (node "
+                    f"{node}) is {first[name]}: all nodes must have the same sweep file, code and libraries."
+                )
 
 
 def joined_records(store: Store, addresses: Sequence[str]) -> JoinedRecords:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +26,10 @@ from orchestrator.train.feed import Feeder, StreamFeeder, TokenFeeder
 
 class DivergedError(WorkError):
     """The loss is not finite."""
+
+
+class DeviceMemoryError(WorkError):
+    """A step did not fit into the device's memory; the sentence says with how many images."""
 
 
 @dataclass
@@ -107,13 +113,17 @@ class Checkpoint:
     Args:
         path: the file.
         every_s: seconds between two saves.
+        every_steps: optimizer steps after which one is due whatever the time; None for never.
     """
 
-    def __init__(self, path: Path, every_s: float) -> None:
-        self.path, self.every_s = path, every_s
+    def __init__(self, path: Path, every_s: float, every_steps: int | None = None) -> None:
+        self.path, self.every_s, self.every_steps = path, every_s, every_steps
         self.saved = time.monotonic()
 
-    def due(self) -> bool:
+    def due(self, step: int) -> bool:
+        """Whether the state after this step is to be saved."""
+        if self.every_steps is not None and step % self.every_steps == 0:
+            return True
         return time.monotonic() - self.saved >= self.every_s
 
     def save(self, state: dict[str, Any]) -> None:
@@ -166,7 +176,9 @@ def fit(
     rank: int = 0,
     world: int = 1,
     sync_batchnorm: bool = True,
+    accumulate: int = 1,
     checkpoint: Checkpoint | None = None,
+    notice: Callable[[], bool] | None = None,
     report: Callable[[Report], None] | None = None,
     report_every: int | None = None,
 ) -> History:
@@ -178,11 +190,19 @@ def fit(
         precision: autocast type; `fp16` scales the loss.
         seed: of dropout and drop path; each rank and step has its own draw.
         rank, world: with `world > 1` the process group must exist.
+        sync_batchnorm: batch norm over the rows of all ranks.
+        accumulate: micro batches that a rank's part of a batch is cut into: every so many rows of it, one part after
+            another. The step is the mean of theirs; rows are related, and normalised, within a micro batch (of all
+            ranks).
         checkpoint: where to resume from and save to (rank 0 saves).
+        notice: whether this process is about to be taken away; asked after each step. Once it says so, the state is
+            saved, and training goes on for as long as it may. SIGTERM to a process whose main thread trains saves the
+            state after the step, and then ends the process.
         report: called on every rank about every `report_every` steps and after the last one.
 
     Raises:
         DivergedError: if the loss is not finite; on all ranks at the same step.
+        DeviceMemoryError: if a step does not fit into the device's memory; on the rank that it happens to.
     """
     learner.to(device)
     wrapped: nn.Module = learner
@@ -203,30 +223,42 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         history = History(state["points"], state["loop_seconds"])
-        start, counts = state["step"], dict(state.get("counts", {}))
-        sums = {k: torch.tensor(v, device=device) for k, v in state.get("sums", {}).items()}
+        start = state["step"]
+        if world == 1:  # of several ranks only the first one's are known: the next means begin here
+            counts = dict(state["counts"])
+            sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
     norms = GlobalBatchNorm() if world > 1 and sync_batchnorm else contextlib.nullcontext()
     every = report_every or max(1, steps // 20)
     began = time.perf_counter()
     wrapped.train()
+    noticed = False
+    ending = _Ending()
+    step, images = start, 0
     try:
         for step in range(start, steps):
-            torch.manual_seed((seed * 1_000_003 + step) * 64 + rank)
+            torch.manual_seed((seed * 1_000_003 + step) * max(64, world) + rank)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step, steps) * group["scale"]
             batch = feeder(step, device)
-            with torch.autocast(device.split(":")[0], dtype=half, enabled=half is not None), norms:
-                parts = wrapped(batch, step / steps)
-            scaler.scale(parts["loss"]).backward()
+            images = len(batch.images)
+            for number in range(accumulate):
+                last = number == accumulate - 1
+                # Gradients meet those of other ranks once a step.
+                alone = wrapped.no_sync() if world > 1 and not last else contextlib.nullcontext()  # type: ignore[operator]
+                with alone:
+                    with torch.autocast(device.split(":")[0], dtype=half, enabled=half is not None), norms:
+                        parts = wrapped(part_of(batch, number, accumulate), step / steps)
+                    scaler.scale(parts["loss"] / accumulate).backward()
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
+                    counts[name] = counts.get(name, 0) + 1
+                del parts
             if recipe.clip is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.requires_grad], recipe.clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            for name, value in parts.items():
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
-                counts[name] = counts.get(name, 0) + 1
             done = step + 1
             if done % every == 0 or done == steps:
                 means = _mean_over_ranks({k: v / counts[k] for k, v in sums.items()}, world)
@@ -243,7 +275,9 @@ def fit(
                     wrapped.train()
                 began = time.perf_counter()
             # At any step, not only after a report: at scale an hour lies between two of these.
-            if checkpoint is not None and rank == 0 and done < steps and checkpoint.due():
+            leaving = ending.asked or (not noticed and notice is not None and notice())
+            noticed = noticed or leaving
+            if checkpoint is not None and rank == 0 and done < steps and (leaving or checkpoint.due(done)):
                 checkpoint.save(
                     {
                         "moving": _moving(learner),
@@ -256,10 +290,39 @@ def fit(
                         "step": done,
                     }
                 )
+            if ending.asked:
+                break
+    except torch.OutOfMemoryError as error:
+        tried = f"{images // accumulate} images at a time ({world} x {images} a step, accumulate {accumulate})"
+        raise DeviceMemoryError(
+            f"out of device memory at step {step + 1} of {steps} with train.batch {images * world}: {tried}"
+        ) from error
     finally:
         feeder.close()
+        ending.restore()
     learner.eval()
     return history
+
+
+class _Ending:
+    """Hears SIGTERM while it lives, where it may: in a process whose main thread it was made in."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._hear)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def restore(self) -> None:
+        """Gives the signal back to whoever heard it before, and passes it on if it came."""
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+            if self.asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise SystemExit(128 + signal.SIGTERM)  # where that does not end the process
 
 
 def _mean_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, float]:

@@ -43,7 +43,7 @@ from orchestrator.train.job import (
     run_job,
     stage_results,
 )
-from orchestrator.train.loop import Reporter
+from orchestrator.train.loop import DeviceMemoryError, Reporter
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import InfeasibleError, check_before
 from orchestrator.trial.plan import (
@@ -141,6 +141,8 @@ def judged(spec: SweepSpec, row: dict[str, Any]) -> dict[str, Any]:
 def release_memory() -> None:
     """Gives what a trial has freed back to the system: glibc keeps it, and the next trial's process would grow."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -235,17 +237,9 @@ class _Trial:
         last: Entry | None = None
         params_texts = 0
         for stage in stages:
-            reads = stage_reads(stage, self.spec, self.task, self.config, self.addresses)
-            key = key_of(reads)
-            if isinstance(stage, ImageStage):
-                self.pools[stage.name] = self._make(stage, key)
-                self.addresses[stage.name] = f"{stage.name}/{key}"
-                continue
-            if isinstance(stage, FitStage):
-                entry = self._fit(stage, key, reads)
-            else:
+            if isinstance(stage, TrainStage):
                 report = self._reporter(stage, facts["optimizer_steps"], total, stage is trained[-1])
-                entry = self._train(stage, key, reads, report)
+                entry = self._train(stage, report)
                 about = entry.meta["about"]
                 for name in ("optimizer_steps", "images_seen", "loop_seconds"):
                     facts[name] += about[name]
@@ -253,8 +247,19 @@ class _Trial:
                     self.texts, params_texts = entry, about["params_trained"]
                 facts["params_trained"] = about["params_trained"] + params_texts * (stage.publishes != "texts")
                 found |= about.get("facts", {})
+                if about.get("accumulate", 1) > self.spec.train.accumulate:
+                    found["accumulate"] = about["accumulate"]  # out of memory without
                 live += about["live_forwards"] if entry.computed else 0
                 last = entry if stage.publishes == "network" else last
+                self.addresses[stage.name] = f"{entry.stage}/{entry.key}"
+                continue
+            reads = stage_reads(stage, self.spec, self.task, self.config, self.addresses)
+            key = key_of(reads)
+            if isinstance(stage, ImageStage):
+                self.pools[stage.name] = self._make(stage, key)
+                self.addresses[stage.name] = f"{stage.name}/{key}"
+                continue
+            entry = self._fit(stage, key, reads)
             self.addresses[stage.name] = f"{entry.stage}/{entry.key}"
         self._picture(stages)
         scores = evaluate(self.context, self.config, self.method, self.networks, self.task, last, self.bill, self.texts)
@@ -391,8 +396,29 @@ class _Trial:
 
         return self.bill.add(self.store.compute(stage.name, key, write, reads=reads))
 
-    def _train(self, stage: TrainStage, key: str, reads: dict[str, Any], report: Reporter | None) -> Entry:
-        feed, cell, views = stage.feed, self.config.cell, self.spec.train.views
+    def _train(self, stage: TrainStage, report: Reporter | None) -> Entry:
+        """The stage's entry. Out of device memory it is tried once more, if the sweep file allows it."""
+        train = self.spec.train
+        try:
+            return self._trained(stage, self.spec, report)
+        except DeviceMemoryError as error:
+            tried = str(error)  # the error itself holds what filled the memory
+        if not train.oom_retry:
+            raise DeviceMemoryError(f"{tried}; train.oom_retry or train.accumulate: {2 * train.accumulate} may help")
+        if train.batch % (2 * train.accumulate * train.workers):
+            raise DeviceMemoryError(f"{tried}; that is no even number, so it was not tried at half as many")
+        release_memory()
+        halved = train.model_copy(update={"accumulate": 2 * train.accumulate})
+        try:
+            return self._trained(stage, self.spec.model_copy(update={"train": halved}), report)
+        except DeviceMemoryError as error:
+            raise DeviceMemoryError(f"{tried}; then {error}") from None
+
+    def _trained(self, stage: TrainStage, spec: SweepSpec, report: Reporter | None) -> Entry:
+        feed, cell, views = stage.feed, self.config.cell, spec.train.views
+        # Micro batches of another size are another computation: it has an address of its own.
+        reads = stage_reads(stage, spec, self.task, self.config, self.addresses)
+        key = key_of(reads)
 
         def write(folder: Path) -> dict[str, Any]:
             streamed = self.spec.corpus.streams(feed.images)
@@ -404,7 +430,7 @@ class _Trial:
                 generated = self._pool_outputs(feed.pool, feed.pool_outputs, feed.of, views, feed.pool_size)
             shards = self._shards(feed.pool, feed.pool_size) if feed.pool else []
             job = TrainJob(
-                spec=self.spec,
+                spec=spec,
                 store_root=self.store.address,
                 stage=stage,
                 teacher=cell.teacher,
