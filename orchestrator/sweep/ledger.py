@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -26,8 +27,37 @@ def at_once(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def once(path: Path, write: Callable[[Path], Any]) -> None:
+    """Makes a file whole unless there is one: of several processes, the first one's stays."""
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        write(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                raise
+            if not path.exists():  # a file system without hard links
+                os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return row
+
+
 class Ledger:
-    """Rows below `<sweep>/trials/`.
+    """Rows below `<sweep>/trials/`: `<trial>.json` once it is final, `running/<trial>.json` until then.
+
+    A final row is written once, whoever comes second: a process on a node that was given up for dead may still be
+    alive, and end the trial that was begun again elsewhere.
 
     Args:
         folder: the sweep's folder.
@@ -36,30 +66,49 @@ class Ledger:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.rows_folder = self.folder / "trials"
+        self.running_folder = self.rows_folder / "running"
         self._final: dict[str, dict[str, Any]] = {}  # final rows never change: read once
         self._next_publish = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
-        """Writes one row at once; a final row is never replaced by an unfinished one."""
-        known = self.read(row["trial_id"])
-        if known is not None and known["status"] in FINAL and row["status"] not in FINAL:
+        """Writes one row at once; a final row is never replaced."""
+        trial_id, text = row["trial_id"], json.dumps(row)
+        if row["status"] not in FINAL:
+            if self.final(trial_id) is None:
+                self.running_folder.mkdir(parents=True, exist_ok=True)
+                at_once(self.running_folder / f"{trial_id}.json", lambda to: to.write_text(text, encoding="utf-8"))
             return
         self.rows_folder.mkdir(parents=True, exist_ok=True)
-        path = self.rows_folder / f"{row['trial_id']}.json"
-        at_once(path, lambda temporary: temporary.write_text(json.dumps(row), encoding="utf-8"))
-        self._final.pop(row["trial_id"], None)
+        once(self.rows_folder / f"{trial_id}.json", lambda to: to.write_text(text, encoding="utf-8"))
+        for name in (f"{trial_id}.json", f"{trial_id}.lives"):
+            (self.running_folder / name).unlink(missing_ok=True)
+
+    def final(self, trial_id: str) -> dict[str, Any] | None:
+        """The row of a trial that has ended, or None."""
+        if trial_id not in self._final:
+            row = _read(self.rows_folder / f"{trial_id}.json")
+            if row is None:
+                return None
+            self._final[trial_id] = row
+        return dict(self._final[trial_id])
 
     def read(self, trial_id: str) -> dict[str, Any] | None:
         """One row, or None."""
-        if trial_id in self._final:
-            return dict(self._final[trial_id])
-        try:
-            row = json.loads((self.rows_folder / f"{trial_id}.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        if row["status"] in FINAL:
-            self._final[trial_id] = row
-        return dict(row)
+        found = self.final(trial_id) or _read(self.running_folder / f"{trial_id}.json")
+        return found or self.final(trial_id)  # it may have ended between the two looks
+
+    def live(self, trial_id: str, node: str) -> list[str]:
+        """Notes that a process on `node` begins this trial; returns the nodes of those that began it before."""
+        self.running_folder.mkdir(parents=True, exist_ok=True)
+        path = self.running_folder / f"{trial_id}.lives"
+        before = path.read_text(encoding="utf-8").split() if path.is_file() else []
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{node}\n")
+        return before
+
+    def revive(self, trial_id: str) -> None:
+        """Forgets how often the trial was begun: with a new driver, it counts anew."""
+        (self.running_folder / f"{trial_id}.lives").unlink(missing_ok=True)
 
     def mark(self, trial_id: str, share: float, metric: float) -> None:
         """Notes the val metric at a share of a trial's budget; see `select.report.curves`."""
@@ -69,7 +118,8 @@ class Ledger:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, by trial."""
-        found = (self.read(path.stem) for path in sorted(self.rows_folder.glob("t*.json")))
+        names = {path.stem for path in (*self.rows_folder.glob("t*.json"), *self.running_folder.glob("t*.json"))}
+        found = (self.read(name) for name in sorted(names))
         return [row for row in found if row is not None]
 
     def publish(self, *, now: bool = True) -> None:

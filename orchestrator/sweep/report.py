@@ -74,7 +74,7 @@ def write_report(folder: Path, out: Path | None, fmt: str | None, images: bool =
 
 def _up_to_date(folder: Path) -> None:
     """Makes the table anew where rows were written after it, as when the sweep runs or its driver was killed."""
-    table_path, rows = folder / "trials.parquet", list((folder / "trials").glob("t*.json"))
+    table_path, rows = folder / "trials.parquet", list((folder / "trials").glob("**/t*.json"))
     written = max((path.stat().st_mtime for path in rows), default=0.0)
     if rows and (not table_path.is_file() or table_path.stat().st_mtime < written):
         with contextlib.suppress(OSError):  # a folder that may only be read: what its table says has to do

@@ -75,6 +75,13 @@ class Study:
         asked = self.spec.search.trials
         return min(asked, len(self._fixed)) if self.spec.search.sampler == "grid" else asked
 
+    def keep(self, name: str, value: int) -> int:
+        """What was kept under this name when the sweep began; `value` if nothing was."""
+        known = self._study.user_attrs
+        if name not in known:
+            self._study.set_user_attr(name, value)
+        return int(known.get(name, value))
+
     def needs_results(self, number: int) -> bool:
         """Whether the proposal of that number depends on earlier results."""
         return number >= len(self._fixed) and self.spec.search.sampler == "tpe"

@@ -176,7 +176,7 @@ class StudyPlace:
         name = json.loads(path.read_text(encoding="utf-8"))["name"]
         storage = self.database.storage()
         known = any(one == name for one in optuna.get_all_study_names(storage))
-        if not known and next((self.folder / "trials").glob("t*.json"), None) is not None:
+        if not known and next((self.folder / "trials").glob("**/t*.json"), None) is not None:
             raise UserError(
                 f"The database {self.database.name} does not hold the study {name!r} of {str(self.folder)!r}: was "
                 "another database meant?"

@@ -31,6 +31,7 @@ from orchestrator.trial.repeat import run_repeats
 from orchestrator.trial.run import blank_row
 
 RESTARTS = 2  # of a trial whose process died; a trial that fails by itself is not repeated
+LOSSES = 20  # of a trial's processes in all, with those whose node died, which was no fault of the trial
 
 
 class _Bridge(Searcher):
@@ -43,7 +44,8 @@ class _Bridge(Searcher):
     def __init__(self, context: SweepContext, study: Study, ledger: Ledger, concurrency: int, clock: Clock):
         super().__init__(metric="val_metric", mode="max")
         self.context, self.study, self.ledger = context, study, ledger
-        self.concurrency, self.clock = concurrency, clock
+        # A resumed sweep may find fewer nodes. What is proposed must not depend on that.
+        self.concurrency, self.clock = study.keep("concurrency", concurrency), clock
         self.open: dict[str, TrialConfig] = {}
         self.finished: dict[int, dict[str, Any]] = {}
         self.told: set[int] = set()
@@ -73,6 +75,7 @@ class _Bridge(Searcher):
         if not isinstance(config, TrialConfig):
             return config
         self.open[trial_id] = config
+        self.ledger.revive(config.trial_id)
         self.ledger.write(blank_row(self.context.spec, config) | {"started": time.time()})
         self.ledger.publish(now=False)
         return {"trial": config.to_json(), "method": config.cell.method, **config.knobs}
@@ -120,7 +123,7 @@ class _Bridge(Searcher):
             spent = float(result.get("time_total_s", 0.0)) * self.context.spec.train.workers
             row |= {"ended": time.time(), "device_seconds": spent}
             if error:
-                row |= {"status": "failed", "reason": f"its process died {RESTARTS + 1} times"}
+                row |= {"status": "failed", "reason": f"its process or its node died {LOSSES + 1} times"}
             else:
                 share = float(result.get("progress", 0)) / 100
                 reason = (
@@ -129,7 +132,7 @@ class _Bridge(Searcher):
                 row |= {"status": "pruned", "reason": reason, "val_metric": metric}
         self.ledger.write(row)
         self.ledger.publish(now=False)
-        self.finished[config.number] = row
+        self.finished[config.number] = self.ledger.final(config.trial_id) or row
 
     def flush(self) -> None:
         """Tells everything that is finished."""
@@ -159,8 +162,12 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
 
     trial = TrialConfig.from_json(config["trial"])
     ledger = Ledger(context.folder)
-    known = ledger.read(trial.trial_id)
-    if known is not None and known["status"] in FINAL:
+    known = ledger.final(trial.trial_id)
+    if known is None and _deaths(ledger, trial.trial_id) > RESTARTS:
+        reason = f"its process died {RESTARTS + 1} times"
+        known = blank_row(context.spec, trial) | {"status": "failed", "reason": reason, "ended": time.time()}
+        ledger.write(known)
+    if known is not None:
         tune.report({"progress": 100, "val_metric": known["val_metric"]})
         return
     process = {"started": time.time(), "pid": os.getpid(), "node": platform.node()}
@@ -188,6 +195,15 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
     ledger.write(row)
     metric = row["val_metric"]
     tune.report({"progress": 100, "val_metric": metric if math.isfinite(metric) else best})
+
+
+def _deaths(ledger: Ledger, trial_id: str) -> int:
+    """How often the trial's process died on a node that lived on; notes that it begins once more."""
+    before = ledger.live(trial_id, ray.get_runtime_context().get_node_id())
+    if len(before) <= RESTARTS:
+        return len(before)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return sum(node in alive for node in before)
 
 
 def _scheduler(context: SweepContext) -> TrialScheduler:
@@ -284,13 +300,14 @@ def run_search(context: SweepContext, study: Study, on_event: Any = None) -> Non
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=tempfile.mkdtemp(prefix="tune-", dir=_scratch(context)),
-                failure_config=tune.FailureConfig(max_failures=RESTARTS),
+                failure_config=tune.FailureConfig(max_failures=LOSSES),
                 callbacks=callbacks,
                 verbose=0,
             ),
         )
         tuner.fit()
-    bridge.flush()
+    if not bridge.halted:  # it goes on later, and a proposal hears of no more results than it would have
+        bridge.flush()
     ledger.publish()
     clock.save(force=True)
     if bridge.halted:
