@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,14 +91,21 @@ def sweep(
     name: Annotated[str | None, typer.Option(help="The sweep's name.")] = None,
     trials: Annotated[int | None, typer.Option(help="Trials in all.")] = None,
     overrides: SetFlag = None,
+    continued: Annotated[
+        bool, typer.Option("--resume", help="Continue the sweep of that name, if there is one.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a sweep to its end and show the leaderboard."""
-    from orchestrator.sweep.run import check_storage, create, discard, prepare
+    from orchestrator.sweep.run import check_storage, create, discard, open_sweep, prepare
     from orchestrator.sweep.study_storage import check_study
 
     read = read_sweep_file(spec, storage, name, trials, overrides)
     check_storage(read)
+    begun = Path(read.storage) / read.name
+    if continued and (begun / "sweep.yaml").is_file():
+        _run(prepare(open_sweep(begun)), begun, as_json)
+        return
     check_study(read)
     prepared = prepare(read)
     folder = create(read)
@@ -138,6 +146,10 @@ def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     from orchestrator.sweep.board import finish
     from orchestrator.sweep.run import run
 
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        # A job's folder is a copy that Ray makes anew for each node; where nodes share a machine, under the job's feet.
+        folder = folder.absolute()
+        os.chdir(folder)
     if not as_json:
         _tell(prepared)
     lines: Callable[[str], None] | None = None if as_json else (lambda line: out.print(line, markup=False))

@@ -1,0 +1,122 @@
+"""Commands that run a sweep on a cluster."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli.face import JsonFlag, SetFlag, app, err, out
+from orchestrator.errors import UserError
+
+AddressFlag = Annotated[
+    str | None,
+    typer.Option(
+        help="The cluster's dashboard, as http://127.0.0.1:8265; else RAY_API_SERVER_ADDRESS, else this machine's."
+    ),
+]
+
+
+@app.command()
+def submit(
+    spec: Annotated[Path | None, typer.Argument(help="A sweep file.")] = None,
+    address: AddressFlag = None,
+    storage: Annotated[str | None, typer.Option(help="Folder for sweeps and the store, the same on all nodes.")] = None,
+    name: Annotated[str | None, typer.Option(help="The sweep's name; also the job's.")] = None,
+    overrides: SetFlag = None,
+    continued: Annotated[
+        bool, typer.Option("--resume", help="Continue the sweep of that name, if there is one.")
+    ] = False,
+    working_dir: Annotated[Path, typer.Option(help="The folder to upload, without what .rayignore lists.")] = Path("."),
+    pip: Annotated[
+        list[str] | None, typer.Option(help="A requirement, or a .txt of them, that nodes install for this job.")
+    ] = None,
+    max_upload_mb: Annotated[float, typer.Option(help="Refuse a bigger upload.")] = 100.0,
+    detach: Annotated[bool, typer.Option("--detach", help="Send it and return.")] = False,
+    attach: Annotated[str | None, typer.Option(help="Instead: watch the sweep of this name.")] = None,
+    stop: Annotated[str | None, typer.Option(help="Instead: stop the sweep of this name.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a sweep on a cluster as a job: send it, watch it, stop it, find it again."""
+    from orchestrator.sweep import submit as jobs
+
+    asked = [flag for flag, value in (("SPEC", spec), ("--attach", attach), ("--stop", stop)) if value is not None]
+    if len(asked) != 1:
+        found = f"{' and '.join(asked)} are given" if asked else "none is given"
+        raise UserError(f"submit takes one of SPEC, --attach NAME and --stop NAME; {found}.")
+    if spec is not None:
+        submission = _submission(spec, storage, name, overrides, continued, working_dir, pip or [], max_upload_mb)
+        client = jobs.client_of(address)
+        job = jobs.submit(client, submission)
+        sweep = submission.name
+        sent = sum(upload.size for upload in submission.uploads) / 1e6
+        err.print(
+            f"Job {job} is sent ({sent:.1f} MB to upload). Watch it: orchestrator submit --attach {job}", markup=False
+        )
+    else:
+        client = jobs.client_of(address)
+        found = jobs.job_named(client, str(attach or stop))
+        job, sweep = found.submission_id, found.metadata[jobs.SWEEP]
+    if stop is not None:
+        _tell(as_json, job, sweep, jobs.stop(client, job))
+        return
+    if detach:
+        _tell(as_json, job, sweep, jobs.status_of(client, job))
+        return
+    status = _watch(client, job, sys.stderr if as_json else sys.stdout)
+    _tell(as_json, job, sweep, status)
+    if status in jobs.ENDED:
+        jobs.verdict(client, job, status, sweep)
+
+
+def _submission(
+    spec: Path,
+    storage: str | None,
+    name: str | None,
+    overrides: list[str] | None,
+    continued: bool,
+    working_dir: Path,
+    pip: list[str],
+    max_upload_mb: float,
+) -> Any:
+    from orchestrator.spec import read_spec
+    from orchestrator.sweep.submit import prepare
+
+    extra = list(overrides or [])
+    if storage is not None:
+        extra.append(f"storage={json.dumps(storage)}")
+    if name is not None:
+        extra.append(f"name={json.dumps(name)}")
+    options = [word for override in extra for word in ("--set", override)]
+    return prepare(read_spec(spec, extra), spec, options, working_dir, pip, max_upload_mb, continued)
+
+
+def _watch(client: Any, job: str, stream: Any) -> str:
+    """Streams the log; Ctrl-C asks what is meant by it."""
+    from orchestrator.sweep.submit import status_of, stop, watch
+
+    def tell(text: str) -> None:
+        stream.write(text)
+        stream.flush()
+
+    try:
+        return watch(client, job, tell)
+    except KeyboardInterrupt:
+        if sys.stdin.isatty():
+            try:
+                if typer.confirm(f"\nStop the job {job} (else it runs on)?", default=False, err=True):
+                    return stop(client, job)
+            except (typer.Abort, KeyboardInterrupt):
+                pass  # a second Ctrl-C only leaves
+        err.print(f"The job runs on. Watch it: orchestrator submit --attach {job}; stop it: --stop {job}", markup=False)
+        return status_of(client, job)
+
+
+def _tell(as_json: bool, job: str, sweep: str, status: str) -> None:
+    if as_json:
+        print(json.dumps({"job": job, "sweep": sweep, "status": status}))
+    else:
+        out.print(f"Job {job} of sweep {sweep}: {status}", markup=False)
