@@ -320,7 +320,8 @@ class Ordeal:
 
     def _worker(self) -> str:
         workers = [pid for pid, line in self.machine.processes().items() if "RayTrainWorker" in line]
-        if not workers or sum(kill.kind == "worker" for kill in self.kills[-SPARED:]) == SPARED and not self.finals:
+        lately = sum(kill.kind == "worker" for kill in self.kills[-SPARED:])
+        if not workers or (lately == SPARED and not self.finals):
             return ""
         pid = self.dice.choice(workers)
         send(pid, signal.SIGKILL)
@@ -398,9 +399,9 @@ class Ordeal:
         for pid in self.machine.processes():
             with contextlib.suppress(OSError):
                 for handle in Path(f"/proc/{pid}/fd").iterdir():
-                    if os.readlink(handle) == str(lock):
-                        if "\nlock:" in (Path(f"/proc/{pid}/fdinfo") / handle.name).read_text():
-                            return pid
+                    held = Path(f"/proc/{pid}/fdinfo") / handle.name
+                    if os.readlink(handle) == str(lock) and "\nlock:" in held.read_text():
+                        return pid
         return None
 
 

@@ -20,6 +20,8 @@ from orchestrator.spec import (
     Estimate,
     Expect,
     Generate,
+    Latency,
+    Limits,
     Model,
     Search,
     Splits,
@@ -86,7 +88,7 @@ def fits(section: type[BaseModel], raw: dict[str, Any]) -> bool:
 def one_budget(train: dict[str, Any]) -> dict[str, Any]:
     if train.get("steps") is not None:
         train.pop("epochs", None)
-    train["batch"] = train.get("batch", 64) * train.get("workers", 1)
+    train["batch"] = train.get("batch", 64) * train.get("workers", 1) * train.get("accumulate", 1)
     return train
 
 
@@ -122,6 +124,10 @@ SPECS = section_of(
     students=ENTRIES,
     methods=st.dictionaries(NAMES, st.none() | st.dictionaries(TEXT, KNOBS, max_size=3), min_size=1, max_size=3),
     objectives=st.lists(OBJECTIVE, min_size=1, max_size=1),
+    limits=section_of(Limits),
+    latency=section_of(Latency, profile=st.text(st.characters(exclude_categories=["Cs"]), max_size=8)).filter(
+        lambda raw: fits(Latency, raw)
+    ),
     search=section_of(Search, study=STUDIES, study_file=st.none() | TEXT).filter(lambda raw: fits(Search, raw)),
     train=section_of(Train).map(one_budget),
     upstream=section_of(
