@@ -292,7 +292,7 @@ def test_every_key_is_documented_once_and_has_a_description():
     keys = [key for key, _, _ in rows]
     assert len(set(keys)) == len(keys)
     sections = [SweepSpec, Task, Splits, Model, Model, Upstream, Search, Train, Generate, Corpus, Expect, Estimate]
-    sections.append(StoreLimits)
+    sections += [StoreLimits, Limits, Latency]
     assert len(rows) == sum(map(fields_of, sections)) + 2  # and metric and mode of objectives
     for top in SweepSpec.model_fields:
         assert any(key.split(".")[0].removesuffix("[]") == top for key in keys), top
