@@ -160,7 +160,10 @@ def test_when_a_node_dies_while_it_computes_another_takes_over(
     assert not any(name.startswith(".leases") for name in objects(store))
 
 
-def test_a_holder_that_was_only_asleep_publishes_a_whole_entry_all_the_same(nodes: list[RemoteStore]) -> None:
+def test_a_holder_that_was_only_asleep_publishes_a_whole_entry_all_the_same(
+    nodes: list[RemoteStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 600)  # asleep
     one, two = nodes
     entered, go_on = threading.Event(), threading.Event()
 

@@ -275,6 +275,7 @@ def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
 
 
 def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
+    from orchestrator.sweep.nodes import check_nodes
     from orchestrator.sweep.study import Study
     from orchestrator.sweep.study_storage import check_study
     from orchestrator.sweep.tune import run_search, start_ray
@@ -284,6 +285,7 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
         load_network(entry, "teacher")  # unreadable weights end the sweep here, before a trial is paid for
     check_study(spec)
     start_ray(spec.train.threads)
+    check_nodes(spec)
     device = device_of(spec)
     if device == "cpu" and spec.latency.device == "cuda":
         raise UserError("latency.device: cuda is asked for, and the trials have no GPU; use cpu or auto.")
