@@ -20,6 +20,12 @@ ENTRY_POINT_GROUP = "transfer_orchestrator.methods"
 
 
 @functools.cache
+def method_packages() -> frozenset[str]:
+    """Top-level packages whose code is trusted, for it brings methods: this one, and those of entry points."""
+    return frozenset([__name__, *(e.module.partition(".")[0] for e in entry_points(group=ENTRY_POINT_GROUP))])
+
+
+@functools.cache
 def discover() -> dict[str, type[Method]]:
     """Every method that can be found, by name, in alphabetical order.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from methods import method_packages
 from methods.contract import Deployed, NetworkInfo, Structure
 from methods.outputs import intermediate_channels
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, listed
 from orchestrator.models.clip import ImageTower, image_tower, is_clip
 from orchestrator.models.names import Role, local_weights, timm_name, wants_weights
 from orchestrator.spec import Model
@@ -278,8 +280,26 @@ def load_student(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def structure_of(meta: Mapping[str, Any]) -> Structure | None:
-    """The structure that a `student.json` names."""
-    return Structure(**meta["structure"]) if meta.get("structure") else None
+    """The structure that a `student.json` names.
+
+    Raises:
+        UserError: if it is no function of a package that brings methods: the file may come from anywhere.
+    """
+    named = meta.get("structure")
+    if not named:
+        return None
+    module, _, function = str(named["build"]).partition(":")
+    try:
+        if module.partition(".")[0] not in method_packages() or function.startswith("_"):
+            raise ImportError
+        if getattr(importlib.import_module(module), function).__module__ != module:
+            raise ImportError
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"student.json: structure.build {named['build']!r} is no function of an installed method's package "
+            f"({listed(sorted(method_packages()))}); nothing else is run."
+        ) from None
+    return Structure(**named)
 
 
 def describe(preprocessing: Preprocessing) -> dict[str, Any]:
