@@ -312,7 +312,14 @@ class Search(Section):
         "the same trials whatever finishes first. False lets every free slot be filled at once.",
     )
     time_budget_s: float | None = Field(default=None, gt=0, description="No new trial after this many seconds.")
-    device_hours: float | None = Field(default=None, gt=0, description="No new trial after this many device-hours.")
+    device_hours: float | None = Field(
+        default=None,
+        gt=0,
+        description="No new trial that would go over these device-hours; counted is what trials hold, failed ones too.",
+    )
+    budget: float | None = Field(
+        default=None, gt=0, description="The same in money, by `cluster.prices`, in their currency."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the sampler and of every trial.")
     repeats: int = Field(
         default=1,
@@ -563,6 +570,42 @@ class StoreLimits(Section):
         return value
 
 
+class NodeType(Section):
+    """Nodes of one kind."""
+
+    max: int = Field(ge=0, description="At most this many at a time.")
+    resources: dict[str, float] = Field(description="What Ray sees of one: CPU, GPU, memory (bytes), own resources.")
+
+
+class Cluster(Section):
+    """The cluster that a sweep runs on; a machine alone needs none of this."""
+
+    file: str | None = Field(
+        default=None,
+        description="The file that the cluster was made from (Ray's launcher, a RayCluster or RayJob): its limits say "
+        "how far a sweep may make it grow. Read when the sweep starts; then `nodes` holds them.",
+    )
+    nodes: dict[str, NodeType] = Field(default_factory=dict, description="Node types by name; instead of `file`.")
+    prices: dict[str, float] = Field(
+        default_factory=dict,
+        description="Price of an hour of a node, by node type; `orchestrator cost` reckons by them.",
+    )
+
+    @field_validator("prices")
+    @classmethod
+    def _not_negative(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, price in value.items():
+            if price < 0:
+                raise ValueError(f"the price of {name!r} is {price:g}; a price is 0 or more")
+        return value
+
+    @model_validator(mode="after")
+    def _prices_of_something(self) -> Cluster:
+        if self.prices and self.file is None and not self.nodes:
+            raise ValueError("prices are for node types, and there are none; give file or nodes")
+        return self
+
+
 Knob = Any
 
 
@@ -592,6 +635,7 @@ class SweepSpec(Section):
     corpus: Corpus = Field(default_factory=Corpus, description="Images and sentences beyond the task's own.")
     estimate: Estimate = Field(default_factory=Estimate, description="Machines for the estimate that `check` prints.")
     store: StoreLimits = Field(default_factory=StoreLimits, description="The shared store, and its limits.")
+    cluster: Cluster = Field(default_factory=Cluster, description="The cluster's limits and prices.")
     storage: str = Field(default="runs", description="Folder for sweeps and the store; a shared one on a cluster.")
 
     @field_validator("name")
@@ -618,6 +662,12 @@ class SweepSpec(Section):
                 f"search.scheduler: {self.search.scheduler} stops by one metric and cannot serve "
                 f"{len(metrics)} objectives; use none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _budget_has_prices(self) -> SweepSpec:
+        if self.search.budget is not None and not any(self.cluster.prices.values()):
+            raise ValueError(f"search.budget: {self.search.budget:g} needs cluster.prices, and there are none")
         return self
 
     @property
@@ -779,8 +829,9 @@ def documented_keys(section: type[BaseModel] = SweepSpec, prefix: str = "") -> l
     rows: list[tuple[str, str, str]] = []
     for name, field in section.model_fields.items():
         inner = _section_of(field.annotation)
-        is_list = "list" in str(field.annotation)
-        key = f"{prefix}{name}{'[]' if inner is not None and is_list else ''}"
+        kind = str(field.annotation)
+        many = "[]" if "list" in kind else ".NAME" if "dict" in kind else ""
+        key = f"{prefix}{name}{many if inner is not None else ''}"
         if inner is not None:
             rows.append((key, "required" if field.is_required() else "", field.description or ""))
             rows += documented_keys(inner, f"{key}.")

@@ -16,6 +16,7 @@ from methods.knobs import Choice, Range, default_space
 from orchestrator.errors import UserError
 from orchestrator.spec import (
     METRICS,
+    Cluster,
     Corpus,
     Estimate,
     Expect,
@@ -23,6 +24,7 @@ from orchestrator.spec import (
     Latency,
     Limits,
     Model,
+    NodeType,
     Search,
     Splits,
     StoreLimits,
@@ -128,7 +130,9 @@ SPECS = section_of(
     latency=section_of(Latency, profile=st.text(st.characters(exclude_categories=["Cs"]), max_size=8)).filter(
         lambda raw: fits(Latency, raw)
     ),
-    search=section_of(Search, study=STUDIES, study_file=st.none() | TEXT).filter(lambda raw: fits(Search, raw)),
+    search=section_of(Search, budget=st.none(), study=STUDIES, study_file=st.none() | TEXT).filter(
+        lambda raw: fits(Search, raw)
+    ),
     train=section_of(Train).map(one_budget),
     upstream=section_of(
         Upstream,
@@ -142,6 +146,16 @@ SPECS = section_of(
     ),
     estimate=section_of(Estimate),
     store=section_of(StoreLimits),
+    cluster=section_of(
+        Cluster,
+        file=st.none() | TEXT,
+        nodes=st.dictionaries(
+            NAMES,
+            section_of(NodeType, resources=st.dictionaries(TEXT, st.floats(0, 1e9), max_size=2)),
+            max_size=2,
+        ),
+        prices=st.dictionaries(NAMES, st.floats(0, 1e3), max_size=2),
+    ).filter(lambda raw: fits(Cluster, raw)),
     storage=TEXT,
 )
 
@@ -292,7 +306,7 @@ def test_every_key_is_documented_once_and_has_a_description():
     keys = [key for key, _, _ in rows]
     assert len(set(keys)) == len(keys)
     sections = [SweepSpec, Task, Splits, Model, Model, Upstream, Search, Train, Generate, Corpus, Expect, Estimate]
-    sections += [StoreLimits, Limits, Latency]
+    sections += [StoreLimits, Limits, Latency, Cluster, NodeType]
     assert len(rows) == sum(map(fields_of, sections)) + 2  # and metric and mode of objectives
     for top in SweepSpec.model_fields:
         assert any(key.split(".")[0].removesuffix("[]") == top for key in keys), top
@@ -300,6 +314,7 @@ def test_every_key_is_documented_once_and_has_a_description():
     assert all(len(text) > 10 for _, _, text in rows)
     assert [key for key, default, _ in rows if default == "required"] == [
         "name", "task", "task.data", "teachers[].model", "students[].model", "methods",
+        "cluster.nodes.NAME.max", "cluster.nodes.NAME.resources",
     ]  # fmt: skip
 
 

@@ -225,3 +225,37 @@ def test_whoever_has_no_token_or_another_is_refused(cluster: LocalCluster, monke
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(UserError, match="wants a token and none was found"):
         submit.client_of(cluster.url)
+
+
+@pytest.mark.ray
+def test_preflight_looks_from_inside_and_names_what_is_wrong_with_a_fix(cluster: LocalCluster, project: Path) -> None:
+    look = ("check", "sweep.yaml", "--cluster", "--json", "--address", cluster.url)
+    limits = ("--set", f"cluster.file={ROOT / 'clusters' / 'local' / 'cluster.yaml'}")
+    found = cluster.run(*look, *limits, cwd=project)
+    assert found.returncode == 0, found.stdout + found.stderr
+    lines = {line["name"]: line for line in json.loads(found.stdout)}
+    wanted = [
+        "schema",
+        "upload, paths",
+        "dashboard",
+        "token",
+        "nodes",
+        "resources",
+        "storage",
+        "python",
+        "ray",
+        "torch",
+    ]
+    assert list(lines) == [*wanted, "code", "disk", "teachers, data"]
+    assert "6 at a time by cluster's limits" in lines["resources"]["told"], "3 nodes of 2 CPUs, though none is up"
+    assert not (project.parent / "runs").exists(), "it leaves nothing behind"
+
+    wrong = ("--set", "task.data=folder:/nowhere", "--set", "storage=/proc/none")
+    found = cluster.run(*look, *wrong, cwd=project)
+    assert found.returncode == 2, found.stdout + found.stderr
+    bad = {line["name"]: line for line in json.loads(found.stdout) if not line["good"]}
+    assert list(bad) == ["resources", "storage", "teachers, data"]
+    assert "cluster.file" in bad["resources"]["told"]
+    assert "/proc/none cannot be written on the head" in bad["storage"]["told"]
+    assert "there is no folder '/nowhere'" in bad["teachers, data"]["told"]
+    assert all(line["fix"] for line in bad.values())

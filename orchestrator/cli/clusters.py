@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.face import JsonFlag, SetFlag, app, err, out
+from orchestrator.cli.face import JsonFlag, SetFlag, SweepDir, app, err, out, print_table
 from orchestrator.errors import UserError
 
+MAX_UPLOAD_MB = 100.0
 AddressFlag = Annotated[
     str | None,
     typer.Option(
@@ -34,7 +35,7 @@ def submit(
     pip: Annotated[
         list[str] | None, typer.Option(help="A requirement, or a .txt of them, that nodes install for this job.")
     ] = None,
-    max_upload_mb: Annotated[float, typer.Option(help="Refuse a bigger upload.")] = 100.0,
+    max_upload_mb: Annotated[float, typer.Option(help="Refuse a bigger upload.")] = MAX_UPLOAD_MB,
     detach: Annotated[bool, typer.Option("--detach", help="Send it and return.")] = False,
     attach: Annotated[str | None, typer.Option(help="Instead: watch the sweep of this name.")] = None,
     stop: Annotated[str | None, typer.Option(help="Instead: stop the sweep of this name.")] = None,
@@ -83,6 +84,7 @@ def _submission(
     max_upload_mb: float,
 ) -> Any:
     from orchestrator.spec import read_spec
+    from orchestrator.sweep.capacity import known_cluster
     from orchestrator.sweep.submit import prepare
 
     extra = list(overrides or [])
@@ -90,8 +92,11 @@ def _submission(
         extra.append(f"storage={json.dumps(storage)}")
     if name is not None:
         extra.append(f"name={json.dumps(name)}")
+    read = read_spec(spec, extra)
+    if read.cluster.file is not None:  # it need not be among what is uploaded
+        extra.append(f"cluster={known_cluster(read.cluster).model_dump_json()}")
     options = [word for override in extra for word in ("--set", override)]
-    return prepare(read_spec(spec, extra), spec, options, working_dir, pip, max_upload_mb, continued)
+    return prepare(read, spec, options, working_dir, pip, max_upload_mb, continued)
 
 
 def _watch(client: Any, job: str, stream: Any) -> str:
@@ -120,3 +125,61 @@ def _tell(as_json: bool, job: str, sweep: str, status: str) -> None:
         print(json.dumps({"job": job, "sweep": sweep, "status": status}))
     else:
         out.print(f"Job {job} of sweep {sweep}: {status}", markup=False)
+
+
+def check_cluster(spec: Path, overrides: list[str], address: str | None, as_json: bool) -> None:
+    """`check --cluster`: exit code 2 if anything is wrong."""
+    from dataclasses import asdict
+
+    from orchestrator.spec import read_spec
+    from orchestrator.sweep import preflight
+    from orchestrator.sweep.run import resolved
+
+    read = read_spec(spec, overrides)
+    if preflight.in_a_job():
+        print(preflight.marked(preflight.from_inside(resolved(read))))
+        return
+    options = [word for override in overrides for word in ("--set", override)]
+    lines = preflight.from_outside(read, spec, options, address, MAX_UPLOAD_MB)
+    if as_json:
+        print(json.dumps([asdict(line) for line in lines]))
+    else:
+        print_table(["", "what", "found"], [["ok" if x.good else "NO", x.name, x.told] for x in lines])
+        for line in lines:
+            if not line.good:
+                out.print(f"Fix {line.name}: {line.fix}", markup=False)
+    if not all(line.good for line in lines):
+        raise typer.Exit(2)
+
+
+@app.command()
+def cost(folder: SweepDir, as_json: JsonFlag = False) -> None:
+    """What a sweep's trials have held of the cluster: seconds, device-seconds, and money where prices are given."""
+    from orchestrator.sweep.held import bill
+
+    facts = bill(folder)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    device, total = facts["device"], facts["total"]
+    print_table(
+        ["trial", "method", "status", "held s", f"{device}-s held", f"{device}-s own", "node type", "money"],
+        [
+            [r["trial"], r["method"], r["status"], *_amounts(r), r["node_type"] or "-", f"{r['money']:.4g}"]
+            for r in facts["trials"]
+        ],
+    )
+    spent, failed = total["device_seconds"] / 3600, facts["failed"]["device_seconds"]
+    limits = {"device_hours": facts["device_hours"], "budget": facts["budget"]}
+    told = ", ".join(f"search.{name} {limit:g}" for name, limit in limits.items() if limit is not None)
+    beyond = total["device_seconds"] - total["own_device_seconds"]
+    out.print(
+        f"In all {spent:.2f} {device}-hours held{f' ({told})' if told else ''}, {total['money']:.4g} by the prices "
+        f"given; of it {failed:.0f} {device}-s by failed trials, {beyond:.0f} "
+        "beyond trials' own work (starting, waiting, failed). The head and idle nodes are not in it.",
+        markup=False,
+    )
+
+
+def _amounts(row: dict[str, Any]) -> list[str]:
+    return [f"{row[name]:.1f}" for name in ("seconds", "device_seconds", "own_device_seconds")]

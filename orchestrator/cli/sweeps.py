@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from orchestrator.cli.clusters import check_cluster
 from orchestrator.cli.face import JsonFlag, SetFlag, SweepDir, app, out, print_table
 from orchestrator.errors import UserError, WorkError
 
@@ -21,6 +22,10 @@ def check(
     spec: Annotated[Path | None, typer.Argument(help="A sweep file.")] = None,
     overrides: SetFlag = None,
     keys: Annotated[bool, typer.Option("--keys", help="Print every key of the sweep file instead.")] = False,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Look at the cluster instead, before it is paid for.")
+    ] = False,
+    address: Annotated[str | None, typer.Option(help="With --cluster: its dashboard, as in `submit`.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Validate everything that can be validated; start nothing."""
@@ -35,6 +40,9 @@ def check(
         return
     if spec is None:
         raise UserError("Which sweep file? `orchestrator check SPEC`, or `orchestrator check --keys` for its keys.")
+    if cluster:
+        check_cluster(spec, overrides or [], address, as_json)
+        return
     from orchestrator.sweep.costs import costs_of, sentences_of
     from orchestrator.sweep.run import check_storage, prepare
     from orchestrator.sweep.study_storage import check_study

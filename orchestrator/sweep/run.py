@@ -19,6 +19,7 @@ from orchestrator.models import check_model, load_network, plan_network
 from orchestrator.models.names import Role
 from orchestrator.spec import SweepSpec, read_spec
 from orchestrator.store import check_remote, store_at
+from orchestrator.sweep.capacity import check_shape, has, known_cluster, nodes_now
 from orchestrator.sweep.costs import holdings_of
 from orchestrator.sweep.space import Space, check_cell, grid, method_space, wanted_outputs
 from orchestrator.trial.context import SweepContext
@@ -65,6 +66,7 @@ def resolved(spec: SweepSpec) -> SweepSpec:
     for name in ("images", "sentences"):
         if raw["corpus"][name] is not None:
             raw["corpus"][name] = _absolute(raw["corpus"][name])
+    raw["cluster"] = known_cluster(spec.cluster).model_dump(mode="json")
     return SweepSpec.model_validate(raw)
 
 
@@ -201,12 +203,10 @@ def device_of(spec: SweepSpec) -> str:
     Raises:
         UserError: if a GPU is asked for and there is none.
     """
-    import ray
-
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if spec.train.device == "cuda" and gpus <= 0:
+    gpus = has("GPU", spec, nodes_now())
+    if spec.train.device == "cuda" and not gpus:
         raise UserError("train.device: cuda is asked for, and the cluster has no GPU; use cpu or auto.")
-    return "cuda" if gpus > 0 and spec.train.device != "cpu" else "cpu"
+    return "cuda" if gpus and spec.train.device != "cpu" else "cpu"
 
 
 def create(spec: SweepSpec) -> Path:
@@ -291,6 +291,8 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
         raise UserError("latency.device: cuda is asked for, and the trials have no GPU; use cpu or auto.")
     if not os.environ.get("RAY_ADDRESS"):
         check_capacity(spec, device)
+    elif spec.cluster.nodes:
+        check_shape(spec, device, nodes_now())
     context = SweepContext(
         spec,
         str(folder),

@@ -22,6 +22,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 
 from orchestrator.errors import FullDiskError, WorkError
+from orchestrator.sweep.capacity import DRIVER, has, nodes_now
+from orchestrator.sweep.capacity import concurrency as concurrency_of
+from orchestrator.sweep.held import Held
 from orchestrator.sweep.ledger import FINAL, Clock, Ledger
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.study_storage import StudyLostError
@@ -41,11 +44,13 @@ class _Bridge(Searcher):
     exactly these, told in order: what is proposed then does not depend on which trial finishes first.
     """
 
-    def __init__(self, context: SweepContext, study: Study, ledger: Ledger, concurrency: int, clock: Clock):
+    def __init__(
+        self, context: SweepContext, study: Study, ledger: Ledger, concurrency: int, clock: Clock, held: Held
+    ) -> None:
         super().__init__(metric="val_metric", mode="max")
         self.context, self.study, self.ledger = context, study, ledger
         # A resumed sweep may find fewer nodes. What is proposed must not depend on that.
-        self.concurrency, self.clock = study.keep("concurrency", concurrency), clock
+        self.concurrency, self.clock, self.held = study.keep("concurrency", concurrency), clock, held
         self.open: dict[str, TrialConfig] = {}
         self.finished: dict[int, dict[str, Any]] = {}
         self.told: set[int] = set()
@@ -106,8 +111,11 @@ class _Bridge(Searcher):
         search = self.context.spec.search
         if search.time_budget_s is not None and self.clock.seconds >= search.time_budget_s:
             return True
-        budget = search.device_hours
-        return budget is not None and sum(r["device_seconds"] for r in self.ledger.rows()) >= budget * 3600
+        if search.device_hours is None and search.budget is None:
+            return False
+        done = [row["trial_id"] for row in self.ledger.rows() if row["status"] == "complete"]
+        going = [config.trial_id for config in self.open.values()]
+        return self.held.exhausted(done, going)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         config = self.open.pop(trial_id, None)
@@ -148,13 +156,15 @@ class _Bridge(Searcher):
 
 
 class _Ticks(tune.Callback):
-    """Keeps the sweep's clock on disk while Tune runs."""
+    """Keeps on disk, while Tune runs, the sweep's clock and what trials hold of the cluster."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, held: Held) -> None:
+        self.clock, self.held = clock, held
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self.clock.save()
+        running = [trial.config["trial"] for trial in trials if trial.status == Trial.RUNNING]
+        self.held.tick(TrialConfig.from_json(config).trial_id for config in running)
 
 
 def _trainable(config: dict[str, Any], context: SweepContext) -> None:
@@ -170,7 +180,7 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
     if known is not None:
         tune.report({"progress": 100, "val_metric": known["val_metric"]})
         return
-    process = {"started": time.time(), "pid": os.getpid(), "node": platform.node()}
+    process = {"started": time.time(), "pid": os.getpid(), "node": platform.node(), "node_type": _node_type()}
     ledger.write(blank_row(context.spec, trial) | process)
     best = float("nan")
 
@@ -204,6 +214,11 @@ def _deaths(ledger: Ledger, trial_id: str) -> int:
         return len(before)
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     return sum(node in alive for node in before)
+
+
+def _node_type() -> str:
+    """The kind of node that this process is on, as the cluster's file calls it."""
+    return str(ray.get_runtime_context().get_node_labels().get("ray.io/node-group", ""))
 
 
 def _scheduler(context: SweepContext) -> TrialScheduler:
@@ -260,24 +275,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def concurrency_of(context: SweepContext) -> int:
-    """Trials at a time: as asked, or as many as the cluster's devices allow."""
-    train = context.spec.train
-    resources = ray.cluster_resources()
-    if context.device == "cuda":
-        fit = int(resources.get("GPU", 0) / (train.gpus_per_worker * train.workers))
-    else:
-        fit = int(resources.get("CPU", 1) / (train.threads * train.workers))
-    return max(1, min(context.spec.search.concurrency or fit, max(fit, 1)))
-
-
 def run_search(context: SweepContext, study: Study, on_event: Any = None) -> None:
     """Runs the sweep to its end; returns when every trial has its final row."""
     train = context.spec.train
     ledger = Ledger(context.folder)
-    concurrency = concurrency_of(context)
+    nodes = nodes_now()
+    concurrency = concurrency_of(context.spec, context.device, nodes)
     clock = Clock(context.folder)
-    bridge = _Bridge(context, study, ledger, concurrency, clock)
+    held = Held(context.folder, context.spec, context.device)
+    bridge = _Bridge(context, study, ledger, concurrency, clock, held)
     remaining = len(bridge.again) + (0 if bridge.spent() else study.size - bridge.count)
     if remaining > 0:
         alone = train.workers == 1
@@ -285,8 +291,10 @@ def run_search(context: SweepContext, study: Study, on_event: Any = None) -> Non
         resources: dict[str, float] = {"CPU": train.threads} if alone else {"CPU": 0, "memory": 1}
         if alone and context.device == "cuda":
             resources["GPU"] = train.gpus_per_worker
+        if not alone and has(DRIVER, context.spec, nodes):
+            resources[DRIVER] = 1  # it would take its whole group with it, so it waits where no node is taken away
         trainable = tune.with_resources(tune.with_parameters(_trainable, context=context), resources)
-        callbacks = [_Ticks(clock), *([on_event] if on_event is not None else [])]
+        callbacks = [_Ticks(clock, held), *([on_event] if on_event is not None else [])]
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -310,6 +318,7 @@ def run_search(context: SweepContext, study: Study, on_event: Any = None) -> Non
         bridge.flush()
     ledger.publish()
     clock.save(force=True)
+    held.save(force=True)
     if bridge.halted:
         raise bridge.halted
 
