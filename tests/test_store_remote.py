@@ -21,6 +21,7 @@ from orchestrator.errors import FullDiskError, UserError
 from orchestrator.store import Records, RemoteStore, bucket, key_of, lease, open_store, store_at, write_records
 from orchestrator.store.bucket import Bucket, RemoteError
 from orchestrator.store.store import BusyError
+from orchestrator.train.loop import Checkpoint
 
 KEY = key_of("an entry")
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -285,16 +286,19 @@ def test_gc_spares_what_a_node_works_on(nodes: list[RemoteStore]) -> None:
 
 
 def test_partial_work_goes_on_on_another_node_and_goes_when_the_entry_is_published(nodes: list[RemoteStore]) -> None:
-    one, two = nodes
-    file = one.scratch("stage", KEY) / "checkpoint.pt"
-    file.parent.mkdir(parents=True)
-    file.write_text("step 5")
-    one.mirror(file.parent).put(file)
-    theirs = two.scratch("stage", KEY) / "checkpoint.pt"
-    assert two.mirror(theirs.parent).get(theirs)
-    assert theirs.read_text() == "step 5"
-    two.compute("stage", KEY, lambda folder: None)
-    assert not one.mirror(file.parent).get(file)
+    def checkpoint(store: RemoteStore) -> Checkpoint:
+        folder = store.scratch("stage", KEY)
+        return Checkpoint(folder / "checkpoint.pt", 0.0, mirror=store.mirror(folder))
+
+    one, two = (checkpoint(node) for node in nodes)
+    assert one.load() is None
+    one.save({"step": 5})
+    assert two.load() == {"step": 5}
+    two.save({"step": 9})
+    assert one.load() == {"step": 9}  # and not what it left itself
+    nodes[1].compute("stage", KEY, lambda folder: None)
+    assert checkpoint(nodes[1]).load() is None
+    assert not any(name.startswith(".partial") for name in objects(nodes[0]))
 
 
 def test_a_copy_that_would_fill_the_nodes_disk_is_refused(nodes: list[RemoteStore]) -> None:

@@ -227,7 +227,10 @@ def run_job(
         sync_batchnorm=spec.train.sync_batchnorm,
         accumulate=spec.train.accumulate,
         checkpoint=Checkpoint(
-            Path(job.scratch) / "checkpoint.pt", spec.train.checkpoint_s, spec.train.checkpoint_steps
+            Path(job.scratch) / "checkpoint.pt",
+            spec.train.checkpoint_s,
+            spec.train.checkpoint_steps,
+            store.mirror(Path(job.scratch)),
         ),
         notice=notice,
         report=report,

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from methods.contract import Batch, Learner, Recipe
 from methods.ranks import GlobalBatchNorm
 from orchestrator.errors import WorkError
+from orchestrator.store.store import Mirror
 from orchestrator.train.feed import Feeder, StreamFeeder, TokenFeeder
 
 
@@ -114,10 +115,13 @@ class Checkpoint:
         path: the file.
         every_s: seconds between two saves.
         every_steps: optimizer steps after which one is due whatever the time; None for never.
+        mirror: keeps copies for whoever goes on on another node, which does not see the file; its copy is the latest.
     """
 
-    def __init__(self, path: Path, every_s: float, every_steps: int | None = None) -> None:
-        self.path, self.every_s, self.every_steps = path, every_s, every_steps
+    def __init__(
+        self, path: Path, every_s: float, every_steps: int | None = None, mirror: Mirror | None = None
+    ) -> None:
+        self.path, self.every_s, self.every_steps, self.mirror = path, every_s, every_steps, mirror
         self.saved = time.monotonic()
 
     def due(self, step: int) -> bool:
@@ -131,9 +135,13 @@ class Checkpoint:
         temporary = self.path.with_suffix(f".{os.getpid()}")
         torch.save(state, temporary)
         os.replace(temporary, self.path)
+        if self.mirror is not None:
+            self.mirror.put(self.path)
         self.saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
+        if self.mirror is not None:
+            self.mirror.get(self.path)
         if not self.path.is_file():
             return None
         return torch.load(self.path, map_location="cpu", weights_only=True)
