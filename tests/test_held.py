@@ -135,6 +135,9 @@ def test_prices_and_files_that_fit_nothing_are_refused(tmp_path: Path) -> None:
     spec = small_spec(tmp_path, tmp_path, cluster={"file": str(CLUSTERS / "aws.yaml"), "prices": {"gpu-trial": 1.0}})
     with pytest.raises(UserError, match=r"no node type 'gpu-trial'.*Did you mean 'gpu-trials'\?"):
         known_cluster(spec.cluster)
+    on_premise = {"file": str(CLUSTERS / "on_premise.yaml"), "prices": {"head": 1.0}}
+    with pytest.raises(UserError, match="has no node types that prices could be for"):
+        known_cluster(small_spec(tmp_path, tmp_path, cluster=on_premise).cluster)
     (tmp_path / "other.yaml").write_text("a: 1\n")
     with pytest.raises(UserError, match="no file of Ray's cluster launcher"):
         read_nodes(tmp_path / "other.yaml")

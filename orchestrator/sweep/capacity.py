@@ -90,8 +90,13 @@ def known_cluster(cluster: Cluster) -> Cluster:
         UserError: if the file cannot be read, or a price is for a node type that it does not have.
     """
     nodes = read_nodes(cluster.file) if cluster.file is not None else cluster.nodes
+    if cluster.prices and not nodes:
+        raise UserError(
+            f"cluster.file: {cluster.file!r} has no node types that prices could be for (a file for machines that are "
+            "there has none): give cluster.nodes instead."
+        )
     for name in cluster.prices:
-        if nodes and name not in nodes:
+        if name not in nodes:
             raise UserError(
                 f"cluster.prices: there is no node type {name!r}; there are {listed(nodes)}.{nearest(name, nodes)}"
             )
