@@ -34,7 +34,7 @@ from methods.vision_language import EMBEDDING
 from orchestrator.cli import app
 from orchestrator.data.corpus import Shard, corpus_at, open_corpus
 from orchestrator.data.corpus import corpus as corpus_module
-from orchestrator.data.embed import EmbedJob
+from orchestrator.data.embed import EmbedJob, ensure_embedded
 from orchestrator.data.memory import stream_memory
 from orchestrator.data.stream import Plan, Stream, blocks_of, read_on_threads
 from orchestrator.data.task import load_task
@@ -491,3 +491,56 @@ def test_when_an_embedding_actor_is_killed_only_its_shard_is_embedded_again(
     assert len(again) == 1
     assert begun[again[0]] == 2
     assert next(pid for pid, what, shard in lines() if shard == again[0] and what == "begins") == str(victim)
+
+
+DRIVER = """
+import sys
+sys.path[:0] = sys.argv[3:]
+import test_scale
+test_scale.embed_logged(*sys.argv[1:3])
+"""
+
+
+def embed_logged(spec_file: str, log: str) -> None:
+    """A driver with a Ray of its own that embeds a corpus of 12 shards on two actors."""
+    import ray
+
+    from orchestrator.data.actors import make_on_actors
+    from orchestrator.sweep.tune import start_ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    start_ray(1)
+    made = read_spec(spec_file)
+    make_on_actors(LoggedJob(made, f"{made.storage}/store", 0, "images", EMBEDDING, "cpu", log), list(range(12)))
+
+
+@pytest.mark.ray
+def test_when_the_driver_is_killed_only_the_shards_in_flight_are_embedded_again(
+    spec: SweepSpec, tmp_path: Path, cluster: None
+) -> None:
+    from orchestrator.data.actors import make_on_actors
+
+    images = image_corpus(tmp_path / "many", 96, rows_per_shard=8)
+    made = scaled(spec, corpus={"images": str(images), "actors": 2, "min_actors": 2})
+    log, file = tmp_path / "log", tmp_path / "sweep.yaml"
+    log.touch()
+    file.write_text(made.to_yaml())
+    here = str(Path(__file__).parent)
+    words = [sys.executable, "-c", DRIVER, str(file), str(log), here, str(Path(here).parent)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: log.read_text().count(" ends ") >= 4, lambda: process.poll() is None)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    job = LoggedJob(made, f"{made.storage}/store", 0, "images", EMBEDDING, "cpu", str(log))
+    again = ensure_embedded(job, make_on_actors)
+    there = sum(not entry.computed for entry in again)
+    assert 4 <= there < 12
+    embedded = [e for e in job.store.entries() if e.stage == "corpus_outputs"]
+    assert sorted(e.meta["about"]["shard"] for e in embedded) == [f"part-{i:05}.parquet" for i in range(12)]
+    assert [job.store.damaged(e) for e in embedded] == [[]] * 12
+    ended = Counter(line.split()[2] for line in log.read_text().splitlines() if " ends " in line)
+    begun = Counter(line.split()[2] for line in log.read_text().splitlines() if " begins " in line)
+    assert set(ended.values()) == {1}
+    assert len(ended) == 12
+    assert sum(begun.values()) - 12 <= 2  # one for each actor
+    assert max(begun.values()) <= 2
