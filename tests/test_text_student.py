@@ -29,6 +29,7 @@ from orchestrator.select.export import export_student
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Records, Store
 from orchestrator.train.feed import TokenFeeder
+from orchestrator.train.loop import part_of
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.run import run_trial
@@ -120,6 +121,13 @@ def test_all_ranks_together_read_every_text_once_a_pass_with_its_own_tokens() ->
             seen += batch.tokens[:, 0].tolist()
     assert sorted(seen) == list(range(16))
     assert seen != sorted(seen)
+
+
+def test_accumulated_parts_of_a_batch_keep_each_text_with_its_tokens() -> None:
+    batch = TokenFeeder([(Table(0, 8, 3), Table(0, 8, 4))], batch=8, seed=1)(0, "cpu")
+    parts = [part_of(batch, number, 2) for number in range(2)]
+    assert all(torch.equal(p.texts[:, 0].long(), p.tokens[:, 0]) for p in parts)  # type: ignore[index]
+    assert sorted(int(row) for p in parts for row in p.tokens[:, 0]) == list(range(8))  # type: ignore[index]
 
 
 @pytest.fixture(scope="module")

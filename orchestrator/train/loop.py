@@ -154,7 +154,7 @@ def _moving(learner: nn.Module) -> dict[str, Tensor]:
 
 
 def part_of(batch: Batch, part: int, parts: int) -> Batch:
-    """Every `parts`-th row of a batch from row `part` on; of texts, which are of no row, all."""
+    """Every `parts`-th row of a batch from row `part` on; all texts, which are of no row, unless only texts come."""
     if parts == 1:
         return batch
 
@@ -167,8 +167,9 @@ def part_of(batch: Batch, part: int, parts: int) -> Batch:
         {key: rows[part::parts] for key, rows in batch.outputs.items()},
         cut(batch.teacher_images),
         part_of(batch.generated, part, parts) if batch.generated is not None else None,
-        batch.texts,
+        batch.texts if batch.tokens is None else cut(batch.texts),
         cut(batch.captions),
+        cut(batch.tokens),
     )
 
 
