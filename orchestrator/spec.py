@@ -287,8 +287,24 @@ class Latency(Section):
         return self
 
 
+class Start(Section):
+    """A configuration that is tried first."""
+
+    method: str = Field(description="One of `methods`.")
+    teacher: int | None = Field(default=None, ge=0, description="Its position in `teachers`, from 0; null: none.")
+    student: int | None = Field(default=None, ge=0, description="Its position in `students`, from 0; null: none.")
+    knobs: dict[str, Any] = Field(default_factory=dict, description="Values of its knobs; the others are drawn.")
+
+
 class Search(Section):
     """How trials are proposed and stopped."""
+
+    begin: list[Start] = Field(default_factory=list, description="Configurations that are tried before all others.")
+    warm_start: str | None = Field(
+        default=None,
+        description="Folder of an earlier sweep on the same task with the same objectives and training budget: the "
+        "search learns from those of its trials that this space allows, too.",
+    )
 
     trials: int = Field(default=20, ge=1, description="Trials in all, the first ones (see `defaults_first`) included.")
     sampler: Literal["tpe", "random", "grid"] = Field(

@@ -27,6 +27,7 @@ from orchestrator.spec import (
     NodeType,
     Search,
     Splits,
+    Start,
     StoreLimits,
     SweepSpec,
     Task,
@@ -112,6 +113,7 @@ ENTRIES = st.lists(
 METRIC = st.sampled_from(sorted(METRICS))
 OBJECTIVE = METRIC | st.fixed_dictionaries({"metric": METRIC}, optional={"mode": st.sampled_from([None, "max", "min"])})
 STUDIES = st.sampled_from(["journal", "sqlite", "postgresql", "postgresql://me@host:5433/db"])
+STARTS = st.lists(section_of(Start, method=NAMES, knobs=st.dictionaries(TEXT, PLAIN, max_size=2)), max_size=2)
 SPECS = section_of(
     SweepSpec,
     name=NAMES,
@@ -130,9 +132,9 @@ SPECS = section_of(
     latency=section_of(Latency, profile=st.text(st.characters(exclude_categories=["Cs"]), max_size=8)).filter(
         lambda raw: fits(Latency, raw)
     ),
-    search=section_of(Search, budget=st.none(), study=STUDIES, study_file=st.none() | TEXT).filter(
-        lambda raw: fits(Search, raw)
-    ),
+    search=section_of(
+        Search, budget=st.none(), study=STUDIES, study_file=st.none() | TEXT, warm_start=st.none() | TEXT, begin=STARTS
+    ).filter(lambda raw: fits(Search, raw)),
     train=section_of(Train).map(one_budget),
     upstream=section_of(
         Upstream,
@@ -306,7 +308,7 @@ def test_every_key_is_documented_once_and_has_a_description():
     keys = [key for key, _, _ in rows]
     assert len(set(keys)) == len(keys)
     sections = [SweepSpec, Task, Splits, Model, Model, Upstream, Search, Train, Generate, Corpus, Expect, Estimate]
-    sections += [StoreLimits, Limits, Latency, Cluster, NodeType]
+    sections += [StoreLimits, Limits, Latency, Cluster, NodeType, Start]
     assert len(rows) == sum(map(fields_of, sections)) + 2  # and metric and mode of objectives
     for top in SweepSpec.model_fields:
         assert any(key.split(".")[0].removesuffix("[]") == top for key in keys), top
@@ -314,7 +316,7 @@ def test_every_key_is_documented_once_and_has_a_description():
     assert all(len(text) > 10 for _, _, text in rows)
     assert [key for key, default, _ in rows if default == "required"] == [
         "name", "task", "task.data", "teachers[].model", "students[].model", "methods",
-        "cluster.nodes.NAME.max", "cluster.nodes.NAME.resources",
+        "search.begin[].method", "cluster.nodes.NAME.max", "cluster.nodes.NAME.resources",
     ]  # fmt: skip
 
 

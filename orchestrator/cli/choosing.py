@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.face import JsonFlag, SweepDir, app, err, out
+from orchestrator.cli.face import JsonFlag, SweepDir, app, err, out, print_table
 from orchestrator.errors import UserError, listed, nearest
 
 
@@ -32,17 +34,51 @@ def best(
         list[str] | None,
         typer.Option(metavar="METRIC=VALUE", help="At most (val_metric: at least) that; in place of the sweep's own."),
     ] = None,
+    promote: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Run this many of the best once more, in a sweep of their own.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=2, max=20, help="With --promote: runs of each.")] = 3,
     as_json: JsonFlag = False,
 ) -> None:
     """The recommended student under limits, and its score on the test images."""
     from orchestrator.sweep.board import recommend
 
-    answer = recommend(folder, metric, read_limits(limit, params_total=max_params, latency_ms=max_latency_ms))
+    limits = read_limits(limit, params_total=max_params, latency_ms=max_latency_ms)
+    if promote is not None:
+        _promote(folder, promote, seeds, metric, limits, as_json)
+        return
+    answer = recommend(folder, metric, limits)
     if as_json:
         print(json.dumps(answer))
         return
     for line in answer["sentences"]:
         out.print(line, markup=False, soft_wrap=True)
+
+
+def _promote(folder: Path, count: int, seeds: int, metric: str | None, limits: dict[str, float], as_json: bool) -> None:
+    from orchestrator.api import Sweep
+    from orchestrator.sweep.promote import rank_sentences
+
+    sweep = Sweep(folder)
+    tell = None if as_json else (lambda line: out.print(line, markup=False))
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        promoted = sweep.promote(count, seeds, tell, metric=metric, limits=limits)
+    changes = sweep.ranks(promoted)
+    sentences = [*rank_sentences(changes), f"Next: python -m orchestrator best {promoted.folder}"]
+    if as_json:
+        print(json.dumps({"folder": str(promoted.folder), "ranks": changes, "sentences": sentences}))
+        return
+    rows = [
+        [f["rank"] or "", f["rank_before"], f["trial_id"], f["method"], _mean(f), f"{f['val_before']:.4f}", f["status"]]
+        for f in changes
+    ]
+    print_table(["rank", "before", "trial", "method", f"val, {seeds} seeds", "val before", "status"], rows)
+    for line in sentences:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def _mean(fact: dict[str, Any]) -> str:
+    return f"{fact['val_metric']:.4f} ± {fact['val_sd']:.4f}" if fact["rank"] is not None else ""
 
 
 def read_limits(given: list[str] | None, **named: float | None) -> dict[str, float]:

@@ -170,6 +170,17 @@ def choose(
     Raises:
         UserError: if no trial fits, with what comes nearest; or for an unknown metric.
     """
+    return top(frame, metric, direction, limits).iloc[0]
+
+
+def top(
+    frame: pd.DataFrame, metric: str, direction: Direction, limits: Mapping[str, float] | None = None
+) -> pd.DataFrame:
+    """The trials that `choose` chooses from, best first; at least one.
+
+    Raises:
+        UserError: as `choose`.
+    """
     _known(metric)
     limits = {_known(name): value for name, value in (limits or {}).items()}
     candidates = candidates_of(frame, bool(limits))
@@ -179,7 +190,7 @@ def choose(
     fits = fits[~np.isnan(numbers(fits, metric))]
     if fits.empty:
         raise UserError(f"No complete trial that fits has a value of {metric}.")
-    return ranked(fits, metric, direction).iloc[0]
+    return ranked(fits, metric, direction)
 
 
 def candidates_of(frame: pd.DataFrame, infeasible: bool = False) -> pd.DataFrame:

@@ -30,7 +30,9 @@ from orchestrator.select.results import (
     read_trials,
     short_name,
     standard_error,
+    top,
 )
+from orchestrator.select.uncertainty import lead_of, lead_sentence
 from orchestrator.spec import METRIC_NAMES, METRICS, Kind, Model, Task
 from orchestrator.store import store_at
 from orchestrator.sweep.ledger import Ledger, at_once
@@ -114,7 +116,8 @@ def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, floa
         raise UserError(f"--metric: unknown metric {name!r}; allowed: {', '.join(METRICS)}.{nearest(name, METRICS)}")
     direction = first.direction if name == first.metric else METRICS[name]
     kept = spec.limits.given | dict(limits or {})
-    row = choose(frame, name, direction, kept)
+    best = top(frame, name, direction, kept)
+    row = best.iloc[0]
     test, reads = _test_once(folder, row["trial_id"], row["student_path"])
     networks = " -> ".join(n for n in (row["teacher"], row["student"]) if isinstance(n, str))
     task = load_task(spec.task, store_at(spec.store_address))
@@ -126,9 +129,13 @@ def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, floa
         f"{int(row['params_total']):,} parameters, {row['flops'] / 1e6:.1f} MFLOPs an image (2 per multiply-add), "
         f"{row['latency_ms']:.2f} ms ({row['latency_setup']}).",
     ]
-    note = margin_note(frame, row, name, len(task.val), kept, kind)
-    if note:
-        sentences.append(note)
+    lead = None
+    if name == "val_metric" and len(best) > 1:
+        lead = lead_of(Path(folder), row, best.iloc[1], len(task.val), kind)
+        sentences.append(lead_sentence(row, best.iloc[1], lead))
+    if lead is None or best.iloc[1]["method"] == row["method"]:  # that of another method is then a further one
+        note = margin_note(frame, row, name, len(task.val), kept, kind)
+        sentences += [note] if note else []
     sentences += against_baseline(frame, row, len(task.val), kind)
     if reads > 1:
         sentences.append(f"The test images were now read for {reads} different choices: the last score is optimistic.")
@@ -138,6 +145,8 @@ def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, floa
     names += ["latency_ms", "latency_iqr_ms", "latency_setup", "student_path", "config"]
     facts = {k: None if isinstance(row[k], float) and math.isnan(row[k]) else row[k] for k in names}
     plain = json.loads(json.dumps(facts, default=lambda v: v.item()))
+    runner_up = {"trial_id": str(best.iloc[1]["trial_id"]), **lead.facts()} if lead is not None else None
+    plain |= {"runner_up": runner_up, "limits": kept}
     return plain | {"metric": name, "test": test, "test_choices": reads, "sentences": sentences}
 
 

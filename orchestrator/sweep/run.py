@@ -21,6 +21,7 @@ from orchestrator.spec import SweepSpec, read_spec
 from orchestrator.store import check_remote, store_at
 from orchestrator.sweep.capacity import check_shape, has, known_cluster, nodes_now
 from orchestrator.sweep.costs import holdings_of
+from orchestrator.sweep.earlier import check_earlier, starts
 from orchestrator.sweep.space import Space, check_cell, grid, method_space, wanted_outputs
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import planned_excess
@@ -53,6 +54,8 @@ def resolved(spec: SweepSpec) -> SweepSpec:
         raise UserError(f"storage: {spec.storage!r} is not a folder; give a path that every node can read and write.")
     raw = spec.model_dump(mode="json")
     raw["storage"] = _absolute(spec.storage)
+    if spec.search.warm_start is not None:
+        raw["search"]["warm_start"] = _absolute(spec.search.warm_start)
     raw["task"]["data"] = _absolute(spec.task.data, ("folder:", "parquet:"))
     for model in (*raw["teachers"], *raw["students"]):
         model["model"] = _absolute(model["model"], ("local:",))
@@ -139,6 +142,8 @@ def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
         raise UserError(f"limits: nothing can keep them: {'; '.join(dict.fromkeys(too_big))}.")
     if not runnable:
         raise UserError(f"methods: none of {listed(spec.methods)} can run on this data: {'; '.join(dropped)}.")
+    starts(spec, runnable, spaces)
+    check_earlier(spec)
     return Prepared(spec, task, runnable, spaces, list(dict.fromkeys(dropped)), unchecked)
 
 

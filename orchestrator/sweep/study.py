@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from methods.knobs import Choice, Range
 from orchestrator.spec import SweepSpec
+from orchestrator.sweep.earlier import earlier, starts
 from orchestrator.sweep.space import Space, default_knobs, grid, sample
 from orchestrator.sweep.study_storage import Result, StudyPlace
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
@@ -48,6 +51,8 @@ class Study:
         self._place = StudyPlace(spec, folder)
         self._patiently(self._open)
         self._fixed = self._first_trials()
+        if spec.search.warm_start is not None:
+            self._patiently(self._learn)
         self._configs: dict[int, TrialConfig] = {}  # by Optuna's number: parsed once
 
     def _open(self) -> None:
@@ -62,7 +67,54 @@ class Study:
     def _patiently(self, work: Callable[[], Result]) -> Result:
         return self._place.patiently(work, self._open, self.spec.search.study_patience_s)
 
+    def _learn(self) -> None:
+        """Adds the trials of the earlier sweep, once; they have no number of ours."""
+        source = Path(str(self.spec.search.warm_start)).name
+        there = {t.user_attrs.get("earlier") for t in self._study.get_trials(deepcopy=False)}
+        for cell, knobs, row in earlier(self.spec, self.cells, self.spaces):
+            name = f"{source}:{row['trial_id']}"
+            values = [float(row[o.metric]) for o in self.spec.objectives]
+            known = all(math.isfinite(v) for v in values)
+            if name in there or not (known or row["status"] == "infeasible"):
+                continue
+            distributions = self._distributions(cell)
+            parameters = self._parameters(cell, knobs)
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.COMPLETE if known else TrialState.PRUNED,
+                    values=values if known else None,
+                    params={name: parameters[name] for name in distributions},
+                    distributions=distributions,
+                    user_attrs={"earlier": name},
+                    constraints=self.spec.limits.excess(row),
+                )
+            )
+
+    def _distributions(self, cell: Cell) -> dict[str, BaseDistribution]:
+        """Of the parameters that a proposal of this cell has."""
+        found: dict[str, BaseDistribution] = {"method": CategoricalDistribution(self._methods)}
+        networks = list({_cell_name(self.spec, c): c for c in self.cells if c.method == cell.method})
+        if len(networks) > 1:
+            found[f"{cell.method}.networks"] = CategoricalDistribution(networks)
+        for knob, domain in self.spaces[cell.method].items():
+            name = f"{cell.method}.{knob}"
+            if isinstance(domain, Choice):
+                found[name] = CategoricalDistribution(list(domain.values))
+            elif isinstance(domain, Range) and domain.int:
+                found[name] = IntDistribution(int(domain.low), int(domain.high), log=domain.log)
+            elif isinstance(domain, Range):
+                found[name] = FloatDistribution(domain.low, domain.high, log=domain.log)
+        return found
+
+    @property
+    def _methods(self) -> list[str]:
+        return list(dict.fromkeys(c.method for c in self.cells))
+
     def _first_trials(self) -> list[tuple[Cell, dict[str, Any]]]:
+        begin = starts(self.spec, self.cells, self.spaces)
+        return [*begin, *(first for first in self._usual_first() if first not in begin)]
+
+    def _usual_first(self) -> list[tuple[Cell, dict[str, Any]]]:
         if self.spec.search.sampler == "grid":
             return [(cell, knobs) for cell in self.cells for knobs in grid(self.spaces[cell.method], cell.method)]
         if self.spec.search.defaults_first:
@@ -126,7 +178,7 @@ class Study:
         if number < len(self._fixed) and not waiting:
             self._study.enqueue_trial(self._parameters(*self._fixed[number]))
         trial = self._study.ask()
-        method = trial.suggest_categorical("method", list(dict.fromkeys(c.method for c in self.cells)))
+        method = trial.suggest_categorical("method", self._methods)
         cell = self._cell(trial, method, [c for c in self.cells if c.method == method])
         knobs = sample(self.spaces[method], method, trial)
         config = self._valid(TrialConfig(f"t{number:04d}", number, cell, knobs, self.spec.search.seed))

@@ -1,0 +1,190 @@
+"""The same as the command line, for notebooks and programs. Importing this imports nothing slow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from orchestrator.spec import SweepSpec
+
+
+class Sweep:
+    """A sweep in its folder. `docs/api.md` shows it from the file to the exported student.
+
+    Args:
+        folder: `<storage>/<name>` of a sweep that was begun.
+
+    Raises:
+        UserError: if the folder holds no sweep.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        from orchestrator.sweep.run import open_sweep
+
+        self._folder = Path(folder)
+        self._spec = open_sweep(self._folder)
+
+    @classmethod
+    def create(cls, spec: str | os.PathLike[str] | Mapping[str, Any], **changes: Any) -> Sweep:
+        """A new sweep: checked, and its folder made. Nothing runs yet.
+
+        Args:
+            spec: a sweep file, or its content as a mapping.
+            changes: keys of the file to replace, dots written as two underscores: `search__trials=5`.
+
+        Raises:
+            UserError: the first thing that is wrong with it; or if there is a sweep of that name.
+        """
+        from orchestrator.spec import parse_spec, read_mapping
+        from orchestrator.sweep.run import check_storage, create, prepare, resolved
+
+        raw = dict(spec) if isinstance(spec, Mapping) else read_mapping(Path(spec), "sweep file")
+        for key, value in changes.items():
+            raw = _replaced(raw, key.split("__"), value)
+        where = "the mapping" if isinstance(spec, Mapping) else str(spec)
+        parsed = resolved(parse_spec(raw, where))
+        check_storage(parsed)
+        prepare(parsed)
+        return cls(create(parsed))
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of it lies."""
+        return self._folder
+
+    @property
+    def spec(self) -> SweepSpec:
+        """Its sweep file, with every default."""
+        return self._spec
+
+    def __repr__(self) -> str:
+        return f"Sweep({str(self._folder)!r})"
+
+    def run(self, tell: Callable[[str], None] | None = print) -> Sweep:
+        """Runs it to its end, or continues it: nothing that is finished is repeated.
+
+        On this machine, or on the cluster that RAY_ADDRESS names. Ray stays up afterwards, for the next sweep.
+
+        Args:
+            tell: hears a line for each trial that ends; None for silence.
+
+        Returns:
+            The sweep itself.
+
+        Raises:
+            UserError: if it cannot run here, or another process runs it.
+            WorkError: if the work fails as a whole; a failed trial is a row of the leaderboard.
+        """
+        from orchestrator.sweep.board import finish
+        from orchestrator.sweep.live import TrialLines
+        from orchestrator.sweep.run import prepare, run
+
+        run(prepare(self._spec), self._folder, TrialLines(self._folder, self._spec, tell))
+        finish(self._folder)
+        return self
+
+    resume = run
+
+    def trials(self) -> pd.DataFrame:
+        """All rows recorded so far, in the order they were proposed."""
+        from orchestrator.select.results import read_trials
+
+        return read_trials(self._folder)
+
+    def leaderboard(self) -> pd.DataFrame:
+        """All rows, best first, with `rank` and `pareto`; rows that are not complete follow."""
+        from orchestrator.select.results import leaderboard
+
+        return leaderboard(self.trials(), self._spec.objectives)
+
+    def best(self, metric: str | None = None, limits: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """The recommended student: `trial_id`, its values, `runner_up` with the interval of the lead, and `sentences`.
+
+        Its score on the test images is read once, and remembered.
+
+        Args:
+            metric: what to choose by; None: the sweep's first objective.
+            limits: by metric, in place of the sweep's own: at most (val_metric: at least) that.
+
+        Raises:
+            UserError: if no trial fits, with what comes nearest.
+        """
+        from orchestrator.sweep.board import recommend
+
+        return recommend(self._folder, metric, limits)
+
+    def promote(
+        self, count: int = 3, seeds: int = 3, tell: Callable[[str], None] | None = print, **choice: Any
+    ) -> Sweep:
+        """Runs the best trials once more in a sweep `<name>-promoted`, without early stopping and with new seeds and
+        draws of the labelled images; continues it where it was begun.
+
+        Args:
+            count: how many trials.
+            seeds: runs of each.
+            tell: as in `run`.
+            choice: `metric` and `limits`, as in `best`.
+
+        Returns:
+            That sweep. `ranks` tells what changed.
+        """
+        from orchestrator.sweep.promote import check_promoted, promoted_spec
+        from orchestrator.sweep.run import create
+
+        spec = promoted_spec(self._folder, count, seeds, **choice)
+        folder = Path(spec.storage) / spec.name
+        if not check_promoted(spec, folder):
+            create(spec)
+        return Sweep(folder).run(tell)
+
+    def ranks(self, promoted: Sweep) -> list[dict[str, Any]]:
+        """How the places of this sweep's best trials changed in the promoted one, by their new place."""
+        from orchestrator.sweep.promote import ranks
+
+        return ranks(self._folder, promoted.folder)
+
+    def export(
+        self, out_dir: str | os.PathLike[str], trial: str | None = None, format: str = "safetensors", **options: Any
+    ) -> dict[str, Any]:
+        """Writes a student so that it loads without this package.
+
+        Args:
+            out_dir: a folder that does not exist yet.
+            trial: which one; None: the best.
+            format: `safetensors` (plain timm or open_clip) or `onnx`.
+            options: as `orchestrator export --help` has them.
+
+        Returns:
+            What was written and how it was checked.
+        """
+        from orchestrator.sweep.board import export_trial
+
+        return export_trial(self._folder, Path(out_dir), trial, format, **options)
+
+    def report(self, out: str | os.PathLike[str] | None = None, images: bool = True) -> dict[str, Any]:
+        """Writes the sweep's report from what is recorded, at any time; returns where, and its sentences.
+
+        Args:
+            out: the file (.html, .md, .csv, .parquet); None: `report.html` in the sweep's folder.
+            images: whether pictures of the data stand beside the worst errors.
+        """
+        from orchestrator.sweep.report import write_report
+
+        return write_report(self._folder, Path(out) if out is not None else None, None, images)
+
+
+def _replaced(raw: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    head, *rest = path
+    if not rest:
+        return {**raw, head: value}
+    inner = raw.get(head) or {}
+    if not isinstance(inner, Mapping):
+        raise UserError(f"{'__'.join(path)}: {head} is {inner!r}, which has no keys below it.")
+    return {**raw, head: _replaced(dict(inner), rest, value)}
