@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from small import small_spec
+from torch import Tensor
 
 from methods.contract import Batch, Deployed, Given, Learner, Recipe
+from methods.finetune import FineTuneLearner
 from orchestrator.data import load_task
 from orchestrator.errors import WorkError
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store
-from orchestrator.train.job import run_job
+from orchestrator.train.job import TrainJob, run_job
 from orchestrator.train.loop import fit
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
@@ -184,3 +189,38 @@ def test_two_gloo_workers_give_the_losses_of_one(colours: Path, tmp_path: Path, 
         losses.append(history(spec, stage))
     assert len(losses[0]) == 20
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+class CrampedLearner(FineTuneLearner):
+    """Rank 1 has room for three images."""
+
+    def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        if dist.get_rank() == 1 and len(batch.images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().loss(batch, progress)
+
+
+def cramped(colours: Path, storage: Path, **train: Any) -> dict[str, Any]:
+    from ray import cloudpickle
+
+    from orchestrator.train.group import GroupRunner
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker finds the module of a test
+    spec = small_spec(colours, storage, train={"steps": 4, "batch": 12, "views": 2, "workers": 2} | train)
+    context = context_of(spec)
+    group = GroupRunner(context, "t0000")
+
+    def runner(job: TrainJob, folder: Path, report: Any = None) -> dict[str, Any]:
+        return group(replace(job, stage=replace(job.stage, learner=CrampedLearner)), folder, report)
+
+    return run_trial(context, trial(Cell("finetune", None, 0)), runner=runner)
+
+
+def test_one_ranks_lack_of_memory_ends_the_group_and_is_tried_once_more_where_allowed(
+    colours: Path, tmp_path: Path, cluster: None
+) -> None:
+    row = cramped(colours, tmp_path / "no")
+    assert row["status"] == "failed"
+    assert row["reason"].startswith("out of device memory at step 1 of 4 with train.batch 12: 6 images at a time")
+    row = cramped(colours, tmp_path / "yes", oom_retry=True)
+    assert row["status"] == "complete", row["reason"]

@@ -8,6 +8,7 @@ rank 0 asks whether to go on, and if not, every rank leaves its loop at the same
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,12 +22,14 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.errors import FullDiskError, WorkError, disk_full
-from orchestrator.train.job import TrainJob, run_job
+from orchestrator.train.job import TrainJob, UnlikeError, run_job
 from orchestrator.train.line import Line
-from orchestrator.train.loop import DivergedError, Gauge, Report, Reporter, Tell
+from orchestrator.train.loop import DeviceMemoryError, DivergedError, Gauge, Report, Reporter, Tell
 from orchestrator.trial.context import SweepContext
 
 RESULT = "group.json"
+FULL = "memory.txt"  # why a rank ran out of device memory
+ENDINGS: dict[str, type[WorkError]] = {"diverged": DivergedError, "unlike": UnlikeError, "memory": DeviceMemoryError}
 POLL_S = 0.5
 RESTARTS = 2  # of a group whose worker died
 
@@ -42,12 +45,24 @@ def _worker(config: dict[str, Any]) -> None:
     device = str(ray.train.torch.get_device()) if job.device == "cuda" else "cpu"
     folder = Path(config["folder"])
     report = _asking(config["gauge"], config["line"], rank, device) if config["line"] is not None else None
+    full = folder / FULL
     try:
-        about = run_job(job, folder, report, rank=rank, world=world, device=device)
+        if full.exists():  # found out by a rank of the group before this one
+            about: dict[str, Any] = {"memory": full.read_text(encoding="utf-8")}
+        else:
+            about = run_job(job, folder, report, rank=rank, world=world, device=device)
     except _StoppedError:
         return
     except DivergedError as error:  # would be so again: no reason to start the group anew
         about = {"diverged": str(error)}
+    except UnlikeError as error:
+        about = {"unlike": str(error)}
+    except DeviceMemoryError as error:
+        # Of this rank alone: the others wait for it in vain, so that only the end of the group frees them.
+        temporary = full.with_suffix(f".{rank}")
+        temporary.write_text(str(error), encoding="utf-8")
+        os.replace(temporary, full)
+        raise
     if rank == 0:
         (folder / RESULT).write_text(json.dumps(about), encoding="utf-8")
     dist.barrier()  # no rank leaves before the result is written
@@ -104,6 +119,7 @@ class GroupRunner:
                 failure_config=FailureConfig(max_failures=RESTARTS),
             ),
         )
+        (folder / FULL).unlink(missing_ok=True)  # of an earlier try with larger micro batches
         with ThreadPoolExecutor(1) as pool:  # leaving it waits for the group's end
             running = pool.submit(trainer.fit)
             if line is not None and report is not None:
@@ -117,8 +133,9 @@ class GroupRunner:
             raise WorkError(f"The worker group failed {RESTARTS + 1} times, the last time so: {last}") from error
         about = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         (folder / RESULT).unlink()
-        if "diverged" in about:
-            raise DivergedError(about["diverged"])
+        for name, kind in ENDINGS.items():
+            if name in about:
+                raise kind(about[name])
         return about
 
 

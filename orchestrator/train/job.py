@@ -274,7 +274,10 @@ class UnlikeError(WorkError):
 def identity_of(job: TrainJob) -> dict[str, str]:
     """What all ranks must agree on."""
     stage = job.stage
-    code = inspect.getsource(stage.learner)
+    try:
+        code = inspect.getsource(stage.learner)
+    except (OSError, TypeError):
+        code = ""  # typed in a notebook, and sent to the ranks as it is
     what = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in ("spec", "stage", "device")}
     resolved = repr([job.spec.model_dump_json(), stage.learner.__qualname__, repr(stage), sorted(what.items())])
     return {
