@@ -96,7 +96,8 @@ def other_values(method: type[Method], name: str) -> list[Any]:
     if isinstance(default, bool):
         return [not default]
     if isinstance(default, int):
-        return [default + 1]
+        metadata = method.Config.model_fields[name].metadata
+        return [default + next((m.multiple_of for m in metadata if hasattr(m, "multiple_of")), 1)]
     choices = get_args(method.Config.model_fields[name].annotation)
     if choices:
         return [v for v in choices if v != default]
