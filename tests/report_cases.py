@@ -11,7 +11,8 @@ from small import small_spec
 
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.ledger import Ledger
-from orchestrator.sweep.run import create
+from orchestrator.sweep.run import create, prepare
+from orchestrator.sweep.study import Study
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.run import blank_row, run_trial
@@ -20,21 +21,28 @@ CELLS = (("finetune", Cell("finetune", None, 0)), ("kd", Cell("kd", 0, 0)), ("we
 
 
 def real_sweep(data: Path, storage: Path) -> Path:
-    """Three trials that ran, one that failed and one that was stopped."""
-    methods = {"finetune": {}, "kd": {"teacher_tuning": "none"}, "wecolora": {"rank": [4, 8], "factor": 2}}
-    spec = small_spec(data, storage, methods=methods)
+    """Three trials that ran, one that failed and one that was stopped, as the study proposed them and heard of them."""
+    kd = {"teacher_tuning": "none", "lr": 1e-6, "temperature": [2.0, 4.0, 6.0]}  # it makes errors
+    methods = {"finetune": {}, "wecolora": {"rank": 4, "factor": 2}, "kd": kd}
+    spec = small_spec(
+        data, storage, methods=methods | {"finetune": {"lr": 3e-3}}, search={"trials": 5, "sampler": "grid"}
+    )
     folder = create(spec)
-    ledger = Ledger(folder)
-    context = SweepContext(spec, str(folder))
-    for number, (_, cell) in enumerate(CELLS):
-        knobs = {"rank": 4, "factor": 2} if cell.method == "wecolora" else {}
-        knobs = {"teacher_tuning": "none", "lr": 1e-6} if cell.method == "kd" else knobs  # it makes errors
-        row = run_trial(context, TrialConfig(f"t{number:04d}", number, cell, knobs, 0))
-        assert row["status"] == "complete", row["reason"]
+    ledger, context, prepared = Ledger(folder), SweepContext(spec, str(folder)), prepare(spec)
+    study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
+    for number in range(5):
+        config = study.ask()
+        if number < 3:
+            row = run_trial(context, config)
+            assert row["status"] == "complete", row["reason"]
+            ledger.mark(row["trial_id"], 0.5, row["val_metric"])
+        else:
+            row = blank_row(spec, config) | {"started": 1.0, "ended": 2.0}
+            failed = {"status": "failed", "reason": "The loss is <b>not</b> finite", "device_seconds": 2.5}
+            pruned = {"status": "pruned", "reason": "stopped by asha at 25%", "device_seconds": 1.25}
+            row |= failed if number == 3 else pruned
         ledger.write(row)
-        ledger.mark(row["trial_id"], 0.5, row["val_metric"])
-    ledger.write(made_up(spec, 3, "kd", status="failed", reason="The loss is <b>not</b> finite", device_seconds=2.5))
-    ledger.write(made_up(spec, 4, "kd", status="pruned", reason="stopped by asha at 25%", device_seconds=1.25))
+        study.tell(number, row)
     ledger.publish()
     (folder / "clock.json").write_text(json.dumps({"seconds": 12.0}))
     return folder

@@ -206,7 +206,7 @@ def test_the_table_formats_hold_every_row_and_knob(swept: Path, tmp_path: Path) 
         found = found.set_index("trial_id").loc[table.index]
         assert list(found["device_seconds"]) == list(table["device_seconds"])
         assert list(found["val_metric"].dropna()) == list(table["val_metric"].dropna())
-        assert found["wecolora.rank"].dropna().to_dict() == {"t0002": 4}
+        assert found["wecolora.rank"].dropna().to_dict() == {"t0001": 4}
     answer = write_report(swept, tmp_path / "r.md", None)
     text = (tmp_path / "r.md").read_text()
     assert f"- {answer['sentences'][0]}".replace("_", "\\_") in text

@@ -48,3 +48,30 @@ def report(
     out.print(
         f"\n{answer['out']}: {answer['trials']} trials, {answer['bytes'] / 1e6:.2f} MB.", markup=False, soft_wrap=True
     )
+
+
+class Tool(str, Enum):
+    """What `dashboard` starts."""
+
+    tensorboard = "tensorboard"
+    optuna = "optuna"
+
+
+@app.command()
+def dashboard(
+    folder: SweepDir,
+    only: Annotated[Tool | None, typer.Option(help="Start this one alone.")] = None,
+    tensorboard_port: Annotated[int | None, typer.Option(min=1, max=65535, help="6006 if not given and free.")] = None,
+    optuna_port: Annotated[int | None, typer.Option(min=1, max=65535, help="8080 if not given and free.")] = None,
+) -> None:
+    """Start TensorBoard and optuna-dashboard over a sweep, on this machine alone, until Ctrl-C; also while it runs."""
+    from orchestrator.sweep.dashboards import TOOLS, keep, ray_dashboard, serving
+
+    tools = [only.value] if only else list(TOOLS)
+    with serving(folder, tools, {"tensorboard": tensorboard_port, "optuna": optuna_port}) as servers:
+        for server in servers:
+            out.print(f"{server.name:<17} {server.url}", markup=False)
+        ray = ray_dashboard(folder)
+        out.print(f"{'Ray dashboard':<17} {ray or 'none: the sweep does not run now'}", markup=False)
+        out.print("Ctrl-C ends them.", markup=False)
+        keep(folder, servers)

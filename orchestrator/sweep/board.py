@@ -22,6 +22,7 @@ from orchestrator.models import load_student
 from orchestrator.models.load import Preprocessing
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.select.export import export_student
+from orchestrator.select.report.curves import val_marks
 from orchestrator.select.results import (
     as_accuracy,
     choose,
@@ -36,6 +37,7 @@ from orchestrator.select.uncertainty import lead_of, lead_sentence
 from orchestrator.spec import METRIC_NAMES, METRICS, Kind, Model, Task
 from orchestrator.store import store_at
 from orchestrator.sweep.ledger import Ledger, at_once
+from orchestrator.sweep.pictures import contact_sheets, pictures_of
 from orchestrator.sweep.run import open_sweep
 from orchestrator.trial.plan import TrialConfig
 
@@ -43,7 +45,7 @@ BASELINES = ("finetune", "linear_probe")
 
 
 def finish(folder: Path) -> None:
-    """Writes TensorBoard event files (learning curves, HParams) from the recorded rows.
+    """Writes TensorBoard event files (learning curves, HParams, pictures) from the recorded rows.
 
     The experiment's own file names every knob of every method: TensorBoard shows the columns that it names.
     """
@@ -59,6 +61,8 @@ def finish(folder: Path) -> None:
     every = {name: value for row in rows for name, value in _choices(row).items()}
     with SummaryWriter(str(root), write_to_disk=True) as writer:
         writer.file_writer.add_summary(hparams(every, dict.fromkeys(_results(rows), 0.0))[0])
+        for name, picture in contact_sheets(folder):
+            writer.add_image(name, picture, 0, dataformats="HWC")
     for row in rows:
         target = root / f"{row['trial_id']}-{row['method']}"
         if target.exists():
@@ -74,6 +78,10 @@ def finish(folder: Path) -> None:
                 for part, value in point.items():
                     if part != "step":
                         writer.add_scalar(f"train/{part}", value, int(point["step"]))
+            for share, value in val_marks(folder, row["trial_id"]):
+                writer.add_scalar("val/by_percent_of_budget", value, round(100 * share))
+            for name, picture in pictures_of(folder / row["student_path"]) if row["student_path"] else ():
+                writer.add_image(name, picture, row["optimizer_steps"], dataformats="HWC")
 
 
 def _choices(row: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import planned_excess
 from orchestrator.trial.plan import Cell, feasible_cells
 
+RAY_DASHBOARD = ".ray-dashboard"  # where it is, while a sweep runs
+
 
 @dataclass
 class Prepared:
@@ -289,7 +291,7 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
     for entry in spec.teachers:
         load_network(entry, "teacher")  # unreadable weights end the sweep here, before a trial is paid for
     check_study(spec)
-    start_ray(spec.train.threads)
+    ray_dashboard = start_ray(spec.train.threads)
     check_nodes(spec)
     device = device_of(spec)
     if device == "cpu" and spec.latency.device == "cuda":
@@ -306,7 +308,10 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
     )
     study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
     try:
+        if ray_dashboard is not None:
+            (folder / RAY_DASHBOARD).write_text(ray_dashboard, encoding="utf-8")
         run_search(context, study, on_event)
     finally:
+        (folder / RAY_DASHBOARD).unlink(missing_ok=True)
         for scratch in (".tune", ".train"):
             shutil.rmtree(folder / scratch, ignore_errors=True)

@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from methods.knobs import Choice, Range
-from orchestrator.spec import SweepSpec
+from orchestrator.spec import METRICS, SweepSpec
 from orchestrator.sweep.earlier import earlier, starts
 from orchestrator.sweep.space import Space, default_knobs, grid, sample
 from orchestrator.sweep.study_storage import Result, StudyPlace
@@ -236,7 +236,8 @@ class Study:
             storage.set_trial_system_attr(trial_id, f"constraints:{metric}", over)
         storage.set_trial_user_attr(trial_id, "status", row["status"])
         storage.set_trial_user_attr(trial_id, "reason", row.get("reason", ""))
-        for metric in ("val_metric", "params_total", "latency_ms"):
+        storage.set_trial_user_attr(trial_id, "trial", row.get("trial_id", ""))
+        for metric in METRICS:
             storage.set_trial_user_attr(trial_id, metric, json.loads(json.dumps(row.get(metric))))
         self._study.tell(frozen.number, values if state is TrialState.COMPLETE else None, state=state)
 

@@ -11,6 +11,7 @@ import os
 import time
 import urllib.parse
 import uuid
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,13 +164,9 @@ class StudyPlace:
         """
         path = self.folder / FILES[self.kind]
         if self.database is None:
-            storage: BaseStorage
             if self.kind == "journal":
                 _mend(path)
-                storage = JournalStorage(JournalFileBackend(str(path)))
-            else:
-                storage = RDBStorage(URL.create("sqlite", database=str(path)).render_as_string())
-            return self._study(storage, self.spec.name)
+            return self._study(self._in_file(path), self.spec.name)
         if not path.exists():
             text = json.dumps({"name": f"{self.spec.name}-{uuid.uuid4().hex}"})
             at_once(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -183,14 +180,36 @@ class StudyPlace:
             )
         return self._study(storage, name)
 
+    def look(self) -> BaseStorage:
+        """The storage of a study that its driver may be working with: nothing is made or mended.
+
+        Raises:
+            UserError: if nothing was proposed yet.
+        """
+        path = self.folder / FILES[self.kind]
+        if not path.exists():
+            raise UserError(f"The sweep {str(self.folder)!r} has no study yet: there is no {path.name}.")
+        return self.database.storage() if self.database is not None else self._in_file(path)
+
+    def _in_file(self, path: Path) -> BaseStorage:
+        if self.kind == "journal":
+            return JournalStorage(JournalFileBackend(str(path)))
+        return RDBStorage(URL.create("sqlite", database=str(path)).render_as_string())
+
     def _study(self, storage: BaseStorage, name: str) -> optuna.Study:
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name=name,
             storage=storage,
             load_if_exists=True,
             directions=["maximize" if o.direction == "max" else "minimize" for o in self.spec.objectives],
             pruner=optuna.pruners.NopPruner(),
         )
+        names = [o.metric for o in self.spec.objectives]
+        if study.metric_names != names:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(names)
+        return study
 
     def patiently(self, work: Callable[[], Result], reopen: Callable[[], None], patience_s: float) -> Result:
         """`work()`; after a lost connection `reopen()` and `work()` again, later and later.

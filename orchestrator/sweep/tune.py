@@ -240,10 +240,14 @@ def _scheduler(context: SweepContext) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def start_ray(threads: int) -> None:
-    """Joins the cluster that RAY_ADDRESS names (a submitted job has it), or starts one on this machine."""
+def start_ray(threads: int) -> str | None:
+    """Joins the cluster that RAY_ADDRESS names (a submitted job has it), or starts one on this machine.
+
+    Returns:
+        Where its dashboard is, `host:port`; None: not known, or this process had joined already.
+    """
     if ray.is_initialized():
-        return
+        return None
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # rows and event files are our own
@@ -264,9 +268,10 @@ def start_ray(threads: int) -> None:
     elif ":" in address and "://" not in address:
         variables["RAY_ADDRESS"] = address
     try:
-        ray.init(address=address, runtime_env={"env_vars": variables}, **options)
+        context = ray.init(address=address, runtime_env={"env_vars": variables}, **options)
     finally:
         os.environ.pop("RAY_GCS_SERVER_PORT", None)
+    return getattr(context, "dashboard_url", None) or None
 
 
 def _free_port() -> int:
