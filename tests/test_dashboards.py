@@ -118,6 +118,7 @@ def test_both_are_what_a_person_sees(urls: dict[str, str]) -> None:
         board.shot("tensorboard_hparams")
         optuna = Watched(browser)
         optuna.page.goto(urls["optuna-dashboard"] + "/dashboard/studies/0/trials")
+        optuna.page.get_by_text("Trial 2", exact=True).first.click(timeout=60_000)
         optuna.page.get_by_text("kd.temperature").first.wait_for(timeout=60_000)
         optuna.shot("optuna_dashboard")
         for watched in (board, optuna):
@@ -126,21 +127,22 @@ def test_both_are_what_a_person_sees(urls: dict[str, str]) -> None:
 
 
 def test_the_command_prints_addresses_and_ends_its_tools_on_ctrl_c(swept: Path) -> None:
-    ports = free_port(), free_port()
+    port = free_port()
+    options = ["--only", "tensorboard", "--tensorboard-port", str(port)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", "dashboard", str(swept), "--only", "tensorboard", "--tensorboard-port", str(ports[0])],
+        [sys.executable, "-m", "orchestrator", "dashboard", str(swept), *options],
         stdout=subprocess.PIPE,
         text=True,
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
     )
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]
-    assert lines[0].split() == ["TensorBoard", f"http://{HOST}:{ports[0]}"]
+    assert lines[0].split() == ["TensorBoard", f"http://{HOST}:{port}"]
     assert "the sweep does not run now" in lines[1]
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((HOST, ports[0]), timeout=5)
+        socket.create_connection((HOST, port), timeout=5)
 
 
 def test_the_address_of_rays_dashboard_is_told_while_it_answers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from enum import Enum
 from pathlib import Path
@@ -68,7 +69,8 @@ def dashboard(
     from orchestrator.sweep.dashboards import TOOLS, keep, ray_dashboard, serving
 
     tools = [only.value] if only else list(TOOLS)
-    with serving(folder, tools, {"tensorboard": tensorboard_port, "optuna": optuna_port}) as servers:
+    ports = {"tensorboard": tensorboard_port, "optuna": optuna_port}
+    with contextlib.suppress(KeyboardInterrupt), serving(folder, tools, ports) as servers:
         for server in servers:
             out.print(f"{server.name:<17} {server.url}", markup=False)
         ray = ray_dashboard(folder)

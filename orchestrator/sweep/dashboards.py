@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -51,7 +51,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(folder: Path, tools: Sequence[str], ports: dict[str, int | None]) -> Iterator[list[Server]]:
-    """Starts tools and ends them.
+    """Starts tools and ends them; SIGTERM is then like Ctrl-C.
 
     Args:
         folder: the sweep's.
@@ -80,6 +80,7 @@ def serving(folder: Path, tools: Sequence[str], ports: dict[str, int | None]) ->
     servers: list[Server] = []
     with contextlib.ExitStack() as stack:
         stack.callback(_end, servers)
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _stop))
         for tool in tools:
             name, usual = TOOLS[tool]
             port = _port(tool, ports.get(tool), usual)
@@ -153,30 +154,24 @@ def ray_dashboard(folder: Path) -> str | None:
     return f"http://{address}" if port.isdigit() and _answers(host, int(port)) else None
 
 
-def keep(folder: Path, servers: list[Server], until: Callable[[], bool] = lambda: False) -> None:
-    """Shows trials as they end, until Ctrl-C, SIGTERM or `until()`.
+def keep(folder: Path, servers: list[Server]) -> None:
+    """Shows trials as they end, until it is interrupted.
 
     Raises:
         WorkError: if a tool ends by itself.
     """
+    ledger, shown, looked = Ledger(folder), -1, time.monotonic()
+    while True:
+        gone = [server for server in servers if server.process.poll() is not None]
+        if gone:
+            raise WorkError(f"{listed(s.name for s in gone)} ended by itself: {_last_line(gone[0])}")
+        if time.monotonic() - looked >= REFRESH_S:
+            done = sum(row["status"] in FINAL for row in ledger.rows())
+            if shown not in (-1, done):
+                finish(folder)
+            shown, looked = done, time.monotonic()
+        time.sleep(0.2)
 
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        ledger, shown, looked = Ledger(folder), -1, time.monotonic()
-        while not until():
-            gone = [server for server in servers if server.process.poll() is not None]
-            if gone:
-                raise WorkError(f"{listed(s.name for s in gone)} ended by itself: {_last_line(gone[0])}")
-            if time.monotonic() - looked >= REFRESH_S:
-                done = sum(row["status"] in FINAL for row in ledger.rows())
-                if shown not in (-1, done):
-                    finish(folder)
-                shown, looked = done, time.monotonic()
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -19,7 +19,8 @@ from orchestrator.evaluate.details import FILE
 from orchestrator.select.report import Gathered, Importance, Study, gather, html, markdown, table
 from orchestrator.select.report.gather import knobs_of
 from orchestrator.select.report.page import shown
-from orchestrator.select.results import choose, margin_note, numbers, read_trials
+from orchestrator.select.results import margin_note, numbers, read_trials, top
+from orchestrator.select.uncertainty import lead_of, lead_sentence
 from orchestrator.spec import METRIC_NAMES, SweepSpec
 from orchestrator.sweep.board import against_baseline, spread
 from orchestrator.sweep.ledger import Ledger, at_once
@@ -114,10 +115,12 @@ def _study(folder: Path, spec: SweepSpec, frame: pd.DataFrame) -> Study:
 def _recommendation(folder: Path, spec: SweepSpec, frame: pd.DataFrame) -> tuple[str | None, list[str]]:
     """By the sweep's first objective, as `best` chooses; the test images are not read, only what is known of them."""
     first = spec.objectives[0]
+    kept = spec.limits.given
     try:
-        row = choose(frame, first.metric, first.direction)
+        best = top(frame, first.metric, first.direction, kept)
     except UserError as error:
         return None, [str(error)]
+    row = best.iloc[0]
     trial, kind = str(row["trial_id"]), spec.task.kind
     networks = " → ".join(n for n in (row["teacher"], row["student"]) if isinstance(n, str))
     objective = "" if first.metric == "val_metric" else f", the best {first.metric}"
@@ -135,9 +138,16 @@ def _recommendation(folder: Path, spec: SweepSpec, frame: pd.DataFrame) -> tuple
     else:
         sentences.append("The test images were not read for it: `best` reads them once.")
     images = int(_read(folder / str(row["student_path"]) / FILE).get("images", 0))
+    if kept:
+        sentences.append(f"It keeps the sweep's limits: {listed(f'{m} {v:g}' for m, v in kept.items())}.")
     if images:
-        note = margin_note(frame, row, first.metric, images, kind=kind)
-        sentences += [note] if note else []
+        lead = first.metric == "val_metric" and len(best) > 1
+        if lead:
+            second = best.iloc[1]
+            sentences.append(lead_sentence(row, second, lead_of(folder, row, second, images, kind)))
+        if not lead or best.iloc[1]["method"] == row["method"]:  # the best of another method is then a further one
+            note = margin_note(frame, row, first.metric, images, kept, kind)
+            sentences += [note] if note else []
         sentences += against_baseline(frame, row, images, kind)
     return trial, sentences
 

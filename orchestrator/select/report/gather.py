@@ -24,6 +24,8 @@ AXES = {
     "params_total": "parameters",
     "latency_ms": "latency, ms",
     "flops": "FLOPs of an image",
+    "memory_mb": "peak memory, MB",
+    "model_mb": "file, MB",
     "device_seconds": "device-seconds",
 }
 DETAILED = 24  # trials whose results by class are shown
@@ -76,7 +78,7 @@ class Gathered:
 
     Attributes:
         board: all rows in the leaderboard's order with `rank` and `pareto`.
-        fronts: by metric of `AXES`, the trials on the front of the val metric and it, best first.
+        fronts: by measured metric of `AXES`, the trials on the front of the val metric and it, best first.
         best: the best complete trial of each method, best first.
         costs: by what became of the trials, by method, and in all.
         curves: by trial, parts of the loss and marks of the val metric.
@@ -112,7 +114,8 @@ def gather(folder: Path, spec: SweepSpec, frame: pd.DataFrame, study: Study, mad
     board = leaderboard(frame, spec.objectives)
     complete = board[board["status"] == "complete"]
     best = complete.drop_duplicates("method") if len(complete) else complete
-    fronts = {m: pareto(frame, [Objective(), Objective(metric=m)]) if len(complete) else [] for m in AXES}
+    measured = [m for m in AXES if len(complete) and not np.isnan(numbers(complete, m)).all()] or ["params_total"]
+    fronts = {m: pareto(frame, [Objective(), Objective(metric=m)]) if len(complete) else [] for m in measured}
     curves = {}
     for _, row in board.iterrows():
         curve = {"losses": losses(folder, row), "val": val_marks(folder, str(row["trial_id"]))}

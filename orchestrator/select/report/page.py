@@ -34,6 +34,8 @@ COLUMNS = {
     "flops": "MFLOPs",
     "latency_ms": "latency, ms",
     "latency_iqr_ms": "IQR, ms",
+    "memory_mb": "memory, MB",
+    "model_mb": "file, MB",
     "optimizer_steps": "steps",
     "images_seen": "images seen",
     "device_seconds": "device-s",
@@ -43,7 +45,7 @@ COLUMNS = {
     "reason": "reason",
 }
 TEXTS = ("trial_id", "method", "teacher", "student", "status", "reason")
-OPTIONAL = ("val_sd", "reason")  # left out where no row has one
+OPTIONAL = ("val_sd", "memory_mb", "model_mb", "reason")  # left out where no row has one
 CLASS_TITLES: dict[Kind, tuple[str, str]] = {
     "classification": ("recall", "precision"),
     "multilabel": ("AUROC", ""),
@@ -69,7 +71,7 @@ def html(found: Gathered) -> str:
         script=Markup(script),
         script_hash=f"sha256-{digest}",
         data=Markup(_json_in_html(_charts(found))),
-        axes=AXES,
+        axes={m: AXES[m] for m in found.fronts},
         columns=[{"key": k, "title": t, "number": k not in TEXTS} for k, t in _columns(board).items()],
         rows=[_row(row, _columns(board)) for row in board.to_dict("records")],
         methods=sorted(board["method"].unique()),
@@ -101,7 +103,7 @@ def _charts(found: Gathered) -> dict[str, Any]:
     export = next((c for _, c in found.study.commands if " export " in c), "")
     return {
         "metric": found.metric,
-        "axes": AXES,
+        "axes": {m: AXES[m] for m in found.fronts},
         "fronts": found.fronts,
         "recommended": found.study.recommended,
         "curves": found.curves,
@@ -130,7 +132,7 @@ def shown(value: float, key: str, like: Any = None) -> str:
         return real(value, 4)
     if key == "flops":
         return significant(value / 1e6)
-    if key in ("latency_ms", "latency_iqr_ms"):
+    if key in ("latency_ms", "latency_iqr_ms", "memory_mb", "model_mb"):
         return significant(value, like)
     if key in ("device_seconds", "store_seconds_saved", "store_seconds_paid"):
         return real(value, 1)
@@ -150,7 +152,8 @@ def _row(row: Mapping[Any, Any], columns: Mapping[str, str]) -> dict[str, Any]:
             )
         else:
             blank = row["status"] != "complete" and key in ("params_total", "params_trained", "flops") and not row[key]
-            cells.append(cell(None if blank else row[key], key, row["latency_ms"]))
+            like = row["latency_ms"] if key == "latency_iqr_ms" else None
+            cells.append(cell(None if blank else row[key], key, like))
     knobs = json.dumps(knobs_of(row), sort_keys=True)
     return {
         "id": row["trial_id"],
@@ -216,7 +219,7 @@ def cost_sentences(found: Gathered) -> list[str]:
             f"Sharing saved {real(saved, 1)} seconds{share}; {count(shared)} teacher forwards were read instead of "
             f"made, {count(whole['teacher_forwards'])} were made."
         )
-    for status, words in (("failed", "failed"), ("pruned", "stopped early")):
+    for status, words in (("failed", "failed"), ("pruned", "stopped early"), ("infeasible", "beyond a limit")):
         if status in by:
             spent = by[status]["device_seconds"]
             share = f" ({spent / total:.0%})" if total else ""
