@@ -161,11 +161,16 @@ def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     if not as_json:
         _tell(prepared)
     lines: Callable[[str], None] | None = None if as_json else (lambda line: out.print(line, markup=False))
-    from orchestrator.sweep.live import TrialLines
+    from orchestrator.sweep.live import LiveScreen, TrialLines
 
     # Ray prints what happens to its processes; with --json nothing but JSON may be on stdout.
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        run(prepared, folder, TrialLines(folder, prepared.spec, lines))
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout), contextlib.ExitStack() as stack:
+        if out.is_terminal and not as_json:
+            shown = LiveScreen(folder, prepared.spec, out)
+            stack.callback(shown.close)
+            run(prepared, folder, shown)
+        else:
+            run(prepared, folder, TrialLines(folder, prepared.spec, lines))
         finish(folder)
     frame = read_trials(folder)
     if as_json:

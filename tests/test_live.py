@@ -1,0 +1,116 @@
+"""The screen of a running sweep: states, best, front, store, device-seconds and an estimate, in few lines."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from small import small_spec
+
+from orchestrator.spec import SweepSpec
+from orchestrator.sweep.ledger import Ledger
+from orchestrator.sweep.live import Estimate, LiveScreen, TrialLines, screen
+from orchestrator.trial.plan import Cell, TrialConfig
+from orchestrator.trial.run import blank_row
+
+
+def made_up(spec: SweepSpec, number: int, status: str, **values: Any) -> dict[str, Any]:
+    blank = blank_row(spec, TrialConfig(f"t{number:04d}", number, Cell("kd", 0, 0), {}, 0))
+    return blank | {"status": status, "ended": float(number)} | values
+
+
+def some(spec: SweepSpec) -> list[dict[str, Any]]:
+    done = {"params_total": 2000, "flops": 3_000_000, "latency_ms": 1.5, "store_hits": 3, "store_misses": 1}
+    return [
+        made_up(spec, 0, "complete", val_metric=0.7, **done | {"params_total": 1000}, device_seconds=10.0),
+        made_up(spec, 1, "complete", val_metric=0.9, **done, device_seconds=20.0, store_seconds_saved=7.0),
+        made_up(spec, 2, "complete", val_metric=0.6, **done),
+        made_up(spec, 3, "failed", reason="[red]it broke[/red]\nbadly"),
+        made_up(spec, 4, "pruned", reason="stopped by asha"),
+        made_up(spec, 5, "running"),
+    ]
+
+
+def text_of(shown: Any, width: int = 100) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(shown)
+    return stream.getvalue()
+
+
+def test_one_screen_says_all_of_a_running_sweep(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path, search={"trials": 8})
+    rows = some(spec)
+    text = text_of(screen(spec, rows, {rows[5]["config"]: 0.25}, 100, 3 * 3600 + 300))
+    for part in (
+        "5/8 trials",
+        "about 3 h 05 min left",
+        "3 complete, 1 running, 1 pruned and 1 failed.",
+        "30 device-seconds",
+        "9 hits (75%), 7 s saved",
+        "front of val_metric and params_total (2 trials)",
+        "25%",
+        "[red]it broke[/red] badly",
+    ):
+        assert part in text, (part, text)
+    lines = text.splitlines()
+    best = [line.split()[:2] for line in lines if " 2000 " in line or " 1000 " in line]
+    assert best == [["*", "t0001"], ["*", "t0000"], ["t0002", "kd"]]
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_screen_of_nothing_and_of_nothing_complete(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path)
+    assert "No trial yet." in text_of(screen(spec, [], {}, 0, None))
+    text = text_of(screen(spec, some(spec)[3:], {}, 5, None), 60)
+    assert "No trial is complete yet." in text
+    assert "the end is not known yet" in text
+
+
+def test_the_estimate_goes_by_the_pace_of_this_life_and_the_budget(colours: Path, tmp_path: Path) -> None:
+    estimate = Estimate(tmp_path, small_spec(colours, tmp_path, search={"trials": 10}), before=4)
+    assert estimate.left(4) is None
+    estimate.started = time.time() - 60
+    assert estimate.left(6) == pytest.approx(4 * 30, abs=2)
+    assert estimate.left(10) == 0
+    (tmp_path / "clock.json").write_text('{"seconds": 900}')
+    bounded = Estimate(tmp_path, small_spec(colours, tmp_path, search={"trials": 10, "time_budget_s": 1000}), before=4)
+    bounded.started = time.time() - 60
+    assert bounded.left(6) == pytest.approx(40, abs=2)
+
+
+class Trial:
+    def __init__(self, config: str, progress: float) -> None:
+        self.config, self.last_result = {"trial": config}, {"progress": progress}
+
+
+def test_the_live_screen_is_drawn_from_the_ledger_and_taken_away(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path, search={"trials": 8})
+    ledger, rows, stream = Ledger(tmp_path / "s"), some(spec), io.StringIO()
+    shown = LiveScreen(tmp_path / "s", spec, Console(file=stream, force_terminal=True, width=100, height=40))
+    for row in rows:
+        ledger.write(row)
+    shown.on_step_end(0, [Trial(rows[5]["config"], 62.5)])
+    shown.close()
+    assert "5/8 trials" in stream.getvalue()
+    assert "62%" in stream.getvalue()
+    assert pickle.loads(pickle.dumps(shown)).live is None
+
+
+def test_lines_come_once_for_each_trial_that_ended(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path, search={"trials": 8})
+    ledger, rows = Ledger(tmp_path / "s"), some(spec)
+    lines: list[str] = []
+    ledger.write(rows[0])
+    shown = TrialLines(tmp_path / "s", spec, lines.append)
+    for row in rows[1:]:
+        ledger.write(row)
+    shown.on_step_end(0, [])
+    shown.on_step_end(1, [])
+    assert [line.split()[:2] for line in lines] == [[f"{n}/8", f"t000{n - 1}"] for n in (2, 3, 4, 5)]
+    assert "val 0.900," in lines[0]
