@@ -170,7 +170,9 @@ def _best(frame: pd.DataFrame, spec: SweepSpec) -> RenderableType:
     plane = spec.objectives if len(spec.objectives) > 1 else [first, Objective(metric="params_total")]
     front = set(pareto(frame, plane))
     names = " and ".join(dict.fromkeys(o.metric for o in plane))
-    table = _table(f"Best so far by {first.metric}; * on the front of {names} ({len(front)} trials)")
+    table = _table(
+        f"Best so far by {first.metric}; * on the front of {names} ({len(front)} trial{'' if len(front) == 1 else 's'})"
+    )
     for name in ("", "trial", "method", "networks"):
         table.add_column(name, no_wrap=True)
     for name in ("val", "params", "MFLOPs", "latency ms"):
