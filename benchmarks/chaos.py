@@ -119,6 +119,7 @@ class Machine:
         self.environment |= {"OMP_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}
         self.address = f"127.0.0.1:{free_port()}"
         self.count = 0
+        self.trouble: Exception | None = None
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         port = self.address.split(":")[1]
         head = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=true"]
@@ -146,10 +147,11 @@ class Machine:
             )
 
     def add(self) -> str:
-        """Starts another node; it joins some seconds later."""
+        """Starts another node and waits until it runs: two that start at once on one machine take the same sockets."""
         self.count += 1
         name = f"node{self.count}"
         self.nodes[name] = self._start(name, [f"--address={self.address}", f"--num-cpus={self.cpus}"])
+        self._wait(lambda: "Ray runtime started" in (self.logs / f"{name}.log").read_text())
         return name
 
     def _joined(self) -> int:
@@ -160,7 +162,8 @@ class Machine:
                     return -1
             try:
                 ray.init(self.address, log_to_driver=False, logging_level="ERROR")
-            except Exception:  # the head is not ready
+            except Exception as error:  # the head is not ready
+                self.trouble = error
                 return -1
         return sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
 
@@ -168,7 +171,7 @@ class Machine:
         deadline = time.monotonic() + 120
         while not condition():
             if time.monotonic() > deadline or self.head.poll() is not None:
-                raise TimeoutError(f"The cluster did not start; see {self.logs}.")
+                raise TimeoutError(f"The cluster did not start; see {self.logs}.") from self.trouble
             time.sleep(0.2)
 
     def processes(self, node: str | None = None) -> dict[int, str]:
@@ -238,6 +241,7 @@ class Ordeal:
         self.plan = list(zip(kills, marks, strict=True))
         self.kills: list[Kill] = []
         self.wounds: dict[str, int] = {}  # kills by trial
+        self.writers: dict[str, int | None] = {}  # processes by what they write
         self.finals: dict[str, float] = {}  # when a trial ended, as first seen
         self.lost: set[str] = set()
         self.repeated: set[str] = set()
@@ -320,15 +324,21 @@ class Ordeal:
 
     def _worker(self) -> str:
         workers = [pid for pid, line in self.machine.processes().items() if "RayTrainWorker" in line]
-        lately = sum(kill.kind == "worker" for kill in self.kills[-SPARED:])
-        if not workers or (lately == SPARED and not self.finals):
+        # A group that dies three times ends its trial with a reason: twice, then not before another trial has ended.
+        recent = [kill.ended for kill in self.kills if kill.kind == "worker"][-SPARED:]
+        if not workers or recent.count(len(self.finals)) == SPARED:
             return ""
         pid = self.dice.choice(workers)
         send(pid, signal.SIGKILL)
         return f"a training worker (process {pid})"
 
+    def _busy(self) -> list[str]:
+        """Nodes on which a trial runs."""
+        running = {pid for _, pid in self._running()}
+        return sorted(name for name in self.machine.nodes if running & set(self.machine.processes(name)))
+
     def _node(self) -> str:
-        busy = sorted(name for name in self.machine.nodes if any("ray::" in x for x in self._lines(name)))
+        busy = self._busy()
         if not busy:
             return ""
         name = self.dice.choice(busy)
@@ -338,12 +348,8 @@ class Ordeal:
         self.later.append((time.monotonic() + self.dice.uniform(1, 6), self.machine.add))
         return f"{name} with {count} processes"
 
-    def _lines(self, node: str) -> list[str]:
-        return list(self.machine.processes(node).values())
-
     def _frozen(self) -> str:
-        running = {pid for _, pid in self._running()}
-        busy = sorted(name for name in self.machine.nodes if running & set(self.machine.processes(name)))
+        busy = self._busy()
         if not busy:
             return ""
         name = self.dice.choice(busy)
@@ -378,21 +384,32 @@ class Ordeal:
     def _publisher(self) -> str:
         """Looks out for an entry that lies written beside the store, and stops its writer before it is published."""
         store = self.folder.parent / "store"
-        until = time.monotonic() + 20
+        until = time.monotonic() + 2  # then the driver is looked at again
         while time.monotonic() < until and self.driver.poll() is None:
-            for written in store.glob(".tmp/*/*"):
-                address = written.parent.name.rpartition("-")[0]
-                pid = self._holder(store / ".locks" / f"{address}.lock")
-                if pid is None or pid == self.driver.pid:
+            for begun in store.glob(".tmp/*"):
+                address = begun.name.rsplit("-", 2)[0]  # what follows is its machine and a random word
+                if begun.name not in self.writers:  # known before it writes: then it is quick
+                    self.writers[begun.name] = self._holder(store / ".locks" / f"{address}.lock")
+                pid = self.writers[begun.name]
+                if pid is None or pid == self.driver.pid or not _holds_files(begun):
                     continue
                 send(pid, signal.SIGSTOP)
-                if written.exists():
+                if _holds_files(begun) and self._may_die(pid):
                     send(pid, signal.SIGKILL)
-                    return f"process {pid}, which had written {written.name} of {address.rpartition('-')[0]}"
+                    return f"process {pid}, which had written {address.rpartition('-')[0]} and not published it"
                 send(pid, signal.SIGCONT)
             self._look()
-            time.sleep(0.001)
+            time.sleep(0.0005)
         return ""
+
+    def _may_die(self, pid: int) -> bool:
+        """Whether the trial of a process may be killed once more; counts it."""
+        trial = next((one for one, process in self._running() if process == pid), None)
+        if trial is not None:
+            if self.wounds.get(trial, 0) >= SPARED:
+                return False
+            self.wounds[trial] = self.wounds.get(trial, 0) + 1
+        return True
 
     def _holder(self, lock: Path) -> int | None:
         """The process of ours that holds a lock."""
@@ -403,6 +420,13 @@ class Ordeal:
                     if os.readlink(handle) == str(lock) and "\nlock:" in held.read_text():
                         return pid
         return None
+
+
+def _holds_files(folder: Path) -> bool:
+    try:
+        return any(folder.iterdir())
+    except FileNotFoundError:  # it is published
+        return False
 
 
 def sweep_file(storage: Path, trials: int, workers: int, seed: int, steps: int) -> dict[str, Any]:
@@ -438,8 +462,9 @@ def left_over(machine: Machine, folder: Path, outcome: Outcome) -> None:
 
 
 def _at_work(line: str) -> bool:
-    """Whether a process does something for a sweep; an idle one waits in Ray's own pool, and is Ray's to keep."""
-    return "-m orchestrator" in line or (line.startswith("ray::") and not line.startswith("ray::IDLE"))
+    """Whether a process does something for a sweep; Ray's agents, and idle ones in its pool, are Ray's to keep."""
+    own = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    return "-m orchestrator" in line or (line.startswith("ray::") and not line.startswith(own))
 
 
 def compare(calm: Path, wild: Path) -> list[str]:
@@ -455,7 +480,7 @@ def compare(calm: Path, wild: Path) -> list[str]:
 
 
 def ordeal(
-    seed: int, kinds: list[str], *, trials: int = 20, workers: int = 1, steps: int = 60, nodes: int = 3, cpus: int = 2
+    seed: int, kinds: list[str], *, trials: int = 20, workers: int = 1, steps: int = 300, nodes: int = 3, cpus: int = 2
 ) -> Outcome:
     """One undisturbed sweep and one under these kills, on a cluster of its own.
 
@@ -505,7 +530,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="in all, spread evenly over the kinds")
     parser.add_argument("--kinds", default="trial,node,driver,publisher", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--workers", type=int, default=1, help="a trial's training workers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to which the outcome is added")
@@ -514,6 +539,9 @@ def main() -> int:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         parser.error(f"--kinds: {', '.join(unknown)}: allowed are {', '.join(KINDS)}")
+    if "CHAOS_AGAIN" not in os.environ:  # Ray reads what its clusters ask for when it is imported: a token of our own
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex, "CHAOS_AGAIN": "1"}
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.chaos", *sys.argv[1:]], os.environ | token)
     plan = [kinds[i % len(kinds)] for i in range(options.kills)]
     outcome = ordeal(options.seed, plan, trials=options.trials, workers=options.workers, steps=options.steps)
     known = json.loads(options.out.read_text()) if options.out and options.out.exists() else []

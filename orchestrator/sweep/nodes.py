@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from orchestrator.spec import SweepSpec
 from orchestrator.store import check_remote
 
 WAIT_S = 60.0  # for a node's answer
+GONE_S = 15.0  # for the cluster to notice that a node died
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,25 @@ def storage_findings(spec: SweepSpec, wait_s: float = WAIT_S) -> list[NodeFindin
                 try:
                     reason = ray.get(reference) or _written(probe, node["NodeID"])
                 except ray.exceptions.RayError as error:
-                    reason = f"its task failed ({type(error).__name__})"
+                    reason = "" if _gone(node["NodeID"]) else f"its task failed ({type(error).__name__})"
             if reason:
                 findings.append(NodeFinding(node["NodeManagerAddress"], reason))
         return findings
     finally:
         for file in folder.glob(f"{probe.name}*"):
             file.unlink(missing_ok=True)
+
+
+def _gone(node: str) -> bool:
+    """Whether a node has died, which is no fault of the storage; the cluster takes seconds to notice."""
+    import ray
+
+    deadline = time.monotonic() + GONE_S
+    while any(one["NodeID"] == node and one["Alive"] for one in ray.nodes()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def check_nodes(spec: SweepSpec) -> None:
