@@ -12,7 +12,8 @@ Each run is the same sweep twice, with a store of its own each: undisturbed, and
     frozen     a node that stands still until it is given up for dead and its trials run elsewhere, and then comes back
 
 Kills are SIGKILL, in an order that the seed decides, each when a share of the trials has ended that the seed decides.
-Only processes that carry this run's mark in their environment are ever signalled: those that it started.
+Only processes that this run started are ever signalled: those that carry its mark in their environment, and their
+children.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Machine:
         self.address = f"127.0.0.1:{free_port()}"
         self.count = 0
         self.trouble: Exception | None = None
+        self.known: dict[int, tuple[str, str]] = {}  # processes of ours: when each started, on which node
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         port = self.address.split(":")[1]
         head = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=true"]
@@ -175,8 +177,33 @@ class Machine:
             time.sleep(0.2)
 
     def processes(self, node: str | None = None) -> dict[int, str]:
-        """Living processes with the mark (on one node), by id, with their command lines; not this one."""
-        return dict(marked(self.mark, node))
+        """Living processes of this machine (on one node), by id, with their command lines."""
+        found: dict[int, tuple[str, str, str]] = {}  # command line, start, node
+        parents, strangers = {}, {}
+        for pid, parent, start, line, variables in living():
+            parents[pid] = parent
+            known = self.known.get(pid, ("", ""))
+            if f"{MARK}={self.mark}" in variables:
+                where = next((v.partition("=")[2] for v in variables if v.startswith("CHAOS_NODE=")), known[1])
+                found[pid] = (line, start, where)
+            elif known[0] == start:
+                found[pid] = (line, start, known[1])
+            else:
+                strangers[pid] = (line, start, "")
+        # A process that names itself writes over its environment. Its parent tells whose it is, and is remembered.
+        grown = True
+        while grown:
+            children = {pid: one for pid, one in strangers.items() if parents.get(pid) in found}
+            grown = bool(children)
+            for pid, (line, start, _) in children.items():
+                found[pid] = (line, start, found[parents[pid]][2])
+                del strangers[pid]
+        found.pop(os.getpid(), None)
+        for pid, (line, start, where) in found.items():
+            if not where and parents[pid] in found:
+                found[pid] = (line, start, found[parents[pid]][2])
+        self.known = {pid: (start, where) for pid, (_, start, where) in found.items()}
+        return {pid: line for pid, (line, _, where) in found.items() if node in (None, where)}
 
     def kill(self, node: str, how: int = signal.SIGKILL) -> None:
         """Signals every process of a node."""
@@ -210,17 +237,18 @@ def send(pid: int, how: int) -> None:
         os.kill(pid, how)
 
 
-def marked(mark: str, node: str | None = None) -> Iterator[tuple[int, str]]:
-    """Living processes that were started with this mark (and on this node)."""
-    wanted = [f"{MARK}={mark}".encode(), *([f"CHAOS_NODE={node}".encode()] if node else [])]
+def living() -> Iterator[tuple[int, int, str, str, list[str]]]:
+    """Processes that have not ended: id, parent, start, command line, environment."""
     for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):
-            variables = (folder / "environ").read_bytes().split(b"\0")
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            if line and all(one in variables for one in wanted):
-                yield int(folder.name), line
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                variables: list[str] = []
+                with contextlib.suppress(PermissionError):
+                    variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+                if fields[0] != "Z":
+                    yield int(folder.name), int(fields[1]), fields[19], line, variables
 
 
 class Ordeal:
@@ -333,9 +361,13 @@ class Ordeal:
         return f"a training worker (process {pid})"
 
     def _busy(self) -> list[str]:
-        """Nodes on which a trial runs."""
+        """Nodes on which a trial runs, or a training worker of one."""
         running = {pid for _, pid in self._running()}
-        return sorted(name for name in self.machine.nodes if running & set(self.machine.processes(name)))
+        return sorted(
+            name
+            for name in self.machine.nodes
+            if any(pid in running or "RayTrainWorker" in line for pid, line in self.machine.processes(name).items())
+        )
 
     def _node(self) -> str:
         busy = self._busy()
@@ -463,7 +495,7 @@ def left_over(machine: Machine, folder: Path, outcome: Outcome) -> None:
 
 def _at_work(line: str) -> bool:
     """Whether a process does something for a sweep; Ray's agents, and idle ones in its pool, are Ray's to keep."""
-    own = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    own = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor")
     return "-m orchestrator" in line or (line.startswith("ray::") and not line.startswith(own))
 
 
@@ -479,9 +511,7 @@ def compare(calm: Path, wild: Path) -> list[str]:
     return wrong
 
 
-def ordeal(
-    seed: int, kinds: list[str], *, trials: int = 20, workers: int = 1, steps: int = 300, nodes: int = 3, cpus: int = 2
-) -> Outcome:
+def ordeal(seed: int, kinds: list[str], *, trials: int, workers: int, steps: int, nodes: int, cpus: int = 2) -> Outcome:
     """One undisturbed sweep and one under these kills, on a cluster of its own.
 
     Args:
@@ -531,6 +561,7 @@ def main() -> int:
     parser.add_argument("--kinds", default="trial,node,driver,publisher", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="a trial's training workers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to which the outcome is added")
@@ -543,7 +574,14 @@ def main() -> int:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex, "CHAOS_AGAIN": "1"}
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.chaos", *sys.argv[1:]], os.environ | token)
     plan = [kinds[i % len(kinds)] for i in range(options.kills)]
-    outcome = ordeal(options.seed, plan, trials=options.trials, workers=options.workers, steps=options.steps)
+    outcome = ordeal(
+        options.seed,
+        plan,
+        trials=options.trials,
+        workers=options.workers,
+        steps=options.steps,
+        nodes=options.nodes,
+    )
     known = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
     known.append(asdict(outcome) | {"good": outcome.good})
     if options.out:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import math
 import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,18 +136,52 @@ class Checkpoint:
     def save(self, state: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(f".{os.getpid()}")
-        torch.save(state, temporary)
+        torch.save(state | {"digest": _digest(state)}, temporary)
         os.replace(temporary, self.path)
         if self.mirror is not None:
             self.mirror.put(self.path)
         self.saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
+        """The state, or None; a damaged file is removed with a warning, since training can begin anew."""
         if self.mirror is not None:
             self.mirror.get(self.path)
         if not self.path.is_file():
             return None
-        return torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            if state.pop("digest") == _digest(state):
+                return state
+        except FileNotFoundError:  # another rank found it damaged
+            return None
+        except Exception as error:  # what torch raises for a spoilt file is of many kinds
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which it says of one that was cut
+                raise
+        warnings.warn(f"The checkpoint {str(self.path)!r} is damaged: training begins anew.", stacklevel=2)
+        self.path.unlink(missing_ok=True)
+        return None
+
+
+def _digest(part: Any) -> str:
+    """SHA-256 of a state: torch does not notice a changed byte."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            for key in value:
+                digest.update(repr(key).encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for one in value:
+                add(one)
+        else:
+            digest.update(repr(value).encode())
+
+    add(part)
+    return digest.hexdigest()
 
 
 def _moving(learner: nn.Module) -> dict[str, Tensor]:
