@@ -90,6 +90,8 @@ def main() -> int:
         "RAY_CLOUD_INSTANCE_ID": head_id,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # A job says `python`: it must be this one, in an environment that was not activated too.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
     command = ["ray", "start", "--head", "--block", "--num-cpus=0", "--num-gpus=0", f"--port={port}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={given.dashboard_port}", f"--temp-dir={work / 'ray'}"]

@@ -81,12 +81,12 @@ def read_settings(kind: str, size: int, overrides: Sequence[str]) -> Any:
         raise UserError(explain(error, SETTINGS[kind], "--set").replace("In --set, size:", "--size:")) from None
 
 
-def store_for(where: str) -> Store:
+def store_for(where: str | Path) -> Store:
     """The store there; a new one if there is none."""
     try:
         return open_store(where)
     except UserError:
-        path = Path(where)
-        if "://" in where:
+        if "://" in str(where):
             raise
+        path = Path(where)
         return Store(path if path.name == "store" else path / "store")
