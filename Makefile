@@ -6,11 +6,12 @@ PY := $(VENV)/bin/python
 RUNS ?= runs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart test nightly lint bench clean
 
 help:
 	@echo "make quickstart   a first sweep on packaged data: offline after installation, minutes on two cores"
 	@echo "make test         lint, types, tests"
+	@echo "make nightly      the tests that make test leaves out, too"
 	@echo "make bench        a plain script beside a sweep, a bare reader beside the stream, the cost model beside runs"
 
 $(VENV)/.quickstart: pyproject.toml
@@ -39,6 +40,9 @@ lint: $(VENV)/.test
 
 test: lint
 	$(PY) -m pytest
+
+nightly: lint
+	$(PY) -m pytest -m "slow or not slow"
 
 bench: $(VENV)/.test
 	$(PY) -m benchmarks.sweep_against_plain

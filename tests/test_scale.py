@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ from benchmarks.corpora import beginning
 from benchmarks.corpora import image_corpus as image_corpus_of_clipart
 from benchmarks.scale import applied, estimates_table
 from benchmarks.streaming import throughput
+from methods.contract import Batch, Learner
 from methods.vision_language import EMBEDDING
 from orchestrator.cli import app
 from orchestrator.data.corpus import Shard, corpus_at, open_corpus
@@ -40,14 +42,16 @@ from orchestrator.data.stream import Plan, Stream, blocks_of, read_on_threads
 from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy
 from orchestrator.errors import UserError
+from orchestrator.models import load_network
 from orchestrator.models.load import Preprocessing
 from orchestrator.spec import Estimate, SweepSpec, parse_spec, read_spec
 from orchestrator.store import Entry, JoinedRecords, OpenFiles, Store, write_records
 from orchestrator.sweep.costs import Holdings, Training, costs_of, embedding_bytes, rate_of, reckon, shards_of
 from orchestrator.sweep.run import prepare
 from orchestrator.train.feed import WHOLE, Order, StreamFeeder, scattered
+from orchestrator.train.job import TrainJob
 from orchestrator.trial.context import SweepContext
-from orchestrator.trial.plan import Cell, TrialConfig
+from orchestrator.trial.plan import Cell, TrialConfig, policy_of
 from orchestrator.trial.run import run_trial
 
 SCALE = Path(__file__).parents[1] / "search_spaces" / "dime_fm_scale.yaml"
@@ -491,6 +495,78 @@ def test_when_an_embedding_actor_is_killed_only_its_shard_is_embedded_again(
     assert len(again) == 1
     assert begun[again[0]] == 2
     assert next(pid for pid, what, shard in lines() if shard == again[0] and what == "begins") == str(victim)
+
+
+def watched(job: TrainJob, log: Path) -> TrainJob:
+    """The same training by a learner that writes down who computes which step on which images, and takes its time."""
+    kind = type(job.stage.learner.__name__, (job.stage.learner,), {})
+    loss = job.stage.learner.loss
+
+    def slow(self: Learner, batch: Batch, progress: float) -> dict[str, torch.Tensor]:
+        images = hashlib.sha256(batch.images.numpy().tobytes()).hexdigest()
+        with log.open("a") as file:
+            file.write(f"{os.getpid()} {torch.distributed.get_rank()} {round(progress * job.steps)} {images}\n")
+        time.sleep(0.05)
+        return loss(self, batch, progress)
+
+    kind.loss = slow  # type: ignore[method-assign]
+    return replace(job, stage=replace(job.stage, learner=kind))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_when_a_training_worker_is_killed_the_stream_goes_on_at_the_checkpoint(
+    spec: SweepSpec, tmp_path: Path, cluster: None, rank: int
+) -> None:
+    from orchestrator.data.actors import make_on_actors
+    from orchestrator.train.group import GroupRunner
+
+    steps, log = 24, tmp_path / "log"
+    log.touch()
+    made = scaled(spec, train={"steps": steps, "batch": 12, "workers": 2, "checkpoint_s": 1e-9})
+    context = SweepContext(made, f"{made.storage}/small")
+    group = GroupRunner(context, "t0000")
+    config = TrialConfig("t0000", 0, Cell("dime_fm", 0, 0), {"texts": "sentences", "text_rule": "all"}, 0)
+    rows: list[dict[str, Any]] = []
+
+    def train() -> None:
+        def run(job: TrainJob, folder: Path, report: Any) -> dict[str, Any]:
+            return group(watched(job, log), folder, report)
+
+        rows.append(run_trial(context, config, runner=run, mapper=make_on_actors))
+
+    def lines() -> list[tuple[int, int, int, str]]:
+        found = [line.split() for line in log.read_text().splitlines() if line.count(" ") == 3]
+        return [(int(pid), int(who), int(step), images) for pid, who, step, images in found]
+
+    running = threading.Thread(target=train)
+    running.start()
+    wait_for(lambda: max((step for _, _, step, _ in lines()), default=0) >= 10, running.is_alive)
+    victim = next(pid for pid, who, _, _ in lines() if who == rank)
+    (checkpoint,) = (Path(made.storage) / "store" / ".partial").glob("*/checkpoint.pt")
+    reached = int(torch.load(checkpoint, weights_only=True)["step"])
+    os.kill(victim, signal.SIGKILL)
+    running.join(LIMIT_S)
+    (row,) = rows
+    assert row["status"] == "complete", row["reason"]
+    assert (row["teacher_forwards"], row["images_seen"]) == (100, steps * 12)
+    first = [line for line in lines() if line[0] in {pid for pid, _, step, _ in lines() if step == 0}]
+    second = [line for line in lines() if line not in first]
+    began = min(step for _, _, step, _ in second)
+    assert 0 < reached <= began <= max(step for _, _, step, _ in first) + 1
+    shards = open_corpus(str(made.corpus.images)).shards
+    preprocessing = load_network(made.students[0], "student").preprocessing
+    for who in (0, 1):
+        plan = Plan(blocks_of(shards), 0, who, 2, made.corpus.window)
+        stream = Stream(plan, shards, policy_of(made), preprocessing, read_on_threads(1, 4))
+        images = [
+            hashlib.sha256(preprocessing.normalise(torch.from_numpy(pixels)).numpy().tobytes()).hexdigest()
+            for pixels, _ in itertools.islice(stream.batches(0, 6), steps)
+        ]
+        told = {step: seen for _, one, step, seen in first if one == who}
+        assert told == {step: images[step] for step in told}
+        told = {step: seen for _, one, step, seen in second if one == who}
+        assert told == {step: images[step] for step in range(began, steps)}
 
 
 DRIVER = """
