@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +178,30 @@ class Sweep:
         from orchestrator.sweep.report import write_report
 
         return write_report(self._folder, Path(out) if out is not None else None, None, images)
+
+
+def compare(sweeps: Sequence[Sweep | str | os.PathLike[str]]) -> pd.DataFrame:
+    """Sweeps side by side, from what is recorded, as `orchestrator compare` has them.
+
+    Args:
+        sweeps: two or more, or their folders.
+
+    Returns:
+        A row for each method (and `all methods`, see `among`) in each sweep: its best trial by the val metric, trials,
+        device-seconds; and of its `group`, the sweeps that differ only in their seeds: `mean` and `sd` of their bests,
+        with the `difference` from the first group, its 95 % interval (`low`, `high`) and whether it is more than noise
+        (`certain`). `attrs` has `keys` (what differs in the files), `groups` and `sentences`.
+
+    Raises:
+        UserError: if they do not compare, naming the key that differs.
+    """
+    from orchestrator.sweep.compare import compare_sweeps
+
+    found = compare_sweeps([s.folder if isinstance(s, Sweep) else Path(s) for s in sweeps])
+    of_groups = ["mean", "sd", "difference", "low", "high", "certain"]
+    joined = found.sweeps.merge(found.table[["among", "group", *of_groups]], on=["among", "group"], how="left")
+    joined.attrs = {"keys": found.keys, "groups": found.groups, "sentences": found.sentences}
+    return joined
 
 
 def _replaced(raw: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:

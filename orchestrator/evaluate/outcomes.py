@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,23 +54,33 @@ def compare_outcomes(kind: Kind, first: Path, second: Path) -> Difference | None
     Returns:
         None where an outcome is missing (a sweep from an older version) or they are not of the same images.
     """
-    if not (first / FILE).is_file() or not (second / FILE).is_file():
+    return compare_groups(kind, [first], [second])
+
+
+def compare_groups(kind: Kind, firsts: Sequence[Path], seconds: Sequence[Path]) -> Difference | None:
+    """How much better students of `firsts` do in the mean than those of `seconds`; as `compare_outcomes` of one each.
+
+    Noise is that of the images alone: every draw is the same for all students.
+    """
+    folders = [*firsts, *seconds]
+    if not all((folder / FILE).is_file() for folder in folders):
         return None
-    a, b = load_file(first / FILE), load_file(second / FILE)
-    if {k: v.shape for k, v in a.items()} != {k: v.shape for k, v in b.items()}:
+    found = [load_file(folder / FILE) for folder in folders]
+    if any({k: v.shape for k, v in f.items()} != {k: v.shape for k, v in found[0].items()} for f in found):
         return None
+    weights = [1 / len(firsts)] * len(firsts) + [-1 / len(seconds)] * len(seconds)
     rng = np.random.default_rng(0)
     if kind == "classification":
-        gains = a["right"].astype(np.float64) - b["right"]
+        gains = np.asarray(sum(w * f["right"].astype(np.float64) for w, f in zip(weights, found, strict=True)))
         count = len(gains)
         drawn = np.array([gains[rng.integers(0, count, count)].mean() for _ in range(DRAWS)])
         value = float(gains.mean())
     else:
         metric = mean_auroc if kind == "multilabel" else mean_iou
-        count = len(a["one"])
+        count = len(found[0]["one"])
 
         def gain(rows: np.ndarray | slice) -> float:
-            return metric(a["one"][rows], a["other"][rows]) - metric(b["one"][rows], b["other"][rows])
+            return sum(w * metric(f["one"][rows], f["other"][rows]) for w, f in zip(weights, found, strict=True))
 
         drawn = np.array([gain(rng.integers(0, count, count)) for _ in range(DRAWS // 5)])
         value = gain(slice(None))

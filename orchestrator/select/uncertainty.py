@@ -64,7 +64,7 @@ def lead_of(folder: Path, first: pd.Series, second: pd.Series, images: int, kind
     value = float(first["val_metric"]) - float(second["val_metric"])
     paths = [folder / str(row["student_path"]) for row in (first, second)]
     found = compare_outcomes(kind, *paths) if all(row["student_path"] for row in (first, second)) else None
-    gains = _gains(first, second)
+    gains = paired_gains(first, second)
     quantile = 1.96
     if found is not None:
         error = found.error
@@ -82,7 +82,7 @@ def lead_of(folder: Path, first: pd.Series, second: pd.Series, images: int, kind
     )
 
 
-def _gains(first: pd.Series, second: pd.Series) -> list[float]:
+def paired_gains(first: pd.Series, second: pd.Series) -> list[float]:
     """Differences repeat by repeat; empty where there are no such pairs."""
     texts = [row.get("val_values") for row in (first, second)]
     lists = [json.loads(t) if isinstance(t, str) and t else [] for t in texts]

@@ -51,8 +51,8 @@ def write_report(folder: Path, out: Path | None, fmt: str | None, images: bool =
     """
     fmt = fmt or _format_of(out)
     path = out or folder / f"report{FORMATS[fmt]}"
-    _check_place(path)
-    _up_to_date(folder)
+    check_place(path)
+    up_to_date(folder)
     frame = read_trials(folder)
     spec = open_sweep(folder)
     made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -73,7 +73,7 @@ def write_report(folder: Path, out: Path | None, fmt: str | None, images: bool =
     }
 
 
-def _up_to_date(folder: Path) -> None:
+def up_to_date(folder: Path) -> None:
     """Makes the table anew where rows were written after it, as when the sweep runs or its driver was killed."""
     table_path, rows = folder / "trials.parquet", list((folder / "trials").glob("**/t*.json"))
     written = max((path.stat().st_mtime for path in rows), default=0.0)
@@ -94,7 +94,8 @@ def _format_of(out: Path | None) -> str:
     )
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
+    """Refuses a folder as a file, and a file in a folder that is not there."""
     if path.is_dir():
         raise UserError(f"--out: {str(path)!r} is a folder; name a file.")
     if not path.absolute().parent.is_dir():

@@ -232,7 +232,7 @@ def evaluate(
     about = entry.meta["about"]
     student = Path(context.folder) / "students" / config.trial_id
     if not (student / "student.json").is_file():
-        _keep(context, config, entry, student)
+        _keep(context, config, entry, student, val_identity(task))
     facts: dict[str, float] = {}
     if method.zero_shot:
         assert config.cell.teacher is not None
@@ -256,7 +256,12 @@ def evaluate(
     }
 
 
-def _keep(context: SweepContext, config: TrialConfig, entry: Entry, student: Path) -> None:
+def val_identity(task: TaskData) -> str:
+    """Of the val images and their labels: val metrics compare only where this is equal."""
+    return key_of([task.val.images_hash, list(task.val.labels), list(task.classes)])
+
+
+def _keep(context: SweepContext, config: TrialConfig, entry: Entry, student: Path, val: str) -> None:
     """Copies the deployed network to the sweep's `students/<trial>`, whole or not at all."""
     temporary = student.with_name(f".{config.trial_id}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -270,6 +275,7 @@ def _keep(context: SweepContext, config: TrialConfig, entry: Entry, student: Pat
             "teacher": context.spec.teachers[teacher].model if teacher is not None else None,
             "teacher_entry": context.spec.teachers[teacher].model_dump(mode="json") if teacher is not None else None,
             "config": config.to_json(),
+            "val": val,
         }
         (temporary / "student.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         shutil.rmtree(student, ignore_errors=True)

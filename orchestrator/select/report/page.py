@@ -287,36 +287,36 @@ def markdown(found: Gathered) -> str:
     """The report without charts and pictures."""
     kind = found.spec.task.kind
     blocks = [f"# {found.spec.name}", f"{found.counts}{'; still running' if found.running else ''}. Made {found.made}."]
-    blocks.append("\n".join(f"- {_plain(s)}" for s in found.study.sentences))
+    blocks.append("\n".join(f"- {plain_text(s)}" for s in found.study.sentences))
     if len(found.board):
         columns = _columns(found.board)
         rows = [[c["text"] for c in _row(r, columns)["cells"]] for r in found.board.to_dict("records")]
         blocks += [
             "## Leaderboard",
-            _grid(list(columns.values()), rows),
-            "\n".join(f"- {_plain(n)}" for n in found.notes),
+            grid(list(columns.values()), rows),
+            "\n".join(f"- {plain_text(n)}" for n in found.notes),
         ]
         front = [[r["title"], r["trial"], r["method"], r["val"]["text"], r["cost"]["text"]] for r in _front_rows(found)]
-        blocks += ["## Pareto front", _grid(["against", "trial", "method", found.metric, "costs"], front)]
+        blocks += ["## Pareto front", grid(["against", "trial", "method", found.metric, "costs"], front)]
         best = [_best(found, row) for row in found.best.to_dict("records")]
         names = ("val", "params", "flops", "latency")
         lines = [[b["method"], b["id"], *(b[n]["text"] for n in names), str(b["trials"]), b["knobs"]] for b in best]
         head = ["method", "trial", found.metric, "params", "MFLOPs", "latency, ms", "trials", "knobs"]
-        blocks += ["## The best of each method", _grid(head, lines)]
+        blocks += ["## The best of each method", grid(head, lines)]
         shares = [
             [i.among, str(i.trials), name, f"{share:.0%}"]
             for i in found.study.importances
             for name, share in i.shares.items()
         ]
         if shares:
-            blocks += ["## What mattered", _grid(["among", "trials", "choice", "share"], shares)]
+            blocks += ["## What mattered", grid(["among", "trials", "choice", "share"], shares)]
         head = ["", "trials", "device-s", "share", "store s paid", "store s saved", "teacher forwards", "shared"]
         costs = [
             [r["name"], *(c["text"] for c in r["cells"])]
             for key in ("status", "method")
             for r in _cost_rows(found)[key]
         ]
-        blocks += ["## What it cost", "\n".join(f"- {s}" for s in cost_sentences(found)), _grid(head, costs)]
+        blocks += ["## What it cost", "\n".join(f"- {s}" for s in cost_sentences(found)), grid(head, costs)]
         for details in found.details[:1]:
             titles = [t for t in CLASS_TITLES[kind] if t]
             classes = with_cells(details, kind)["cells"]
@@ -324,19 +324,20 @@ def markdown(found: Gathered) -> str:
                 [c["name"], c["images"]["text"], c["value"]["text"], c["precision"]["text"]][: 2 + len(titles)]
                 for c in classes
             ]
-            blocks += [f"## Results by class of {details['trial_id']}", _grid(["class", "images", *titles], lines)]
+            blocks += [f"## Results by class of {details['trial_id']}", grid(["class", "images", *titles], lines)]
     blocks.append("## How to reproduce")
     blocks += [f"{what}\n```\n{command}\n```" for what, command in found.study.commands]
     blocks.append(f"`sweep.yaml`:\n```yaml\n{found.study.yaml.strip()}\n```")
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_plain(str(c)) for c in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(plain_text(str(c)) for c in line) + " |" for line in lines)
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Text that is text in Markdown too."""
     text = " ".join(text.split()).replace("\\", "\\\\")
     for mark in "|<`*_[":

@@ -1,0 +1,42 @@
+"""Comparing sweeps."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.face import JsonFlag, app, out
+
+
+class ComparisonFormat(str, Enum):
+    """What `compare` writes."""
+
+    md = "md"
+    csv = "csv"
+    parquet = "parquet"
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="SWEEP SWEEP...", help="Sweeps' folders, two or more.")],
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Also write it there: .md, .csv or .parquet.")
+    ] = None,
+    fmt: Annotated[ComparisonFormat | None, typer.Option("--format", help="If not given: what FILE ends in.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Sweeps side by side: what differs, each one's best by method, and whether that is more than noise."""
+    from orchestrator.select.comparison_text import print_comparison
+    from orchestrator.sweep.compare import compare_sweeps, facts, write_comparison
+
+    found = compare_sweeps(folders)
+    if out_file is not None:
+        write_comparison(found, out_file, fmt.value if fmt else None)
+    if as_json:
+        print(json.dumps(facts(found)))
+        return
+    print_comparison(out, found)

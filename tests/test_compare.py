@@ -1,0 +1,146 @@
+"""Several sweeps side by side: what differs, each one's best, and whether the difference is more than noise."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from compare_cases import IMAGES, hand_made, outcomes
+from typer.testing import CliRunner
+
+from orchestrator import Sweep, compare
+from orchestrator.cli import app
+from orchestrator.errors import UserError
+from orchestrator.sweep.compare import compare_sweeps
+
+METHODS = {"finetune": {}, "kd": {"temperature": [1.0, 2.0]}}
+STEPS = {"steps": 12, "batch": 12, "views": 2}
+
+
+def two(data: Path, storage: Path, lead: float = 0.0, **changes: Any) -> list[Path]:
+    """`b` trains twice as long as `a`, and its kd is `lead` better on the same images."""
+    first = outcomes(0.6)
+    better = outcomes(0.6 + lead, 1, like=first)
+    a = hand_made(data, storage, "a", [("finetune", outcomes(0.5)), ("kd", first)])
+    trials = [("finetune", outcomes(0.55)), ("kd", better), ("kd", outcomes(0.3))]
+    return [a, hand_made(data, storage, "b", trials, **{"train": STEPS} | changes)]
+
+
+def test_every_number_is_that_of_the_trials_and_the_keys_that_differ_are_named(colours: Path, tmp_path: Path) -> None:
+    a, b = two(colours, tmp_path, 0.2)
+    found = compare([a, Sweep(b)])
+    assert found.attrs["keys"] == {"train.steps": [6, 12]}
+    assert found.attrs["groups"] == {"A": ["a"], "B": ["b"]}
+    rows = found.set_index(["among", "sweep"])
+    for folder in (a, b):
+        table = pd.read_parquet(folder / "trials.parquet")
+        for among in ("all methods", "finetune", "kd"):
+            mine = table if among == "all methods" else table[table["method"] == among]
+            best = mine.loc[mine["val_metric"].idxmax()]
+            row = rows.loc[among, folder.name]
+            for name in ("trial_id", "method", "val_metric", "params_total", "latency_ms"):
+                assert row[name] == best[name]
+            assert (row["trials"], row["complete"]) == (len(mine), (mine["status"] == "complete").sum())
+            assert row["device_seconds"] == pytest.approx(mine["device_seconds"].sum())
+            assert row["mean"] == row["val_metric"]
+    assert rows.loc["kd", "b"]["difference"] == pytest.approx(0.2)
+    assert math.isnan(rows.loc["kd", "a"]["difference"])
+
+
+def test_one_image_by_image_finds_what_independent_accuracies_do_not(colours: Path, tmp_path: Path) -> None:
+    """12 images of 400 more, none less: a paired test sees it; 0.03 of two independent accuracies would be chance."""
+    found = compare(two(colours, tmp_path / "paired", 0.03)).set_index(["among", "sweep"])
+    row = found.loc["kd", "b"]
+    assert row["certain"]
+    error = math.sqrt(0.03 * 0.97 / IMAGES)
+    assert row["low"] == pytest.approx(0.03 - 1.96 * error, abs=0.004)
+    found = compare(two(colours, tmp_path / "not kept", 0.03, kept=False)).set_index(["among", "sweep"])
+    row = found.loc["kd", "b"]
+    assert not row["certain"]
+    error = math.sqrt(0.6 * 0.4 / IMAGES + 0.63 * 0.37 / IMAGES)
+    assert (row["high"] - row["low"]) / 2 == pytest.approx(1.96 * error)
+
+
+def test_sweeps_that_differ_only_in_their_seeds_are_one_with_mean_and_sd(colours: Path, tmp_path: Path) -> None:
+    base = outcomes(0.6)
+    seeds = {"search": {"trials": 5, "seed": 1}}, {"task": {"data": f"folder:{colours}", "shots": 4, "draw": 2}}
+    folders = []
+    for at, changes in enumerate(({}, *seeds)):
+        for name, lead, more in (("a", 0.0, {}), ("b", 0.05, {"train": STEPS})):
+            right = outcomes(0.6 + lead + 0.02 * at, at, like=base)
+            folders.append(hand_made(colours, tmp_path, f"{name}{at}", [("kd", right)], **changes, **more))
+    found = compare_sweeps(folders)
+    assert found.groups == {"A": ["a0", "a1", "a2"], "B": ["b0", "b1", "b2"]}
+    assert set(found.keys) == {"train.steps", "search.seed", "task.draw"}
+    rows = found.table.set_index(["among", "group"])
+    assert rows.loc["kd", "A"]["mean"] == pytest.approx(0.62)
+    assert rows.loc["kd", "A"]["sd"] == pytest.approx(0.02)
+    row = rows.loc["kd", "B"]  # each pair of seeds differs by 0.05 exactly, so only the images make noise
+    assert row["difference"] == pytest.approx(0.05)
+    assert row["certain"]
+    assert row["best_sweep"] == "b2"
+    # Without the partner of one seed they are no pairs: the seeds' own spread counts, by Student's t.
+    unpaired = compare_sweeps(folders[:-1]).table.set_index(["among", "group"]).loc["kd", "B"]
+    assert not unpaired["certain"]
+    assert "A: a0, a1 and a2 differ only in their seeds and are taken together." in found.sentences
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task": {"data": "packaged/clipart", "shots": 4}, "val": "w"}, r"task\.data is 'folder:.*' in the one and"),
+        ({"task": {"data": "DATA", "splits": {"val": 0.3}}, "val": ""}, r"task\.splits is .*'val': 0\.2"),
+        ({"val": "w"}, r"task\.data is .* in both, but it held other val images or labels"),
+    ],
+)
+def test_sweeps_on_other_val_images_are_refused_by_the_key_that_differs(
+    colours: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    if changes.get("task", {}).get("data") == "DATA":
+        changes["task"]["data"] = f"folder:{colours}"
+    with pytest.raises(UserError, match=rf"The sweeps 'a' and 'b' do not compare: {words}"):
+        compare(two(colours, tmp_path, **changes))
+
+
+def test_data_that_only_moved_compares_and_splits_of_other_seeds_are_not_paired(colours: Path, tmp_path: Path) -> None:
+    assert len(compare(two(colours, tmp_path / "moved", task={"data": "folder:/elsewhere", "shots": 4}))) == 6
+    own = {"task": {"data": f"folder:{colours}", "shots": 4, "seed": 3}, "val": "w"}
+    found = compare_sweeps(two(colours, tmp_path / "seeds", 0.2, **own))
+    assert not found.table["paired"].dropna().any()
+    assert any("differ between the seeds (task.seed)" in sentence for sentence in found.sentences)
+
+
+def test_the_command_prints_writes_and_refuses(colours: Path, tmp_path: Path) -> None:
+    a, b = map(str, two(colours, tmp_path, 0.2))
+    run = CliRunner().invoke
+    done = run(app, ["compare", a, b, "--json", "--out", str(tmp_path / "c.parquet")])
+    facts = json.loads(done.stdout)
+    assert facts["keys"] == {"train.steps": {"a": 6, "b": 12}}
+    written = pd.read_parquet(tmp_path / "c.parquet")
+    assert [r["val_metric"] for r in facts["rows"]] == pytest.approx(list(written["val_metric"]))
+    done = run(app, ["compare", a, b, "--out", str(tmp_path / "c.md")])
+    text = (tmp_path / "c.md").read_text()
+    for words in ("train.steps", "b:t0001", "+0.2000", "more than noise"):
+        assert words in done.stdout
+        assert words in text
+    for given, words in (
+        ([a], "takes two sweeps or more"),
+        ([a, a], "is given twice"),
+        ([a, b, "--out", str(tmp_path / "c.pdf")], r"'c\.pdf' ends in '\.pdf'"),
+        ([a, str(tmp_path)], "is not a sweep: it has no sweep.yaml"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(app, ["compare", *given], catch_exceptions=False)
+
+
+def test_a_sweep_without_a_complete_trial_stands_beside_the_others(colours: Path, tmp_path: Path) -> None:
+    a = hand_made(colours, tmp_path, "a", [])
+    with pytest.raises(UserError, match="None of the sweeps a and b has a complete trial"):
+        compare([a, hand_made(colours, tmp_path, "b", [])])
+    found = compare([a, hand_made(colours, tmp_path, "c", [("kd", outcomes(0.5))])])
+    assert np.isnan(found["difference"]).all()
