@@ -26,7 +26,7 @@ class Sweep:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        from orchestrator.sweep.run import open_sweep
+        from orchestrator.sweep.ledger import open_sweep
 
         self._folder = Path(folder)
         self._spec = open_sweep(self._folder)
@@ -116,7 +116,7 @@ class Sweep:
         Raises:
             UserError: if no trial fits, with what comes nearest.
         """
-        from orchestrator.sweep.board import recommend
+        from orchestrator.sweep.choice import recommend
 
         return recommend(self._folder, metric, limits)
 

@@ -19,9 +19,10 @@ from orchestrator.select.leaderboard import print_leaderboard
 from orchestrator.select.results import leaderboard, read_trials
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store
-from orchestrator.sweep.board import export_trial, finish, recommend
-from orchestrator.sweep.ledger import FINAL, Clock, Ledger
-from orchestrator.sweep.run import create, open_sweep, prepare, run
+from orchestrator.sweep.board import export_trial, finish
+from orchestrator.sweep.choice import recommend
+from orchestrator.sweep.ledger import FINAL, Clock, Ledger, open_sweep
+from orchestrator.sweep.run import create, prepare, run
 from orchestrator.sweep.study import Study
 
 pytestmark = pytest.mark.ray

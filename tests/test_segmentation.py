@@ -26,7 +26,7 @@ from orchestrator.models.load import Preprocessing
 from orchestrator.select.export import export_student
 from orchestrator.spec import SweepSpec, Task, read_spec
 from orchestrator.store import Store
-from orchestrator.sweep.board import recommend
+from orchestrator.sweep.choice import recommend
 from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.run import create, prepare
 from orchestrator.trial.context import SweepContext

@@ -38,7 +38,7 @@ from orchestrator.models.load import describe
 from orchestrator.select.subject import find_subject
 from orchestrator.spec import Model, Task
 from orchestrator.store import Store
-from orchestrator.sweep.board import recommend
+from orchestrator.sweep.choice import recommend
 from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.run import create
 from orchestrator.trial.context import SweepContext

@@ -41,7 +41,7 @@ def best(
     as_json: JsonFlag = False,
 ) -> None:
     """The recommended student under limits, and its score on the test images."""
-    from orchestrator.sweep.board import recommend
+    from orchestrator.sweep.choice import recommend
 
     limits = read_limits(limit, params_total=max_params, latency_ms=max_latency_ms)
     if promote is not None:

@@ -105,7 +105,8 @@ def sweep(
     as_json: JsonFlag = False,
 ) -> None:
     """Run a sweep to its end and show the leaderboard."""
-    from orchestrator.sweep.run import check_storage, create, discard, open_sweep, prepare
+    from orchestrator.sweep.ledger import open_sweep
+    from orchestrator.sweep.run import check_storage, create, discard, prepare
     from orchestrator.sweep.study_storage import check_study
 
     read = read_sweep_file(spec, storage, name, trials, overrides)
@@ -127,7 +128,8 @@ def sweep(
 @app.command()
 def resume(folder: SweepDir, as_json: JsonFlag = False) -> None:
     """Continue a sweep whose driver died: no finished trial is repeated."""
-    from orchestrator.sweep.run import open_sweep, prepare
+    from orchestrator.sweep.ledger import open_sweep
+    from orchestrator.sweep.run import prepare
 
     _run(prepare(open_sweep(folder)), folder, as_json)
 

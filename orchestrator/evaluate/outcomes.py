@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 
-from methods.contract import Kind
-from orchestrator.evaluate.metrics import mean_auroc, mean_iou
+from orchestrator.spec import Kind
+
+if TYPE_CHECKING:  # comparing two students needs no torch
+    from torch import Tensor
 
 FILE = "outcomes.safetensors"
 DRAWS = 1000
@@ -41,10 +42,10 @@ def write_outcomes(folder: Path, kind: Kind, one: Tensor, other: Tensor) -> None
         one, other: logits and labels of all images, or both counts.
     """
     if kind == "classification":
-        tensors = {"right": (one.argmax(1) == other).to(torch.uint8).numpy()}
+        tensors = {"right": (one.argmax(1) == other).numpy().astype(np.uint8)}
     else:
-        small = torch.float16 if kind == "multilabel" else torch.int32
-        tensors = {"one": one.to(small).numpy(), "other": other.to(small).numpy()}
+        small = np.float16 if kind == "multilabel" else np.int32
+        tensors = {"one": one.numpy().astype(small), "other": other.numpy().astype(small)}
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / FILE)
 
 
@@ -76,6 +77,8 @@ def compare_groups(kind: Kind, firsts: Sequence[Path], seconds: Sequence[Path]) 
         drawn = np.array([gains[rng.integers(0, count, count)].mean() for _ in range(DRAWS)])
         value = float(gains.mean())
     else:
+        from orchestrator.evaluate.metrics import mean_auroc, mean_iou
+
         metric = mean_auroc if kind == "multilabel" else mean_iou
         count = len(found[0]["one"])
 

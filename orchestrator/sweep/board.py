@@ -9,36 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from orchestrator.data.embed import text_tower_of
-from orchestrator.data.labels import open_labels
 from orchestrator.data.pixels import RenderedPixels
 from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy
 from orchestrator.errors import UserError, nearest
-from orchestrator.evaluate.metrics import score
 from orchestrator.models import load_student
 from orchestrator.models.load import Preprocessing
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.select.export import export_student
 from orchestrator.select.report.curves import val_marks
 from orchestrator.select.results import (
-    as_accuracy,
     choose,
-    margin_note,
-    over_repeats,
     read_trials,
     short_name,
-    standard_error,
-    top,
 )
-from orchestrator.select.uncertainty import lead_of, lead_sentence
-from orchestrator.spec import METRIC_NAMES, METRICS, Kind, Model, Task
+from orchestrator.spec import METRICS, Model, Task
 from orchestrator.store import store_at
-from orchestrator.sweep.ledger import Ledger, at_once
+from orchestrator.sweep.ledger import Ledger, open_sweep
 from orchestrator.sweep.pictures import contact_sheets, pictures_of
-from orchestrator.sweep.run import open_sweep
 from orchestrator.trial.plan import TrialConfig
 
 BASELINES = ("finetune", "linear_probe")
@@ -105,120 +95,12 @@ def _history(folder: Path, row: dict[str, Any]) -> list[dict[str, float]]:
     return json.loads(path.read_text(encoding="utf-8"))["history"]
 
 
-def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """The best complete trial under limits, with its score on the test images, which are read once for each choice.
-
-    Args:
-        folder: the sweep's.
-        metric: what to choose by; None: the sweep's first objective.
-        limits: by metric, in place of the sweep's own limit of that metric.
-
-    Raises:
-        UserError: if the sweep has no such trial or the metric is unknown.
-    """
-    spec = open_sweep(folder)
-    frame = read_trials(folder)
-    first = spec.objectives[0]
-    name = metric or first.metric
-    if name not in METRICS:
-        raise UserError(f"--metric: unknown metric {name!r}; allowed: {', '.join(METRICS)}.{nearest(name, METRICS)}")
-    direction = first.direction if name == first.metric else METRICS[name]
-    kept = spec.limits.given | dict(limits or {})
-    best = top(frame, name, direction, kept)
-    row = best.iloc[0]
-    test, reads = _test_once(folder, row["trial_id"], row["student_path"])
-    networks = " -> ".join(n for n in (row["teacher"], row["student"]) if isinstance(n, str))
-    task = load_task(spec.task, store_at(spec.store_address))
-    kind = spec.task.kind
-    sentences = [
-        f"Take {row['trial_id']}: {row['method']} ({networks}), {METRIC_NAMES[kind]} on val {row['val_metric']:.3f}"
-        f"{spread(row)}, "
-        f"on test {test['value']:.3f} over {test['images']} images (standard error {test['standard_error']:.3f}).",
-        f"{int(row['params_total']):,} parameters, {row['flops'] / 1e6:.1f} MFLOPs an image (2 per multiply-add), "
-        f"{row['latency_ms']:.2f} ms ({row['latency_setup']}).",
-    ]
-    lead = None
-    if name == "val_metric" and len(best) > 1:
-        lead = lead_of(Path(folder), row, best.iloc[1], len(task.val), kind)
-        sentences.append(lead_sentence(row, best.iloc[1], lead))
-    if lead is None or best.iloc[1]["method"] == row["method"]:  # that of another method is then a further one
-        note = margin_note(frame, row, name, len(task.val), kept, kind)
-        sentences += [note] if note else []
-    sentences += against_baseline(frame, row, len(task.val), kind)
-    if reads > 1:
-        sentences.append(f"The test images were now read for {reads} different choices: the last score is optimistic.")
-    sentences.append(f"Next: python -m orchestrator export {folder} OUT_DIR --trial {row['trial_id']}")
-    names = ["trial_id", "method", "teacher", "student", "val_metric", "val_sd", "repeats", "params_total", "flops"]
-    names += ["memory_mb", "model_mb"]
-    names += ["latency_ms", "latency_iqr_ms", "latency_setup", "student_path", "config"]
-    facts = {k: None if isinstance(row[k], float) and math.isnan(row[k]) else row[k] for k in names}
-    plain = json.loads(json.dumps(facts, default=lambda v: v.item()))
-    runner_up = {"trial_id": str(best.iloc[1]["trial_id"]), **lead.facts()} if lead is not None else None
-    plain |= {"runner_up": runner_up, "limits": kept}
-    return plain | {"metric": name, "test": test, "test_choices": reads, "sentences": sentences}
-
-
-def against_baseline(frame: Any, row: Any, images: int, kind: Kind) -> list[str]:
-    """Whether transfer beat training on the labels alone, and by more than the noise of `images` images."""
-    complete = frame[(frame["status"] == "complete") & frame["val_metric"].notna()]
-    chose_baseline = row["method"] in BASELINES
-    rivals = complete[complete["method"].isin(BASELINES) != chose_baseline]
-    if rivals.empty:
-        return []
-    rival = rivals.loc[rivals["val_metric"].idxmax()]
-    gain = float(row["val_metric"]) - float(rival["val_metric"])
-    noise = math.sqrt(standard_error(rival, images) ** 2 + standard_error(row, images) ** 2)
-    verdict = "more than" if gain > 2 * noise else "within"
-    error = f"{verdict} twice its standard error ({noise:.3f}{as_accuracy(kind)} on {images} images{over_repeats(row)})"
-    if chose_baseline:
-        name = f"{rival['trial_id']} ({rival['method']})"
-        return [
-            f"No transfer method beat training on the labels alone: the best, {name}, is {-gain:.3f} below, {error}."
-        ]
-    value = float(rival["val_metric"])
-    return [
-        f"The best network trained on the labels alone reaches val {value:.3f}: the difference {gain:+.3f} is {error}."
-    ]
-
-
-def spread(row: Any) -> str:
-    """What stands behind a val metric that is the mean of several repeats."""
-    if int(row["repeats"]) < 2:
-        return ""
-    return f" ± {row['val_sd']:.3f} over {int(row['repeats'])} repeats (the network is the first one's)"
-
-
 def _texts_beside(student: Path, meta: Mapping[str, Any]) -> tuple[StudentTexts, Model] | None:
     """The text tower that was trained beside a student, with the teacher whose tokenizer it uses."""
     if not has_text_tower(student):
         return None
     teacher = Model.model_validate(meta["teacher_entry"])
     return StudentTexts(student, text_tower_of(teacher)), teacher
-
-
-def _test_once(folder: Path, trial_id: str, student_path: str) -> tuple[dict[str, Any], int]:
-    path = Path(folder) / "test.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if trial_id not in known:
-        network, meta = load_student(Path(folder) / student_path)
-        store = store_at(open_sweep(folder).store_address)
-        task = load_task(Task.model_validate(meta["task"]), store)
-        preprocessing = Preprocessing.from_json(meta["preprocessing"])
-        # Test pixels stay out of the store: nothing but this one look reads them.
-        plain = Policy(1.0, 0.0)
-        pixels = RenderedPixels(task, task.test, plain, preprocessing)
-        torch.set_num_threads(1)
-        count, kind = len(task.test), task.spec.kind
-        labels = open_labels(store, task, task.test, range(count), plain, 1, preprocessing.size, limit_gb=0)
-        found = score(network, preprocessing, pixels, labels, count, kind, len(task.classes), with_error=True)
-        known[trial_id] = {
-            "metric": METRIC_NAMES[kind],
-            "value": found.value,
-            "images": count,
-            "standard_error": found.error,
-        }
-        at_once(path, lambda temporary: temporary.write_text(json.dumps(known), encoding="utf-8"))
-    return known[trial_id], len(known)
 
 
 def export_trial(folder: Path, out_dir: Path, trial: str | None, fmt: str) -> dict[str, Any]:

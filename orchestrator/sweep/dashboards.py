@@ -18,8 +18,8 @@ from typing import IO, Any
 from orchestrator.errors import UserError, WorkError, listed
 from orchestrator.select.results import read_trials
 from orchestrator.sweep.board import finish
-from orchestrator.sweep.ledger import FINAL, Ledger
-from orchestrator.sweep.run import RAY_DASHBOARD, open_sweep
+from orchestrator.sweep.ledger import FINAL, Ledger, open_sweep
+from orchestrator.sweep.run import RAY_DASHBOARD
 from orchestrator.sweep.study_storage import StudyPlace
 
 HOST = "127.0.0.1"

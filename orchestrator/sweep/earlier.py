@@ -8,7 +8,6 @@ from typing import Any
 
 from methods.knobs import Choice, Range
 from orchestrator.errors import UserError, listed, nearest
-from orchestrator.select.results import read_trials
 from orchestrator.spec import SweepSpec, read_spec
 from orchestrator.sweep.space import Space
 from orchestrator.trial.plan import Cell, TrialConfig
@@ -69,6 +68,8 @@ def check_earlier(spec: SweepSpec) -> None:
     """
     if spec.search.warm_start is None:
         return
+    from orchestrator.select.results import read_trials  # pandas, which most sweeps do not need to begin
+
     read_trials(spec.search.warm_start)
     old = read_spec(Path(spec.search.warm_start) / "sweep.yaml")
     pairs: list[tuple[str, Any, Any]] = [("task.data", old.task.data, spec.task.data)]
@@ -104,6 +105,8 @@ def earlier(
         return None if position is None else here.index(there[position]) if there[position] in here else -1
 
     found = []
+    from orchestrator.select.results import read_trials
+
     frame = read_trials(spec.search.warm_start)
     for row in frame[frame["status"].isin(["complete", "infeasible"])].to_dict("records"):
         config = TrialConfig.from_json(str(row["config"]))

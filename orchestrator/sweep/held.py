@@ -115,7 +115,7 @@ def bill(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if the sweep has held nothing yet.
     """
-    from orchestrator.sweep.run import open_sweep
+    from orchestrator.sweep.ledger import open_sweep
 
     spec, path = open_sweep(folder), Path(folder) / "held.json"
     if not path.is_file():

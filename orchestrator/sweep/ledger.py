@@ -14,6 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestrator.errors import UserError
+from orchestrator.spec import SweepSpec, read_spec
+
 FINAL = ("complete", "infeasible", "pruned", "failed")
 
 
@@ -51,6 +54,20 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return row
+
+
+def open_sweep(folder: str | Path) -> SweepSpec:
+    """The sweep file of an existing sweep.
+
+    Raises:
+        UserError: if the folder holds none.
+    """
+    folder = Path(folder)
+    if not (folder / "sweep.yaml").is_file():
+        raise UserError(f"{str(folder)!r} is not a sweep's folder: it has no sweep.yaml.")
+    spec = read_spec(folder / "sweep.yaml")
+    # The folder may have been moved, or be mounted elsewhere on this machine.
+    return spec.model_copy(update={"storage": str(folder.absolute().parent)})
 
 
 class Ledger:

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.errors import UserError
 from orchestrator.select.results import read_trials, top
 from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.sweep.run import open_sweep
+from orchestrator.sweep.ledger import open_sweep
 from orchestrator.trial.plan import TrialConfig
 
 SUFFIX = "-promoted"

@@ -22,9 +22,8 @@ from orchestrator.select.report.page import shown
 from orchestrator.select.results import margin_note, numbers, read_trials, top
 from orchestrator.select.uncertainty import lead_of, lead_sentence
 from orchestrator.spec import METRIC_NAMES, SweepSpec
-from orchestrator.sweep.board import against_baseline, spread
-from orchestrator.sweep.ledger import Ledger, at_once
-from orchestrator.sweep.run import open_sweep
+from orchestrator.sweep.choice import against_baseline, spread
+from orchestrator.sweep.ledger import Ledger, at_once, open_sweep
 from orchestrator.sweep.space import method_space
 from orchestrator.sweep.study_importance import importances
 

@@ -17,7 +17,7 @@ from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import FullDiskError, UserError, disk_full, listed
 from orchestrator.models import check_model, load_network, plan_network
 from orchestrator.models.names import Role
-from orchestrator.spec import SweepSpec, read_spec
+from orchestrator.spec import SweepSpec
 from orchestrator.store import check_remote, store_at
 from orchestrator.sweep.capacity import check_shape, has, known_cluster, nodes_now
 from orchestrator.sweep.costs import holdings_of
@@ -241,20 +241,6 @@ def discard(folder: Path) -> None:
 
     if not has_study(folder):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def open_sweep(folder: str | Path) -> SweepSpec:
-    """The sweep file of an existing sweep.
-
-    Raises:
-        UserError: if the folder holds none.
-    """
-    folder = Path(folder)
-    if not (folder / "sweep.yaml").is_file():
-        raise UserError(f"{str(folder)!r} is not a sweep's folder: it has no sweep.yaml.")
-    spec = read_spec(folder / "sweep.yaml")
-    # The folder may have been moved, or be mounted elsewhere on this machine.
-    return spec.model_copy(update={"storage": str(folder.absolute().parent)})
 
 
 def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
