@@ -7,11 +7,14 @@ Each run is the same sweep twice, with a store of its own each: undisturbed, and
     trial      a trial's process
     worker     one of a trial's training workers (needs --workers 2)
     node       a raylet with all its workers; another node joins some seconds later
+    drained    a node that is asked to go by SIGTERM, as Kubernetes does, and is killed 30 s later
     driver     the `orchestrator sweep` process, which `orchestrator resume` follows
     publisher  a process that has written a store entry and not yet published it
-    frozen     a node that stands still until it is given up for dead and its trials run elsewhere, and then comes back
+    frozen     a node that stands still, with all its processes, until it is given up for dead, and then comes back
+    cut        a node that the cluster loses sight of: its trials go on to their ends while others begin them anew
 
-Kills are SIGKILL, in an order that the seed decides, each when a share of the trials has ended that the seed decides.
+Kills are SIGKILL (the last two: SIGSTOP, and SIGCONT after 40 s). The seed decides their order, and at which share of
+the trials each of them comes. A kind that finds nobody at the time changes places with the next.
 Only processes that this run started are ever signalled: those that carry its mark in their environment, and their
 children.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -40,15 +44,19 @@ import pandas as pd
 import ray
 import yaml
 
+from orchestrator.store import Store
 from orchestrator.sweep.ledger import FINAL, Ledger
 
-KINDS = ("trial", "worker", "node", "driver", "publisher", "frozen")
+KINDS = ("trial", "worker", "node", "drained", "driver", "publisher", "frozen", "cut")
 MARK = "CHAOS_RUN"
 # What is the same whenever the same configuration is trained: neither times nor what the store happened to hold.
 ALIKE = ["trial_id", "number", "method", "teacher", "student", "status", "reason", "config", "seed", "val_metric"]
 ALIKE += ["params_total", "params_trained", "flops", "optimizer_steps", "images_seen"]
-LIMIT_S = 1800
 SETTLE_S = 30
+GRACE_S = 30  # of Ray's own, between SIGTERM to a node and its end
+STILL_S = 40  # the cluster gives a node up after about 30
+WEIGHTS = "model.safetensors"
+FOUND = ["lost", "repeated", "different", "processes", "groups", "files", "damaged", "errors"]
 SPARED = 2  # kills of one trial's process: a third would end it with a reason
 
 
@@ -71,15 +79,16 @@ class Kill:
 
 @dataclass
 class Outcome:
-    """One run; every count but the first four should be 0.
+    """One run; everything from `lost` on should be empty.
 
     Attributes:
         trials: ended with a row.
         device_seconds: CPU-seconds that the cluster had allocated, undisturbed and disturbed.
         lost: trials that had ended and have no final row any more.
         repeated: trials whose final row was written again.
-        different: trials that differ from the undisturbed run in a column that must not.
+        different: trials that differ from the undisturbed run in a column that must not, or in a bit of the student.
         processes, groups, files: left over.
+        damaged: files of the store that are not what was published.
         errors: lives of the driver that ended with an error of their own.
     """
 
@@ -95,12 +104,13 @@ class Outcome:
     processes: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
-        found = (self.lost, self.repeated, self.different, self.processes, self.groups, self.files, self.errors)
-        return not any(found)
+        left = (self.processes, self.groups, self.files, self.damaged)
+        return not any((self.lost, self.repeated, self.different, *left, self.errors))
 
 
 class Machine:
@@ -163,7 +173,7 @@ class Machine:
                 if probe.connect_ex(("127.0.0.1", int(self.address.split(":")[1]))):
                     return -1
             try:
-                ray.init(self.address, log_to_driver=False, logging_level="ERROR")
+                ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR)
             except Exception as error:  # the head is not ready
                 self.trouble = error
                 return -1
@@ -260,14 +270,25 @@ class Ordeal:
         folder: of the sweep.
         kills: kinds, in order.
         dice: decides when, and who.
+        until: when it must be done; the last kills are left out if half of its time has passed before.
     """
 
-    def __init__(self, machine: Machine, file: Path, folder: Path, kills: list[str], trials: int, dice: random.Random):
-        self.machine, self.file, self.folder, self.dice = machine, file, folder, dice
+    def __init__(
+        self,
+        machine: Machine,
+        file: Path,
+        folder: Path,
+        kills: list[str],
+        trials: int,
+        dice: random.Random,
+        until: float,
+    ):
+        self.machine, self.file, self.folder, self.dice, self.until = machine, file, folder, dice, until
         self.ledger = Ledger(folder)
-        marks = sorted(dice.uniform(0, trials - 1) for _ in kills)
-        self.plan = list(zip(kills, marks, strict=True))
+        self.marks = sorted(dice.uniform(0, trials - 1) for _ in kills)
+        self.plan = list(kills)
         self.kills: list[Kill] = []
+        self.still: set[str] = set()  # nodes that were stopped or asked to go
         self.wounds: dict[str, int] = {}  # kills by trial
         self.writers: dict[str, int | None] = {}  # processes by what they write
         self.finals: dict[str, float] = {}  # when a trial ended, as first seen
@@ -293,11 +314,10 @@ class Ordeal:
 
     def run(self) -> None:
         """Until the driver has ended by itself."""
-        deadline = time.monotonic() + LIMIT_S
-        pause = 0.0
+        pause, last = 0.0, (self.started + self.until) / 2
         while (code := self.driver.poll()) is None:
-            if time.monotonic() > deadline:
-                self.errors.append(f"not done after {LIMIT_S} s")
+            if time.monotonic() > self.until:
+                self.errors.append(f"not done after {self.until - self.started:.0f} s")
                 self.driver.kill()
                 self.driver.wait()
                 return
@@ -305,20 +325,26 @@ class Ordeal:
             for due, act in [one for one in self.later if one[0] <= time.monotonic()]:
                 self.later.remove((due, act))
                 act()
-            if self.plan and time.monotonic() > pause and len(self.finals) >= int(self.plan[0][1]):
-                kind = self.plan[0][0]
-                victim = getattr(self, f"_{kind}")()
-                if victim:
-                    self.plan.pop(0)
-                    self.kills.append(Kill(kind, len(self.finals), time.monotonic() - self.started, victim))
-                    print(f"  {self.kills[-1]}", file=sys.stderr, flush=True)
-                    pause = time.monotonic() + self.dice.uniform(0.5, 4)
+            if self.plan and pause < time.monotonic() < last and len(self.finals) >= int(self.marks[0]):
+                self._kill()
+                pause = time.monotonic() + self.dice.uniform(0.5, 4)
             time.sleep(0.05)
         self._look()
         if code != 0:
             self.errors.append(f"the driver's life {self.lives} ended with {code}")
         for _, act in self.later:
             act()
+
+    def _kill(self) -> None:
+        """One of the next kind that finds somebody."""
+        for kind in dict.fromkeys(self.plan):
+            victim = getattr(self, f"_{kind}")()
+            if victim:
+                self.plan.remove(kind)
+                self.marks.pop(0)
+                self.kills.append(Kill(kind, len(self.finals), round(time.monotonic() - self.started, 1), victim))
+                print(f"  {self.kills[-1]}", file=sys.stderr, flush=True)
+                return
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -380,29 +406,48 @@ class Ordeal:
         self.later.append((time.monotonic() + self.dice.uniform(1, 6), self.machine.add))
         return f"{name} with {count} processes"
 
-    def _frozen(self) -> str:
-        busy = self._busy()
+    def _drained(self) -> str:
+        """Ray drains the node when its first process is asked to end, and ends it after `GRACE_S`."""
+        busy = [name for name in self._busy() if name not in self.still]
         if not busy:
             return ""
         name = self.dice.choice(busy)
-        # Only its raylet: as if cut off from the cluster, its trials go on and end.
+        self.still.add(name)
+        self.machine.nodes[name].terminate()
+        self.later.append((time.monotonic() + GRACE_S + 5, lambda: self._replace(name)))
+        return f"{name}, {GRACE_S} s before its end"
+
+    def _frozen(self) -> str:
+        return self._still(lambda line: True)
+
+    def _cut(self) -> str:
+        return self._still(lambda line: "raylet/raylet" in line.split(" ")[0])
+
+    def _still(self, stops: Callable[[str], bool]) -> str:
+        """Stops those processes of a node for a while."""
+        busy = [name for name in self._busy() if name not in self.still]
+        if not busy:
+            return ""
+        name = self.dice.choice(busy)
+        self.still.add(name)
         for pid, line in self.machine.processes(name).items():
-            if "raylet/raylet" in line.split(" ")[0]:
+            if stops(line):
                 send(pid, signal.SIGSTOP)
 
         def back() -> None:
-            for pid in self.machine.processes(name):
-                send(pid, signal.SIGCONT)
-            self.later.append((time.monotonic() + 5, lambda: self._replace(name)))
+            if name in self.machine.nodes:  # it may have been killed meanwhile
+                self.machine.kill(name, signal.SIGCONT)
+                self.later.append((time.monotonic() + 5, lambda: self._replace(name)))
 
-        self.later.append((time.monotonic() + 40, back))
-        return f"{name} for 40 s"
+        self.later.append((time.monotonic() + STILL_S, back))
+        return f"{name} for {STILL_S} s"
 
     def _replace(self, name: str) -> None:
-        """A node that came back from the dead has ended itself; another joins."""
-        self.machine.kill(name)
-        self.machine.forget(name)
-        self.machine.add()
+        """A node that came back from the dead has ended itself, and so has one that was drained; another joins."""
+        if name in self.machine.nodes:
+            self.machine.kill(name)
+            self.machine.forget(name)
+            self.machine.add()
 
     def _driver(self) -> str:
         if not (self.folder / "sweep.yaml").exists() or not self._running():
@@ -482,6 +527,8 @@ def left_over(machine: Machine, folder: Path, outcome: Outcome) -> None:
     files = [*store.glob(".tmp/*"), *store.glob(".partial/*"), *folder.glob(".t*"), *folder.glob(".*.parquet")]
     files += [*(folder / "trials").glob(".*"), *(folder / "trials" / "running").glob("*")]
     outcome.files += sorted(str(path.relative_to(folder.parent)) for path in files)
+    kept = Store(store)
+    outcome.damaged += [f"{e.stage}/{e.key}/{name}" for e in kept.entries() for name in kept.damaged(e)]
     deadline = time.monotonic() + SETTLE_S
     while time.monotonic() < deadline:
         groups = [key for key, one in ray.util.placement_group_table().items() if one["state"] != "REMOVED"]
@@ -508,16 +555,23 @@ def compare(calm: Path, wild: Path) -> list[str]:
             a, b = one.loc[trial, name], two.loc[trial, name]
             if a != b and not (pd.isna(a) and pd.isna(b)):
                 wrong.append(f"{trial}.{name}: {a} became {b}")
+        bits = [(folder / frame.loc[trial, "student_path"] / WEIGHTS) for folder, frame in ((calm, one), (wild, two))]
+        if bits[0].read_bytes() != bits[1].read_bytes():
+            wrong.append(f"{trial}: other weights")
     return wrong
 
 
-def ordeal(seed: int, kinds: list[str], *, trials: int, workers: int, steps: int, nodes: int, cpus: int = 2) -> Outcome:
+def ordeal(
+    seed: int, kinds: list[str], *, trials: int, workers: int, steps: int, nodes: int, limit: float, cpus: int = 2
+) -> Outcome:
     """One undisturbed sweep and one under these kills, on a cluster of its own.
 
     Args:
         seed: of the sweep, of the kills' order, and of when and whom they hit.
         kinds: one for each kill; the seed decides their order.
+        limit: seconds for all of it.
     """
+    until = time.monotonic() + limit
     dice = random.Random(seed)
     kinds = dice.sample(kinds, len(kinds))
     base = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -528,7 +582,7 @@ def ordeal(seed: int, kinds: list[str], *, trials: int, workers: int, steps: int
             (base / name).mkdir()
             file = base / f"{name}.yaml"
             file.write_text(yaml.safe_dump(sweep_file(base / name, trials, workers, seed, steps)))
-            runs.append(Ordeal(machine, file, base / name / "wild", plan, trials, dice))
+            runs.append(Ordeal(machine, file, base / name / "wild", plan, trials, dice, until))
             runs[-1].run()
             print(f"{name}: {time.monotonic() - runs[-1].started:.0f} s", file=sys.stderr, flush=True)
         calm, wild = runs
@@ -564,6 +618,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="a trial's training workers")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=570, help="seconds for all of it")
     parser.add_argument("--out", type=Path, help="JSON file to which the outcome is added")
     options = parser.parse_args()
     kinds = options.kinds.split(",")
@@ -573,6 +628,7 @@ def main() -> int:
     if "CHAOS_AGAIN" not in os.environ:  # Ray reads what its clusters ask for when it is imported: a token of our own
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex, "CHAOS_AGAIN": "1"}
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.chaos", *sys.argv[1:]], os.environ | token)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing stays behind then, either
     plan = [kinds[i % len(kinds)] for i in range(options.kills)]
     outcome = ordeal(
         options.seed,
@@ -581,6 +637,7 @@ def main() -> int:
         workers=options.workers,
         steps=options.steps,
         nodes=options.nodes,
+        limit=options.limit,
     )
     known = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
     known.append(asdict(outcome) | {"good": outcome.good})
@@ -591,7 +648,7 @@ def main() -> int:
 
 
 def report(known: list[dict[str, Any]]) -> None:
-    """A line for each run."""
+    """A line for each run, and one for all of them."""
     lines = []
     for one in known:
         kinds = [kill["kind"] for kill in one["kills"]]
@@ -600,10 +657,18 @@ def report(known: list[dict[str, Any]]) -> None:
         lines.append(
             {"seed": one["seed"], "workers": one["workers"], "trials": one["trials"], "kills": len(kinds)}
             | {"of": " ".join(f"{kind} {n}" for kind, n in counts.items())}
-            | {name: len(one[name]) for name in ("lost", "repeated", "different", "processes", "groups", "files")}
-            | {"errors": len(one["errors"]), "device s": calm, "under kills": wild}
+            | {name: len(one[name]) for name in FOUND}
+            | {"device s": calm, "under kills": wild}
         )
-    print(pd.DataFrame(lines).to_string(index=False))
+    table = pd.DataFrame(lines)
+    print(table.to_string(index=False))
+    every = [kill["kind"] for one in known for kill in one["kills"]]
+    of = ", ".join(f"{kind} {every.count(kind)}" for kind in KINDS if kind in every)
+    found = table[FOUND].sum().sum()
+    print(f"{len(known)} runs, {table['trials'].sum()} trials, {len(every)} kills ({of}); {found} found.")
+    calm, wild = table["device s"].sum(), table["under kills"].sum()
+    more = (wild - calm) / max(1, len(every))
+    print(f"{calm:.0f} device-seconds undisturbed, {wild:.0f} under kills: {more:.1f} more a kill.")
 
 
 if __name__ == "__main__":

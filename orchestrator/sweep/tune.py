@@ -28,6 +28,9 @@ from orchestrator.sweep.held import Held
 from orchestrator.sweep.ledger import FINAL, Clock, Ledger
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.study_storage import StudyLostError
+from orchestrator.train.job import TrainJob, run_job
+from orchestrator.train.loop import Reporter
+from orchestrator.train.notice import draining, watched
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
 from orchestrator.trial.repeat import run_repeats
@@ -197,7 +200,7 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
 
             row = run_repeats(context, trial, progress, GroupRunner(context, trial.trial_id), make_on_actors)
         else:
-            row = run_repeats(context, trial, progress, mapper=make_on_actors)
+            row = run_repeats(context, trial, progress, _run_watched, make_on_actors)
     except FullDiskError as error:
         tune.report({"progress": 0, "val_metric": best, "full_disk": str(error)})
         return
@@ -207,12 +210,18 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
     tune.report({"progress": 100, "val_metric": metric if math.isfinite(metric) else best})
 
 
+def _run_watched(job: TrainJob, folder: Path, report: Reporter | None = None) -> dict[str, Any]:
+    """Trains in this process, which saves its state when its node is about to go."""
+    with watched([ray.get_runtime_context().get_node_id()]) as notice:
+        return run_job(job, folder, report, notice=notice)
+
+
 def _deaths(ledger: Ledger, trial_id: str) -> int:
     """How often the trial's process died on a node that lived on; notes that it begins once more."""
     before = ledger.live(trial_id, ray.get_runtime_context().get_node_id())
     if len(before) <= RESTARTS:
         return len(before)
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining()
     return sum(node in alive for node in before)
 
 

@@ -25,6 +25,7 @@ from orchestrator.errors import FullDiskError, WorkError, disk_full
 from orchestrator.train.job import TrainJob, UnlikeError, run_job
 from orchestrator.train.line import Line
 from orchestrator.train.loop import DeviceMemoryError, DivergedError, Gauge, Report, Reporter, Tell
+from orchestrator.train.notice import watched
 from orchestrator.trial.context import SweepContext
 
 RESULT = "group.json"
@@ -50,7 +51,10 @@ def _worker(config: dict[str, Any]) -> None:
         if full.exists():  # found out by a rank of the group before this one
             about: dict[str, Any] = {"memory": full.read_text(encoding="utf-8")}
         else:
-            about = run_job(job, folder, report, rank=rank, world=world, device=device)
+            nodes: list[Any] = [None] * world
+            dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+            with watched(nodes) as notice:  # to lose any of them is to begin anew from what the first rank has saved
+                about = run_job(job, folder, report, notice=notice, rank=rank, world=world, device=device)
     except _StoppedError:
         return
     except DivergedError as error:  # would be so again: no reason to start the group anew

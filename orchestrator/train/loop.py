@@ -7,8 +7,7 @@ import errno
 import hashlib
 import math
 import os
-import signal
-import threading
+import platform
 import time
 import warnings
 from collections.abc import Callable
@@ -26,6 +25,9 @@ from methods.ranks import GlobalBatchNorm
 from orchestrator.errors import WorkError
 from orchestrator.store.store import Mirror
 from orchestrator.train.feed import Feeder, StreamFeeder, TokenFeeder
+from orchestrator.train.notice import Ending
+
+HURRY_S = 5.0  # between two saves of a process that will be taken away
 
 
 class DivergedError(WorkError):
@@ -135,7 +137,7 @@ class Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}")
+        temporary = self.path.with_suffix(f".{platform.node()}-{os.getpid()}")
         torch.save(state | {"digest": _digest(state)}, temporary)
         os.replace(temporary, self.path)
         if self.mirror is not None:
@@ -242,8 +244,8 @@ def fit(
             ranks).
         checkpoint: where to resume from and save to (rank 0 saves).
         notice: whether this process is about to be taken away; asked after each step. Once it says so, the state is
-            saved, and training goes on for as long as it may. SIGTERM to a process whose main thread trains saves the
-            state after the step, and then ends the process.
+            saved at once and then every `HURRY_S` seconds, and training goes on for as long as it may. SIGTERM saves
+            the state after the step, and then ends the process.
         report: called on every rank about every `report_every` steps and after the last one.
 
     Raises:
@@ -278,7 +280,7 @@ def fit(
     began = time.perf_counter()
     wrapped.train()
     noticed = False
-    ending = _Ending()
+    ending = Ending()
     step, images = start, 0
     try:
         for step in range(start, steps):
@@ -322,8 +324,12 @@ def fit(
                 began = time.perf_counter()
             # At any step, not only after a report: at scale an hour lies between two of these.
             leaving = ending.asked or (not noticed and notice is not None and notice())
-            noticed = noticed or leaving
-            if checkpoint is not None and rank == 0 and done < steps and (leaving or checkpoint.due(done)):
+            if leaving and checkpoint is not None:
+                noticed = True
+                checkpoint.every_s = min(checkpoint.every_s, HURRY_S)
+            # Ranks are alike: one that must go does not wait for the first one to hear of it.
+            saves = rank == 0 or (ending.asked and sync_batchnorm)
+            if checkpoint is not None and saves and done < steps and (leaving or checkpoint.due(done)):
                 checkpoint.save(
                     {
                         "moving": _moving(learner),
@@ -345,30 +351,9 @@ def fit(
         ) from error
     finally:
         feeder.close()
-        ending.restore()
+        ending.close()
     learner.eval()
     return history
-
-
-class _Ending:
-    """Hears SIGTERM while it lives, where it may: in a process whose main thread it was made in."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._hear)
-
-    def _hear(self, number: int, frame: Any) -> None:
-        self.asked = True
-
-    def restore(self) -> None:
-        """Gives the signal back to whoever heard it before, and passes it on if it came."""
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
-            if self.asked:
-                os.kill(os.getpid(), signal.SIGTERM)
-                raise SystemExit(128 + signal.SIGTERM)  # where that does not end the process
 
 
 def _mean_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, float]:
