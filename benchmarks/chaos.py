@@ -270,7 +270,7 @@ class Ordeal:
         folder: of the sweep.
         kills: kinds, in order.
         dice: decides when, and who.
-        until: when it must be done; the last kills are left out if half of its time has passed before.
+        until: when it must be done; the last kills are left out if most of its time has passed before.
     """
 
     def __init__(
@@ -314,7 +314,7 @@ class Ordeal:
 
     def run(self) -> None:
         """Until the driver has ended by itself."""
-        pause, last = 0.0, (self.started + self.until) / 2
+        pause, last = 0.0, self.started + 0.6 * (self.until - self.started)
         while (code := self.driver.poll()) is None:
             if time.monotonic() > self.until:
                 self.errors.append(f"not done after {self.until - self.started:.0f} s")
