@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from compare_cases import IMAGES, hand_made, outcomes
+from test_report import Page, same
 from typer.testing import CliRunner
 
 from orchestrator import Sweep, compare
 from orchestrator.cli import app
 from orchestrator.errors import UserError
-from orchestrator.sweep.compare import compare_sweeps
+from orchestrator.sweep.compare import compare_sweeps, write_several
 
 METHODS = {"finetune": {}, "kd": {"temperature": [1.0, 2.0]}}
 STEPS = {"steps": 12, "batch": 12, "views": 2}
@@ -144,3 +145,57 @@ def test_a_sweep_without_a_complete_trial_stands_beside_the_others(colours: Path
         compare([a, hand_made(colours, tmp_path, "b", [])])
     found = compare([a, hand_made(colours, tmp_path, "c", [("kd", outcomes(0.5))])])
     assert np.isnan(found["difference"]).all()
+
+
+def test_every_number_of_a_report_of_several_is_the_recorded_one(colours: Path, tmp_path: Path) -> None:
+    folders = two(colours, tmp_path, 0.2)
+    answer = write_several(folders, None, None)
+    assert answer["out"] == str(folders[0] / "report_of_several.html")
+    assert answer["recommended"] == {"a": "t0001", "b": "t0001"}
+    page = Page(Path(answer["out"]).read_text(encoding="utf-8"))
+    tables = {f.name: pd.read_parquet(f / "trials.parquet").set_index("trial_id") for f in folders}
+    head, *rows = page.tables["board"]
+    keys = [attributes["data-k"] for attributes, _ in head[1]]
+    assert [a["id"] for a, _ in rows[:3]] == ["b/t0001", "a/t0001", "b/t0000"]  # best first, whatever the sweep
+    assert len(rows) == 7
+    for attributes, cells in rows:
+        sweep, trial = attributes["id"].split("/")
+        row = tables[sweep].loc[trial]
+        shown = dict(zip(keys, cells, strict=True))
+        assert (shown["sweep"][1], shown["trial_id"][1], shown["status"][1]) == (sweep, trial, row["status"])
+        for name in ("val_metric", "latency_ms", "device_seconds", "store_seconds_saved"):
+            assert same(shown[name][0].get("data-v"), row[name])
+    for attributes, cells in page.tables["sweep-table"][1:]:
+        mine = tables[attributes["data-sweep"]]
+        best = mine.loc[mine["val_metric"].idxmax()]
+        numbers = [float(c["data-v"]) for c, _ in cells if "data-v" in c]
+        want = [(mine["status"] == "complete").sum(), len(mine), *best[["val_metric", "params_total", "flops"]]]
+        sums = [mine[name].sum() for name in ("device_seconds", "store_seconds_saved")]
+        assert numbers == pytest.approx([*want, best["latency_ms"], *sums])
+    seen = set()
+    for attributes, cells in page.tables["by-method"][1:]:
+        sweep = {"A": "a", "B": "b"}[attributes["data-group"]]
+        mine = (
+            tables[sweep]
+            if attributes["data-among"] == "all methods"
+            else tables[sweep][tables[sweep]["method"] == attributes["data-among"]]
+        )
+        assert float(cells[5][0]["data-v"]) == mine["val_metric"].max()
+        assert float(cells[8][0]["data-v"]) == pytest.approx(mine["device_seconds"].sum())
+        seen.add(attributes["data-among"])
+    assert seen == {"all methods", "finetune", "kd"}
+    for axis, fronts in page.data["own"].items():
+        for sweep, front in fronts.items():
+            done = tables[sweep][tables[sweep]["status"] == "complete"]
+            points = done[["val_metric", axis]].to_numpy()
+            want = {
+                f"{sweep}/{t}"
+                for t, (v, c) in zip(done.index, points, strict=True)
+                if not any((a >= v and b <= c) and (a > v or b < c) for a, b in points)
+            }
+            assert set(front) == want
+    write_several(folders, tmp_path / "all.csv", None)
+    joint = pd.read_csv(tmp_path / "all.csv")
+    assert joint.groupby("sweep")["device_seconds"].sum().to_dict() == pytest.approx(
+        {name: table["device_seconds"].sum() for name, table in tables.items()}
+    )

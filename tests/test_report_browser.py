@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 import torch
 from browser import Watched, chromium
+from compare_cases import hand_made, outcomes
 from report_cases import big_sweep, real_sweep
 from test_report import EVIL
 
+from orchestrator.sweep.compare import write_several
 from orchestrator.sweep.report import write_report
 
 
@@ -217,4 +219,42 @@ def test_a_thousand_trials_are_drawn_sorted_and_filtered(browser: Any, big: Path
     assert page.locator("#front-chart g.point").count() == 333
     watched.shot("report_thousand")
     assert watched.complaints == []
+    page.close()
+
+
+def test_a_report_of_several_tells_sweeps_apart_filters_them_and_loads_nothing(
+    browser: Any, colours: Path, tmp_path: Path
+) -> None:
+    base = outcomes(0.6)
+    folders = [
+        hand_made(colours, tmp_path, name, [("kd", outcomes(0.5 + at / 10, at, like=base)), ("finetune", base)], **more)
+        for at, (name, more) in enumerate({"first": {}, "longer": {"train": {"steps": 9, "batch": 12}}}.items())
+    ]
+    write_several(folders, tmp_path / "r.html", None)
+    watched = opened(browser, tmp_path / "r.html")
+    page = watched.page
+    assert page.inner_text("#front-legend").split() == ["first", "longer"]
+    marks = {}
+    for name in ("first", "longer"):
+        found = page.eval_on_selector_all(
+            f"#front-chart g.point[data-id^='{name}/'] path", "paths => paths.map(p => p.getAttribute('d'))"
+        )
+        (marks[name],) = set(found)
+    assert marks["first"] != marks["longer"]  # shapes, so that greyscale tells them apart
+    dashes = page.eval_on_selector_all("#front-chart path.own", "p => p.map(e => e.getAttribute('stroke-dasharray'))")
+    assert len(set(dashes)) == 2
+    page.select_option("#of-sweep", "longer")
+    assert {trial.split("/")[0] for trial in visible_trials(page)} == {"longer"}
+    assert page.locator("#front-chart g.point").count() == 2
+    page.click("#board tbody tr:not([hidden]) a >> nth=0")
+    assert page.inner_text("#trial-name").startswith("longer/t000")
+    assert f"export {folders[1]} OUT --trial t000" in page.inner_text("#trial-body")
+    page.keyboard.press("Escape")
+    page.evaluate("document.documentElement.style.filter = 'grayscale(1)'")
+    watched.shot("several_greyscale", full_page=True)
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    watched.shot("several_phone", full_page=True)
+    assert watched.complaints == []
+    assert [url for url in watched.requests if not url.startswith("data:")] == [(tmp_path / "r.html").as_uri()]
     page.close()

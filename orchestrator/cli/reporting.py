@@ -24,7 +24,9 @@ class ReportFormat(str, Enum):
 
 @app.command()
 def report(
-    folder: SweepDir,
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="SWEEP...", help="A sweep's folder; several make one report of them all.")
+    ],
     out_file: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", help="The file; report.html in the sweep's folder if not given."),
@@ -37,10 +39,15 @@ def report(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a page (or text, or table) about a sweep, at any time: which student to take, why, and what it cost."""
+    """Write a page (or text, or table) about sweeps, at any time: which student to take, why, and what it cost."""
+    from orchestrator.sweep.compare import write_several
     from orchestrator.sweep.report import write_report
 
-    answer = write_report(folder, out_file, fmt.value if fmt else None, not no_images)
+    form = fmt.value if fmt else None
+    several = len(folders) > 1
+    answer = (
+        write_several(folders, out_file, form) if several else write_report(folders[0], out_file, form, not no_images)
+    )
     if as_json:
         print(json.dumps(answer))
         return

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import UserError, disk_full, listed, nearest
-from orchestrator.select.comparison import Comparison, compare, read_members
+from orchestrator.errors import UserError, listed, nearest
+from orchestrator.select.comparison import ALL, Comparison, compare, read_members
 from orchestrator.select.comparison_text import comparison_markdown, plain
-from orchestrator.sweep.ledger import at_once
-from orchestrator.sweep.report import check_place, up_to_date
+from orchestrator.select.report.several import joint_table, several_html
+from orchestrator.sweep.report import check_place, format_of, gathered, made_now, up_to_date, write_file
 
 FORMATS = {"md": ".md", "csv": ".csv", "parquet": ".parquet"}
 WRITERS: dict[str, Callable[[Comparison, Path], Any]] = {
@@ -19,11 +18,6 @@ WRITERS: dict[str, Callable[[Comparison, Path], Any]] = {
     "csv": lambda found, path: found.sweeps.to_csv(path, index=False),
     "parquet": lambda found, path: found.sweeps.to_parquet(path, index=False),
 }
-
-
-def made_now() -> str:
-    """When a page is made, as a person reads it."""
-    return datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
 def compare_sweeps(folders: Sequence[Path]) -> Comparison:
@@ -50,13 +44,47 @@ def write_comparison(found: Comparison, out: Path, fmt: str | None) -> str:
             f"as well, or make a page with `orchestrator report`.{nearest(out.suffix, FORMATS.values())}"
         )
     check_place(out)
-    try:
-        at_once(out, lambda temporary: WRITERS[fmt](found, temporary))
-    except OSError as error:
-        if disk_full(error):
-            raise
-        raise UserError(f"--out: {str(out)!r} cannot be written ({error.strerror}).") from error
+    write_file(out, lambda temporary: WRITERS[fmt](found, temporary))
     return fmt
+
+
+SEVERAL = "report_of_several"  # in the first sweep's folder
+
+
+def write_several(folders: Sequence[Path], out: Path | None, fmt: str | None) -> dict[str, Any]:
+    """Writes one report of several sweeps; reads their recorded results alone.
+
+    Args:
+        folders: the sweeps'.
+        out: the file, replaced whole; None: `report_of_several` in the first one's folder.
+        fmt: html, md, or the joint leaderboard as csv or parquet; None: what the name of `out` says, else html.
+
+    Raises:
+        UserError: if they do not compare, or the file cannot be written.
+    """
+    fmt = fmt or format_of(out)
+    path = out or folders[0] / f"{SEVERAL}.{fmt}"
+    check_place(path)
+    found = compare_sweeps(folders)
+    if fmt == "md":
+        write_comparison(found, path, "md")
+    else:
+        names, parts = [m.name for m in found.members], [gathered(folder, images=False) for folder in folders]
+        writers: dict[str, Callable[[Path], Any]] = {
+            "html": lambda to: to.write_text(several_html(found, parts), encoding="utf-8"),
+            "csv": lambda to: joint_table(names, parts).to_csv(to, index=False),
+            "parquet": lambda to: joint_table(names, parts).to_parquet(to, index=False),
+        }
+        write_file(path, writers[fmt])
+    whole = found.sweeps[found.sweeps["among"] == ALL]
+    return {
+        "out": str(path),
+        "format": fmt,
+        "bytes": path.stat().st_size,
+        "trials": int(whole["trials"].sum()),
+        "recommended": dict(zip(whole["sweep"], whole["trial_id"], strict=True)),
+        "sentences": found.sentences,
+    }
 
 
 def facts(found: Comparison) -> dict[str, Any]:

@@ -48,28 +48,50 @@ def write_report(folder: Path, out: Path | None, fmt: str | None, images: bool =
     Raises:
         UserError: if there is no sweep, or the file cannot be written.
     """
-    fmt = fmt or _format_of(out)
+    fmt = fmt or format_of(out)
     path = out or folder / f"report{FORMATS[fmt]}"
     check_place(path)
-    up_to_date(folder)
-    frame = read_trials(folder)
-    spec = open_sweep(folder)
-    made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    found = gather(folder, spec, frame, _study(folder, spec, frame), made, images)
-    try:
-        at_once(path, lambda temporary: WRITERS[fmt](found, temporary))
-    except OSError as error:
-        if disk_full(error):
-            raise
-        raise UserError(f"--out: {str(path)!r} cannot be written ({error.strerror}).") from error
+    found = gathered(folder, images)
+    write_file(path, lambda temporary: WRITERS[fmt](found, temporary))
     return {
         "out": str(path),
         "format": fmt,
         "bytes": path.stat().st_size,
-        "trials": len(frame),
+        "trials": len(found.board),
         "recommended": found.study.recommended,
         "sentences": list(found.study.sentences),
     }
+
+
+def gathered(folder: Path, images: bool = True) -> Gathered:
+    """Everything that a report of the sweep in `folder` shows, as it is recorded now.
+
+    Raises:
+        UserError: if there is no sweep.
+    """
+    up_to_date(folder)
+    frame = read_trials(folder)
+    spec = open_sweep(folder)
+    return gather(folder, spec, frame, _study(folder, spec, frame), made_now(), images)
+
+
+def made_now() -> str:
+    """When a report is made, as a person reads it."""
+    return datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes `--out` whole.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        at_once(path, write)
+    except OSError as error:
+        if disk_full(error):
+            raise
+        raise UserError(f"--out: {str(path)!r} cannot be written ({error.strerror}).") from error
 
 
 def up_to_date(folder: Path) -> None:
@@ -81,7 +103,8 @@ def up_to_date(folder: Path) -> None:
             Ledger(folder).publish()
 
 
-def _format_of(out: Path | None) -> str:
+def format_of(out: Path | None) -> str:
+    """The format that a file's name says; html for none."""
     if out is None or not out.suffix:
         return "html"
     for fmt, suffix in FORMATS.items():

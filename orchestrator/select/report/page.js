@@ -17,7 +17,9 @@ const rows = $$("tbody tr", board).map((tr) => {
   return row;
 });
 const byId = new Map(rows.map((row) => [row.id, row]));
-const methods = [...new Set(rows.map((row) => row.method))].sort();
+// Points of one kind share a colour and a shape: a method, or in a report of several sweeps a sweep.
+const by = data.by || "method";
+const kinds = data.kinds || [...new Set(rows.map((row) => row[by]))].sort();
 
 function node(name, attributes = {}, ...children) {
   const made = name.startsWith("svg:") ? document.createElementNS(SVG, name.slice(4)) : document.createElement(name);
@@ -57,28 +59,32 @@ for (const th of $$("thead th", board)) {
 }
 function filter() {
   const words = $("#find").value.toLowerCase().split(/\s+/).filter(Boolean);
-  const method = $("#of-method").value, status = $("#of-status").value;
+  const method = $("#of-method").value, status = $("#of-status").value, sweep = $("#of-sweep") ? $("#of-sweep").value : "";
   let shown = 0;
   for (const row of rows) {
     const fits =
       words.every((word) => row.text.includes(word)) &&
-      (!method || row.method === method) && (!status || row.status === status);
+      (!method || row.method === method) && (!status || row.status === status) &&
+      (!sweep || row.sweep === sweep);
     row.tr.hidden = !fits;
     shown += fits;
   }
   $("#count").textContent = `${shown} of ${rows.length} trials`;
   drawFront();
 }
-for (const id of ["#find", "#of-method", "#of-status"]) $(id).addEventListener("input", filter);
+for (const id of ["#find", "#of-method", "#of-status", "#of-sweep"]) if ($(id)) $(id).addEventListener("input", filter);
 
 /* Charts */
 const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#56b4e9", "#7f3fbf", "#666666"];
+const DASHES = ["none", "7 3", "2 3", "9 3 2 3", "4 2", "1 2"];
 const SHAPES = [
   "M-5,0A5,5 0 1,0 5,0A5,5 0 1,0 -5,0Z", "M-4.5,-4.5H4.5V4.5H-4.5Z", "M0,-6L5.5,4.5H-5.5Z", "M0,-6.5L5.5,0L0,6.5L-5.5,0Z",
   "M0,6L5.5,-4.5H-5.5Z", "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z", "M0,-6.5L6,-1.5L3.8,5.5H-3.8L-6,-1.5Z",
 ];
-function mark(method) {
-  const i = Math.max(0, methods.indexOf(method)), colour = COLOURS[i % COLOURS.length];
+const colourOf = (kind) => COLOURS[Math.max(0, kinds.indexOf(kind)) % COLOURS.length];
+const dashesOf = (kind) => DASHES[Math.max(0, kinds.indexOf(kind)) % DASHES.length];
+function mark(kind) {
+  const i = Math.max(0, kinds.indexOf(kind)), colour = colourOf(kind);
   const hollow = Math.floor(i / SHAPES.length) % 2;
   return node("svg:path", {
     d: SHAPES[i % SHAPES.length], fill: hollow ? "var(--paper)" : colour, stroke: hollow ? colour : "var(--paper)",
@@ -169,7 +175,7 @@ function point(chart, row, x, y, lines, reachable) {
     class: "point", transform: `translate(${x} ${y})`, "data-id": row.id, role: "button",
     tabindex: reachable ? 0 : -1, "aria-label": lines.join(", "),
   });
-  g.append(node("svg:circle", { r: 11, fill: "transparent" }), mark(row.method));
+  g.append(node("svg:circle", { r: 11, fill: "transparent" }), mark(row[by]));
   for (const name of ["pointermove", "focus"]) g.addEventListener(name, (event) => tell(event, lines));
   for (const name of ["pointerleave", "blur"]) g.addEventListener(name, hush);
   g.addEventListener("click", () => open(row.id));
@@ -183,7 +189,10 @@ const say = (row, key) => row.tr.cells[keys.indexOf(key)].textContent.trim();
 const legend = (holder, names) => holder.replaceChildren(...names.map((name) => {
   const shape = node("svg:svg", { viewBox: "-8 -8 16 16", width: 16, height: 16, "aria-hidden": "true" });
   shape.append(mark(name));
-  return node("span", {}, shape, name);
+  if (!data.own) return node("span", {}, shape, name);
+  const sample = node("svg:svg", { viewBox: "0 -8 30 16", width: 30, height: 16, "aria-hidden": "true" });
+  sample.append(node("svg:path", { d: "M0,0H30", class: "own", stroke: colourOf(name), "stroke-dasharray": dashesOf(name) }));
+  return node("span", {}, shape, sample, name);
 }));
 
 /* The Pareto front */
@@ -201,16 +210,17 @@ function drawFront() {
   const label = data.axes[key] + (log ? " (log scale)" : "");
   const chart = axes(holder, { label, values, log }, { label: `${data.metric} on val`, values: able.map((r) => r.val_metric) },
     Math.min(440, Math.max(300, innerHeight * 0.55)));
-  const line = able.filter((r) => front.has(r.id)).sort((a, b) => a[key] - b[key]);
-  let path = "";
-  line.forEach((r, i) => {
-    const x = chart.x(r[key]), y = chart.y(r.val_metric);
-    path += i ? `H${x}V${y}` : `M${x},${y}`;
-  });
-  chart.svg.append(node("svg:path", { d: path, class: "front" }));
+  const steps = (ids) => able.filter((r) => ids.has(r.id)).sort((a, b) => a[key] - b[key])
+    .map((r, i) => `${i ? `H${chart.x(r[key])}V` : `M${chart.x(r[key])},`}${chart.y(r.val_metric)}`).join("");
+  for (const [kind, ids] of Object.entries((data.own || {})[key] || {})) {
+    if (!able.some((r) => r[by] === kind && !r.tr.hidden)) continue;
+    const look = { class: "own", stroke: colourOf(kind), "stroke-dasharray": dashesOf(kind) };
+    chart.svg.append(node("svg:path", { d: steps(new Set(ids)), ...look }));
+  }
+  if (!data.own) chart.svg.append(node("svg:path", { d: steps(front), class: "front" }));
   const shown = able.filter((r) => !r.tr.hidden);
   shown.sort((a, b) => front.has(a.id) - front.has(b.id));
-  let last = [-99, -99];
+  const tags = [];
   for (const r of shown) {
     const x = chart.x(r[key]), y = chart.y(r.val_metric);
     if (r.val_sd !== null && r.val_sd !== undefined) {
@@ -221,14 +231,23 @@ function drawFront() {
     if (front.has(r.id)) lines.push("on the front");
     const g = point(chart, r, x, y, lines, front.has(r.id));
     g.classList.toggle("dim", !front.has(r.id));
-    if (r.id === data.recommended) g.append(node("svg:circle", { r: 10, class: "ring" }));
-    if (front.has(r.id) && (Math.abs(x - last[0]) > 44 || Math.abs(y - last[1]) > 14)) {
-      const end = x > chart.svg.viewBox.baseVal.width - 70;
-      g.append(node("svg:text", { x: end ? -12 : 12, y: -7, "text-anchor": end ? "end" : "start", class: "tag" }, r.id));
-      last = [x, y];
+    const ringed = r.id === data.recommended || (data.bests || []).includes(r.id);
+    if (ringed) g.append(node("svg:circle", { r: 10, class: "ring" }));
+    if (data.own ? ringed : front.has(r.id)) tags.push({ g, x, y, text: r.id, ringed });
+  }
+  // Names where there is room for them, the most important ones first.
+  const placed = [];
+  for (const { g, x, y, text } of tags.sort((a, b) => b.ringed - a.ringed)) {
+    const long = text.length * 7.4, end = x + 12 + long > chart.svg.viewBox.baseVal.width;
+    const left = end ? x - 12 - long : x + 12;
+    for (const down of [-7, 16]) {
+      if (placed.some(([from, to, at]) => left < to && left + long > from && Math.abs(y + down - at) < 14)) continue;
+      g.append(node("svg:text", { x: end ? -12 : 12, y: down, "text-anchor": end ? "end" : "start", class: "tag" }, text));
+      placed.push([left, left + long, y + down]);
+      break;
     }
   }
-  legend($("#front-legend"), methods.filter((m) => shown.some((r) => r.method === m)));
+  legend($("#front-legend"), kinds.filter((kind) => shown.some((r) => r[by] === kind)));
 }
 
 /* Learning curves */
@@ -334,7 +353,7 @@ function open(id) {
     link.addEventListener("click", () => { section.open = true; dialog.close(); });
     parts.push(node("p", {}, link));
   }
-  if (row.status === "complete") parts.push(node("p", {}, "Take it away: ", node("code", {}, data.export.replace("{trial}", id))));
+  if (row.status === "complete") parts.push(node("p", {}, "Take it away: ", node("code", {}, (data.exports ? data.exports[row.sweep] : data.export).replace("{trial}", id.split("/").pop()))));
   $("#trial-body").replaceChildren(...parts);
   dialog.showModal();
   const curve = data.curves[id];
@@ -362,5 +381,6 @@ let width = innerWidth;
 addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawAll(); } });
 drawAll();
 $("#count").textContent = `${rows.length} trials`;
-if (/^#t\d+$/.test(location.hash)) open(location.hash.slice(1));
+const asked = decodeURIComponent(location.hash.slice(1));
+if (byId.has(asked) || /^t\d+$/.test(asked)) open(asked);
 document.documentElement.dataset.ready = "yes";

@@ -56,24 +56,15 @@ NO_DETAILS = "the sweep has no complete trial, or was run by a version that did 
 
 def html(found: Gathered) -> str:
     """One page: styles, script, numbers and pictures inside; its security policy lets it load nothing."""
-    environment = Environment(
-        loader=PackageLoader("orchestrator.select.report", "."), autoescape=True, undefined=StrictUndefined
-    )
-    assert environment.loader is not None
-    script, css = (environment.loader.get_source(environment, name)[0] for name in ("page.js", "page.css"))
-    script = script.replace("\r\n", "\n")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     kind, board = found.spec.task.kind, found.board
     found = replace(found, details=[with_cells(d, kind) for d in found.details])
-    return environment.get_template("page.html.jinja").render(
+    return rendered(
+        "page.html.jinja",
+        _charts(found),
         f=found,
-        css=Markup(css),  # ours, as is the script
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
-        data=Markup(_json_in_html(_charts(found))),
         axes={m: AXES[m] for m in found.fronts},
-        columns=[{"key": k, "title": t, "number": k not in TEXTS} for k, t in _columns(board).items()],
-        rows=[_row(row, _columns(board)) for row in board.to_dict("records")],
+        columns=[{"key": k, "title": t, "number": k not in TEXTS} for k, t in columns_of(board).items()],
+        rows=[table_row(row, columns_of(board)) for row in board.to_dict("records")],
         methods=sorted(board["method"].unique()),
         statuses=list(dict.fromkeys(board["status"])),
         front_rows=_front_rows(found),
@@ -86,6 +77,24 @@ def html(found: Gathered) -> str:
         cost_rows=_cost_rows(found),
         class_titles=CLASS_TITLES[kind],
         why_no_details=NO_DETAILS,
+    )
+
+
+def rendered(template: str, data: Mapping[str, Any], **values: Any) -> str:
+    """A page of a template: styles, script and `data` inside."""
+    environment = Environment(
+        loader=PackageLoader("orchestrator.select.report", "."), autoescape=True, undefined=StrictUndefined
+    )
+    assert environment.loader is not None
+    script, css = (environment.loader.get_source(environment, name)[0] for name in ("page.js", "page.css"))
+    script = script.replace("\r\n", "\n")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(
+        css=Markup(css),  # ours, as is the script
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+        data=Markup(_json_in_html(data)),
+        **values,
     )
 
 
@@ -111,7 +120,8 @@ def _charts(found: Gathered) -> dict[str, Any]:
     }
 
 
-def _columns(board: pd.DataFrame) -> dict[str, str]:
+def columns_of(board: pd.DataFrame) -> dict[str, str]:
+    """Columns of the leaderboard with their titles; those that no row has are left out."""
     empty = {c for c in OPTIONAL if board[c].isna().all() or (board[c].astype(str) == "").all()}
     return {k: t for k, t in COLUMNS.items() if k not in empty}
 
@@ -139,7 +149,8 @@ def shown(value: float, key: str, like: Any = None) -> str:
     return f"{value:,.0f}"
 
 
-def _row(row: Mapping[Any, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def table_row(row: Mapping[Any, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A trial's row of the leaderboard: cells, knobs, and whether it is the first of its sweep."""
     cells = []
     for key in columns:
         if key in TEXTS:
@@ -289,8 +300,8 @@ def markdown(found: Gathered) -> str:
     blocks = [f"# {found.spec.name}", f"{found.counts}{'; still running' if found.running else ''}. Made {found.made}."]
     blocks.append("\n".join(f"- {plain_text(s)}" for s in found.study.sentences))
     if len(found.board):
-        columns = _columns(found.board)
-        rows = [[c["text"] for c in _row(r, columns)["cells"]] for r in found.board.to_dict("records")]
+        columns = columns_of(found.board)
+        rows = [[c["text"] for c in table_row(r, columns)["cells"]] for r in found.board.to_dict("records")]
         blocks += [
             "## Leaderboard",
             grid(list(columns.values()), rows),

@@ -1,0 +1,149 @@
+"""The report of several sweeps: one page, and one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from orchestrator.errors import listed
+from orchestrator.select.comparison import ALL, Comparison
+from orchestrator.select.comparison_text import difference_cells, footnotes, key_rows
+from orchestrator.select.leaderboard import count
+from orchestrator.select.leaderboard import footnotes as board_notes
+from orchestrator.select.report.gather import AXES, Gathered
+from orchestrator.select.report.page import TEXTS, cell, columns_of, rendered, table_row
+from orchestrator.select.report.table import table
+from orchestrator.select.results import pareto, ranked
+from orchestrator.spec import Objective
+
+FACTS = ("val_metric", "val_sd", "params_total", "flops", "latency_ms", "device_seconds", "store_seconds_saved")
+
+
+def several_html(found: Comparison, parts: Sequence[Gathered]) -> str:
+    """One page of several sweeps, as `html` of one.
+
+    Args:
+        found: their comparison.
+        parts: what each one's own report would show, in the same order.
+    """
+    names = [m.name for m in found.members]
+    board = joint_board(names, parts)
+    complete = board[board["status"] == "complete"]
+    axes = {a: title for a, title in AXES.items() if any(a in part.fronts for part in parts)}
+    plane = {axis: [Objective(), Objective(metric=axis)] for axis in axes}
+    own = {axis: {name: pareto(complete[complete["sweep"] == name], plane[axis]) for name in names} for axis in axes}
+    whole = found.sweeps[found.sweeps["among"] == ALL].to_dict("records")
+    shown = {trial for fronts in own.values() for front in fronts.values() for trial in front}
+    shown |= {f"{r['sweep']}/{r['trial_id']}" for r in found.sweeps.to_dict("records") if r["trial_id"]}
+    curves = {
+        trial: curve
+        for name, part in zip(names, parts, strict=True)
+        for number, curve in part.curves.items()
+        if (trial := f"{name}/{number}") in shown
+    }
+    data = {
+        "metric": found.metric,
+        "axes": axes,
+        "fronts": {axis: sorted({t for front in fronts.values() for t in front}) for axis, fronts in own.items()},
+        "own": own,
+        "by": "sweep",
+        "kinds": names,
+        "bests": [f"{r['sweep']}/{r['trial_id']}" for r in whole if r["trial_id"]],
+        "curves": curves,
+        "exports": {m.name: f"python -m orchestrator export {m.folder} OUT --trial {{trial}}" for m in found.members},
+    }
+    columns = {"sweep": "sweep", **columns_of(board)}
+    notes = board_notes(complete, [Objective()], parts[0].spec.task.kind)
+    return rendered(
+        "several.html.jinja",
+        data,
+        title=listed(names),
+        c=found,
+        made=parts[0].made,
+        running=[name for name, part in zip(names, parts, strict=True) if part.running],
+        axes=axes,
+        front_rows=_front_rows(complete, own),
+        sweep_rows=[_sweep_row(row) for row in whole],
+        key_rows=key_rows(found),
+        method_rows=[_method_row(row) for row in found.table.to_dict("records")],
+        whole=ALL,
+        notes=footnotes(found),
+        board_notes=["#: the rank within its sweep.", *notes[1:]],
+        columns=[{"key": k, "title": t, "number": k not in ("sweep", *TEXTS)} for k, t in columns.items()],
+        rows=[_board_row(row, columns_of(board)) for row in board.to_dict("records")],
+        methods=sorted(board["method"].unique()),
+        statuses=list(dict.fromkeys(board["status"])),
+        sweeps=names,
+        parts=[{"name": name, "found": part} for name, part in zip(names, parts, strict=True)],
+    )
+
+
+def joint_board(names: Sequence[str], parts: Sequence[Gathered]) -> pd.DataFrame:
+    """Rows of all sweeps, complete ones first and best first, with `sweep`; `trial_id` is SWEEP/TRIAL."""
+    boards = [
+        part.board.assign(sweep=name, trial_id=[f"{name}/{trial}" for trial in part.board["trial_id"]])
+        for name, part in zip(names, parts, strict=True)
+    ]
+    board = pd.concat([b for b in boards if len(b)], ignore_index=True)
+    done = (board["status"] == "complete").to_numpy()
+    return pd.concat([ranked(board[done], "val_metric", "max"), board[~done]], ignore_index=True)
+
+
+def joint_table(names: Sequence[str], parts: Sequence[Gathered]) -> pd.DataFrame:
+    """The leaderboards of several sweeps below each other, as `table` has each, with `sweep` first."""
+    tables = [table(part).assign(sweep=name) for name, part in zip(names, parts, strict=True) if len(part.board)]
+    joint = pd.concat(tables, ignore_index=True)
+    return joint[["sweep", *(c for c in joint.columns if c != "sweep")]]
+
+
+def _board_row(row: Mapping[Any, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    sweep, trial = str(row["sweep"]), str(row["trial_id"]).rpartition("/")[2]
+    made = table_row({**row, "trial_id": trial}, columns)
+    name = {"key": "sweep", "number": False, "text": sweep, "title": "", "css": ""}
+    return made | {"id": row["trial_id"], "cells": [name, *made["cells"]]}
+
+
+def _front_rows(complete: pd.DataFrame, own: Mapping[str, Mapping[str, Sequence[str]]]) -> list[dict[str, Any]]:
+    by_id = {row["trial_id"]: row for row in complete.to_dict("records")}
+    return [
+        {
+            "axis": axis,
+            "title": AXES[axis],
+            "sweep": sweep,
+            "id": trial,
+            "trial": trial.rpartition("/")[2],
+            "method": by_id[trial]["method"],
+            "val": cell(by_id[trial]["val_metric"], "val_metric"),
+            "cost": cell(by_id[trial][axis], axis) | ({"text": count(by_id[trial][axis])} if axis == "flops" else {}),
+        }
+        for axis, fronts in own.items()
+        for sweep, front in fronts.items()
+        for trial in front
+    ]
+
+
+def _sweep_row(row: Mapping[Any, Any]) -> dict[str, Any]:
+    counts = [cell(row[name], name) for name in ("complete", "trials")]
+    return {
+        "group": row["group"],
+        "sweep": row["sweep"],
+        "trial": row["trial_id"] or "",
+        "id": f"{row['sweep']}/{row['trial_id']}",
+        "method": row["method"] or "",
+        "cells": [*counts, *(cell(row[name], name) for name in FACTS)],
+    }
+
+
+def _method_row(row: Mapping[Any, Any]) -> dict[str, Any]:
+    signed = [cell(row[name], "val_metric") for name in ("difference", "low", "high")]
+    for one, name in zip(signed, ("difference", "low", "high"), strict=True):
+        one["text"] = "" if math.isnan(row[name]) else f"{row[name]:+.4f}"
+    cells = [cell(row["scored"], "trials")]
+    cells += [cell(row[name], "val_metric") for name in ("mean", "sd", "best")]
+    cells += [cell(row["trials"], "trials"), cell(row["device_seconds"], "device_seconds"), *signed]
+    place = f"{row['best_sweep']}/{row['best_trial']}" if row["best_trial"] else ""
+    verdict = difference_cells(row)[2]
+    return {"among": row["among"], "group": row["group"], "id": place, "cells": cells, "verdict": verdict}
