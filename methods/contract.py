@@ -546,6 +546,13 @@ class Method(ABC):
         return None
 
     @classmethod
+    def smallest(cls, config: Any, setting: Setting) -> Structure | None:
+        """Where training decides what is deployed: a network that it is not smaller than, whatever is decided; None if
+        none is known. A trial for which that is too big is not trained.
+        """
+        return None
+
+    @classmethod
     @abstractmethod
     def stages(cls, config: Any, setting: Setting) -> list[Stage]:
         """The stages in order. The last `TrainStage` delivers the network; none delivers the base as it is."""

@@ -177,6 +177,13 @@ class DARTS(KD):
     tasks = ("classification", "multilabel")
 
     @classmethod
+    def smallest(cls, config: KDConfig, setting: Setting) -> Structure:
+        assert isinstance(config, DARTSConfig)
+        skips = ["skip"] * (config.stages * config.cells)
+        arguments = {"choices": skips, "stages": config.stages, "width": config.width}
+        return Structure("methods.parts.cells:cell_network", arguments)
+
+    @classmethod
     def stages(cls, config: KDConfig, setting: Setting) -> list[Stage]:
         assert isinstance(config, DARTSConfig)
         *earlier, distil = super().stages(config, setting)

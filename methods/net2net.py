@@ -254,7 +254,7 @@ class Net2Net(TunedTeacher):
     family = "remapping"
     paper = "Chen, Goodfellow, Shlens, Net2Net: Accelerating Learning via Knowledge Transfer, ICLR 2016"
     Config = Net2NetConfig
-    deployed_size = "own"
+    deployed_size = "larger"
     learner = Net2NetLearner
     teacher_kinds = ("vit", "cnn")
 

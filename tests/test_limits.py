@@ -12,11 +12,13 @@ import timm
 import torch
 from optuna.trial import TrialState
 from small import small_spec
+from small_clip import clip_folder
 from test_study import row, study_of
 from torch import nn
 
+from methods.parts.cells import CellNetwork
 from orchestrator.errors import UserError
-from orchestrator.evaluate.cost import costs, model_bytes, peak_bytes
+from orchestrator.evaluate.cost import costs, model_bytes, parameters, peak_bytes
 from orchestrator.spec import Limits, SweepSpec
 from orchestrator.store import Store
 from orchestrator.sweep.run import prepare
@@ -101,6 +103,34 @@ def test_what_a_method_makes_of_its_teacher_is_weighed_before_it_is_trained(colo
     assert "distil" not in stages(spec)
     again = run_one(spec, Cell("wecolora", 0, None), {"factor": 3, "rank": 4})
     assert (again["status"], again["params_total"]) == ("complete", small["params_total"])
+
+
+def test_a_zero_shot_student_is_weighed_with_its_prototypes_before_it_is_trained(colours: Path, tmp_path: Path) -> None:
+    teacher = {"model": f"local:{clip_folder(tmp_path / 'clip')}"}
+    only = {"teachers": [teacher], "methods": {"embedding_regression": {}}}
+    small = run_one(small_spec(colours, tmp_path, **only), Cell("embedding_regression", 0, 0))
+    assert small["status"] == "complete", small["reason"]
+    limits = {name: small[name] for name in ("params_total", "flops", "memory_mb", "model_mb")}
+    assert prepare(small_spec(colours, tmp_path, **only, limits=limits)).unchecked == []  # all of it keeps what it is
+    for name, value in limits.items():
+        with pytest.raises(UserError, match=rf"nothing can keep them: embedding_regression .* is above limits\.{name}"):
+            prepare(small_spec(colours, tmp_path, **only, limits={name: 0.999 * value}))
+
+
+def test_what_a_search_finds_is_weighed_by_the_least_that_it_can_find(colours: Path, tmp_path: Path) -> None:
+    knobs = {"width": 8, "stages": 2, "cells": 1}
+    spec = small_spec(colours, tmp_path, methods={"darts": knobs}, limits={"params_total": 8e3})
+    found = run_one(spec, Cell("darts", 0, 0), knobs)
+    least = CellNetwork(["skip", "skip"], 2, 8, 3)
+    if found["status"] == "complete":
+        assert parameters(least) <= found["params_total"] <= 8e3
+    tight = small_spec(colours, tmp_path / "tight", methods={"darts": knobs}, limits={"params_total": 1e3})
+    refused = run_one(tight, Cell("darts", 0, 0), knobs)
+    assert (refused["status"], refused["optimizer_steps"]) == ("infeasible", 0)
+    assert refused["params_total"] == parameters(least)
+    assert "without what the method adds; nothing was trained" in refused["reason"]
+    (sentence,) = prepare(spec).unchecked
+    assert sentence.startswith("limits: what darts deploys is known in part before training")
 
 
 def test_a_limit_that_only_training_tells_keeps_the_student_and_its_values(colours: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from methods.contract import TaskInfo
 from orchestrator.data.corpus import corpus_at
 from orchestrator.data.embed import absent
 from orchestrator.data.memory import stream_memory
@@ -22,10 +23,10 @@ from orchestrator.store import check_remote, store_at
 from orchestrator.sweep.capacity import check_shape, has, known_cluster, nodes_now
 from orchestrator.sweep.costs import holdings_of
 from orchestrator.sweep.earlier import check_earlier, starts
-from orchestrator.sweep.space import Space, check_cell, grid, method_space, wanted_outputs
+from orchestrator.sweep.space import Space, check_cell, default_knobs, grid, method_space, wanted_outputs
 from orchestrator.trial.context import SweepContext
-from orchestrator.trial.limits import planned_excess
-from orchestrator.trial.plan import Cell, feasible_cells
+from orchestrator.trial.limits import NETWORK_METRICS, foretold, planned_excess
+from orchestrator.trial.plan import Cell, TrialConfig, configure, feasible_cells
 
 RAY_DASHBOARD = ".ray-dashboard"  # where it is, while a sweep runs
 
@@ -146,7 +147,27 @@ def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
         raise UserError(f"methods: none of {listed(spec.methods)} can run on this data: {'; '.join(dropped)}.")
     starts(spec, runnable, spaces)
     check_earlier(spec)
+    unchecked += _found_late(spec, runnable, spaces, task.info)
     return Prepared(spec, task, runnable, spaces, list(dict.fromkeys(dropped)), unchecked)
+
+
+def _found_late(spec: SweepSpec, cells: list[Cell], spaces: dict[str, Space], task: TaskInfo) -> list[str]:
+    """Which methods' networks are not wholly known before training, where there are limits of networks."""
+    if not set(spec.limits.given) & NETWORK_METRICS:
+        return []
+    found: dict[str, list[str]] = {"least": [], "no": []}
+    for cell in cells:
+        config = configure(spec, TrialConfig("", 0, cell, default_knobs(spaces[cell.method], cell.method), 0))
+        found.get(foretold(spec, cell, config, task), []).append(cell.method)
+    words = {
+        "least": "in part before training: what it has at least is weighed then, and the rest after",
+        "no": "after training only: what exceeds a limit is trained first",
+    }
+    return [
+        f"limits: what {listed(dict.fromkeys(methods))} deploys is known {words[how]}."
+        for how, methods in found.items()
+        if methods
+    ]
 
 
 def _check_corpora(spec: SweepSpec, dry: bool) -> list[str]:

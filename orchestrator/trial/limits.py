@@ -6,18 +6,21 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from methods.contract import Method, Structure, TrainStage
+from methods.contract import Method, Stage, Structure, TaskInfo, TrainStage
 from methods.dense import structure_of
+from methods.knobs import MethodConfig
 from methods.parts.dense import segmenter
+from methods.parts.zero_shot import attach
 from orchestrator.data.task import TaskData
 from orchestrator.errors import WorkError
 from orchestrator.evaluate.cost import costs, latency, processor, timed
 from orchestrator.models import Network, build_network, plan_network
+from orchestrator.models.names import Role
 from orchestrator.models.onnx import onnx_runner, write_onnx
 from orchestrator.spec import Model, SweepSpec
 from orchestrator.store import key_of
@@ -26,6 +29,7 @@ from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 
 LATENCY_VERSION = 2
+NETWORK_METRICS = {"params_total", "flops", "memory_mb", "model_mb", "latency_ms"}  # that a network has untrained
 
 
 class InfeasibleError(Exception):
@@ -65,12 +69,11 @@ def base_blueprint(spec: SweepSpec, cell: Cell, classes: int) -> Blueprint | Non
         classes: of the task.
     """
     method = method_named(cell.method)
-    if method.deployed_size == "own" or method.zero_shot:
+    if method.zero_shot:
+        return _zero_shot(spec, cell, classes)
+    if method.deployed_size == "own":
         return None
-    number, entries = (cell.teacher, spec.teachers) if method.deploys == "teacher" else (cell.student, spec.students)
-    assert number is not None
-    entry = entries[number]
-    size = plan_network(entry, "teacher" if method.deploys == "teacher" else "student")[1].size
+    entry, size = _base(spec, cell)
     dense = spec.task.kind == "segmentation"
 
     def build() -> nn.Module:
@@ -79,6 +82,52 @@ def base_blueprint(spec: SweepSpec, cell: Cell, classes: int) -> Blueprint | Non
 
     structure = structure_of(_drawn(build)) if dense else None
     return Blueprint(build, size, entry, classes, structure=structure, exact=method.deployed_size == "base")
+
+
+def _base(spec: SweepSpec, cell: Cell) -> tuple[Model, int]:
+    """The network that what a cell deploys is made from, and the side of its input."""
+    role: Role = method_named(cell.method).deploys
+    number, entries = (cell.teacher, spec.teachers) if role == "teacher" else (cell.student, spec.students)
+    assert number is not None
+    return entries[number], plan_network(entries[number], role)[1].size
+
+
+def _zero_shot(spec: SweepSpec, cell: Cell, classes: int) -> Blueprint:
+    """The student with a head as wide as the teacher's embedding, under one prototype a class."""
+    assert cell.teacher is not None
+    entry, size = _base(spec, cell)
+    width = plan_network(spec.teachers[cell.teacher], "teacher")[0].embedding
+    arguments = {"width": width, "classes": classes}
+
+    def build() -> nn.Module:
+        return attach(build_network(entry, num_classes=classes), **arguments)
+
+    structure = Structure("methods.parts.zero_shot:attach", arguments)
+    return Blueprint(build, size, entry, classes, structure=structure)
+
+
+def foretold(spec: SweepSpec, cell: Cell, config: MethodConfig, task: TaskInfo) -> Literal["exact", "least", "no"]:
+    """How much of what a trial deploys is known before it trains: all, a network that it cannot be smaller than, or
+    nothing.
+    """
+    method = method_named(cell.method)
+    if method.zero_shot or method.deployed_size == "base":
+        return "exact"
+    setting = setting_of(spec, task, cell)
+    last = _last(method.stages(config, setting))
+    if last is not None and _from_base_alone(last):
+        return "exact"
+    if method.deployed_size == "larger":
+        return "least"
+    return "no" if method.smallest(config, setting) is None else "least"
+
+
+def _last(stages: list[Stage]) -> TrainStage | None:
+    return next((s for s in reversed(stages) if isinstance(s, TrainStage)), None)
+
+
+def _from_base_alone(last: TrainStage) -> bool:
+    return not last.inputs and set(last.reads) <= {"teacher", "student"}
 
 
 def _drawn(build: Callable[[], nn.Module]) -> nn.Module:
@@ -112,7 +161,10 @@ def check_before(
     if not limits.given:
         return
     classes = len(task.classes)
-    blueprint = base_blueprint(context.spec, cell, classes) or _untrained(context, config, method, networks, task)
+    blueprint = base_blueprint(context.spec, cell, classes)
+    if blueprint is None or not blueprint.exact:
+        more = _untrained(context, config, method, networks, task) or blueprint
+        blueprint = more or _smallest(context.spec, config, method, task)
     if blueprint is None:
         return
     facts: dict[str, Any] = dict(costs(_drawn(blueprint.build), blueprint.size))
@@ -131,8 +183,8 @@ def _untrained(
     """Of a method that makes a network of its own from nothing but its base: what it makes, before it trains it."""
     settings = configure(context.spec, config)
     stages = method.stages(settings, setting_of(context.spec, task.info, config.cell))
-    last = next((s for s in reversed(stages) if isinstance(s, TrainStage)), None)
-    if last is None or last.inputs or not set(last.reads) <= {"teacher", "student"} or method.zero_shot:
+    last = _last(stages)
+    if last is None or not _from_base_alone(last):
         return None
     given = given_for(last.reads, networks, task, context.store, config.seed, {})
     deployed = last.learner(last.params, given).deployed()
@@ -151,6 +203,20 @@ def _untrained(
     return Blueprint(
         lambda: network, base.preprocessing.size, base.entry, len(task.classes), dict(deployed.changes), structure
     )
+
+
+def _smallest(spec: SweepSpec, config: TrialConfig, method: type[Method], task: TaskData) -> Blueprint | None:
+    """Of a method that decides what it deploys while it trains: what that cannot be smaller than."""
+    structure = method.smallest(configure(spec, config), setting_of(spec, task.info, config.cell))
+    if structure is None:
+        return None
+    entry, size = _base(spec, config.cell)
+    classes = len(task.classes)
+
+    def build() -> nn.Module:
+        return structure.apply(build_network(entry, num_classes=classes))
+
+    return Blueprint(build, size, entry, classes, structure=structure, exact=False)
 
 
 def latency_of(context: SweepContext, blueprint: Blueprint) -> dict[str, Any]:
