@@ -20,10 +20,12 @@ from orchestrator.data import load_task
 from orchestrator.data.labels import open_labels
 from orchestrator.data.pixels import open_pixels
 from orchestrator.data.views import Policy, draw, render
+from orchestrator.errors import UserError
 from orchestrator.evaluate.metrics import mean_iou, overlaps, score
 from orchestrator.models import load_student
 from orchestrator.models.load import Preprocessing
 from orchestrator.select.export import export_student
+from orchestrator.select.predict import ask
 from orchestrator.spec import SweepSpec, Task, read_spec
 from orchestrator.store import Store
 from orchestrator.sweep.choice import recommend
@@ -235,6 +237,25 @@ def student(trials, method: str, decoder: str):
     return network, meta, images
 
 
+def test_predict_writes_a_mask_of_the_images_size_for_the_square_that_the_network_sees(trials, folder, tmp_path):
+    context, row = trials["kd", "linear"]
+    network, meta, _ = student(trials, "kd", "linear")
+    image = folder / "images" / "03.png"
+    answer = ask(f"{context.folder}/{row['student_path']}", [image], masks=tmp_path / "masks")
+    (told,) = answer["images"]
+    picture = Image.open(told["mask"])
+    mask = np.array(picture)
+    assert picture.mode == "P"  # colours to look at, class indices inside
+    assert mask.shape == (72, 80)
+    assert (mask[:, :4] == 255).all()
+    assert (mask[:, 76:] == 255).all()
+    small = np.array(Image.fromarray(mask[:, 4:76]).resize((64, 64), Image.Resampling.NEAREST))
+    assert (small == expected_mask(network, meta, image)).mean() > 0.97
+    assert sum(c["share"] for c in told["classes"]) == pytest.approx(1)
+    with pytest.raises(UserError, match="is not empty"):
+        ask(f"{context.folder}/{row['student_path']}", [image], masks=tmp_path / "masks")
+
+
 def expected_mask(network: torch.nn.Module, meta: dict[str, Any], path: Path) -> np.ndarray:
     preprocessing = Preprocessing.from_json(meta["preprocessing"])
     image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
@@ -295,6 +316,7 @@ def test_the_card_says_miou_and_what_was_added(trials, tmp_path):
     assert config["structure"] == {
         "file": "structure.py",
         "function": "segmenter",
+        "build": "methods.parts.dense:segmenter",
         "arguments": {"num_classes": 4, "decoder": "conv"},
     }
 

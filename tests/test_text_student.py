@@ -26,6 +26,8 @@ from orchestrator.models import load_student
 from orchestrator.models.clip import text_tower
 from orchestrator.models.texts import StudentTexts
 from orchestrator.select.export import export_student
+from orchestrator.select.export.texts import ExportedTexts
+from orchestrator.select.predict import ask
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Records, Store
 from orchestrator.train.feed import TokenFeeder
@@ -216,3 +218,11 @@ def test_an_export_embeds_texts_without_this_package_or_the_teacher(
     command = [sys.executable, "-I", str(tmp_path / "out" / "text" / "load.py"), "a cat", "two dogs"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
     assert torch.allclose(torch.tensor([json.loads(p) for p in printed]), own.embed(["a cat", "two dogs"]), atol=1e-5)
+    loaded = ExportedTexts(tmp_path / "out" / "text")
+    assert torch.allclose(loaded.embed(["a cat", "two dogs"]), own.embed(["a cat", "two dogs"]), atol=1e-5)
+    picture = sorted(Path(str(spec.task.data).removeprefix("folder:")).rglob("*.png"))[:1]
+    asked = ask(str(tmp_path / "out"), picture, top=3)
+    named = ask(str(tmp_path / "out"), picture, top=3, classes=meta["classes"], prompts=spec.task.templates)
+    assert {c["label"]: pytest.approx(c["probability"], abs=1e-4) for c in asked["images"][0]["classes"]} == {
+        c["label"]: c["probability"] for c in named["images"][0]["classes"]
+    }

@@ -280,7 +280,7 @@ def load_student(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def structure_of(meta: Mapping[str, Any]) -> Structure | None:
-    """The structure that a `student.json` names.
+    """The structure that a `student.json`, or an export's `config.json`, names.
 
     Raises:
         UserError: if it is no function of a package that brings methods: the file may come from anywhere.
@@ -296,10 +296,10 @@ def structure_of(meta: Mapping[str, Any]) -> Structure | None:
             raise ImportError
     except (ImportError, AttributeError):
         raise UserError(
-            f"student.json: structure.build {named['build']!r} is no function of an installed method's package "
+            f"structure.build {named['build']!r} is no function of an installed method's package "
             f"({listed(sorted(method_packages()))}); nothing else is run."
         ) from None
-    return Structure(**named)
+    return Structure(str(named["build"]), dict(named["arguments"]))
 
 
 def describe(preprocessing: Preprocessing) -> dict[str, Any]:

@@ -30,22 +30,58 @@ def find_subject(address: str, store: Path | None = None) -> tuple[Subject, str 
     if (path / "student.json").is_file():
         own = path.absolute().parents[2] / "store"  # <storage>/<sweep>/students/<trial>
         return stored_subject(path), store or (own if own.is_dir() else default)
-    sweep, colon, trial = address.rpartition(":")
-    folder = path if (path / "sweep.yaml").is_file() or not colon else Path(sweep).expanduser()
+    folder, trial = _sweep(address)
     if not (folder / "sweep.yaml").is_file():
         raise UserError(
             f"MODEL: {address!r} is neither a student's folder (with a student.json), nor a sweep's (with a "
             f"sweep.yaml), nor a model; models begin with timm/, open_clip/, local: or packaged/."
             f"{nearest(address, _known(folder))}"
         )
-    student = _student(folder, trial if folder != path else None)
+    student = _student(folder, trial)
     remote = read_spec(folder / "sweep.yaml").store.remote
     return stored_subject(student), store or remote or folder.absolute().parent / "store"
 
 
+def find_student(address: str, trial: str | None = None) -> Path:
+    """The folder of the student that `address` names: its own, or `SWEEP_DIR[:TRIAL]` (the best if none is named).
+
+    Args:
+        address: which.
+        trial: in place of `:TRIAL`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(address).expanduser()
+    if (path / "student.json").is_file():
+        if trial is not None:
+            raise UserError(f"--trial: {address!r} is a student's folder already; --trial is for a sweep's folder.")
+        return path
+    folder, named = _sweep(address)
+    if not (folder / "sweep.yaml").is_file():
+        named_model = " (a model by name has no classes of yours)" if address.startswith(PREFIXES) else ""
+        raise UserError(
+            f"MODEL: {address!r} is neither an export's folder (with a config.json), nor a student's (with a "
+            f"student.json), nor a sweep's (with a sweep.yaml){named_model}.{nearest(address, _around(folder))}"
+        )
+    return _student(folder, trial or named)
+
+
+def _sweep(address: str) -> tuple[Path, str | None]:
+    """Folder and trial of `SWEEP_DIR[:TRIAL]`."""
+    path = Path(address).expanduser()
+    sweep, colon, trial = address.rpartition(":")
+    if (path / "sweep.yaml").is_file() or not colon:
+        return path, None
+    return Path(sweep).expanduser(), trial
+
+
+def _around(folder: Path) -> list[str]:
+    return [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+
+
 def _known(folder: Path) -> list[str]:
-    around = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-    return [*around, "packaged/clip_icons"]
+    return [*_around(folder), "packaged/clip_icons"]
 
 
 def _student(folder: Path, trial: str | None) -> Path:

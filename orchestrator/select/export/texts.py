@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import methods.parts.text_tower as parts
-from orchestrator.errors import WorkError
+from orchestrator.errors import UserError, WorkError
 from orchestrator.models.clip import clip_config, clip_name, folder_of
+from orchestrator.models.onnx import first_line
 from orchestrator.models.texts import StudentTexts
-from orchestrator.packaged.clip import CONFIG, MERGES
+from orchestrator.packaged.clip import CONFIG, MERGES, tokenizer_of
 from orchestrator.spec import Model
 
 FOLDER, WEIGHTS = "text", "model.safetensors"
@@ -113,3 +117,30 @@ def write_texts(out: Path, tower: StudentTexts, teacher: Model) -> dict[str, Any
         )
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     return {"text_parameters": tower.parameters, "text_difference": difference}
+
+
+class ExportedTexts:
+    """Reads `text/` of an export again; none of its code is run.
+
+    Args:
+        folder: that `write_texts` wrote.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            about = json.loads((folder / "text.json").read_text(encoding="utf-8"))
+            self._tower = parts.TextTower(**about["tower"])
+            self._tower.load_state_dict(load_file(folder / WEIGHTS))
+            name = about["tokenizer"]
+            self._tokenize = open_clip.get_tokenizer(name) if name else tokenizer_of(folder)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"There is no readable text tower in {str(folder)!r}: {first_line(error)}") from error
+        self._tower.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """[n, d] float32, not normalised."""
+        return self._tower(self._tokenize(list(texts)).long()).clone()

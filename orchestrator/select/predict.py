@@ -1,0 +1,224 @@
+"""Asking a student about images: its classes with their probabilities, or a mask for each image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from orchestrator.data.images import CorruptError, decode
+from orchestrator.data.sources import SUFFIXES
+from orchestrator.errors import UserError, nearest
+from orchestrator.select.deployed import Deployed, deployed
+
+BATCH = 32
+OUTSIDE = 255  # of a mask: what the network did not see
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An image to ask about.
+
+    Attributes:
+        path: its file.
+        name: of its mask, without a suffix; below the folder that was named, its place there.
+    """
+
+    path: Path
+    name: str
+
+
+def ask(
+    address: str,
+    paths: Sequence[Path],
+    trial: str | None = None,
+    top: int = 5,
+    masks: Path | None = None,
+    onnx: bool = False,
+    classes: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    texts: str | None = None,
+) -> dict[str, Any]:
+    """`predict` of what `address` names, see `deployed`, about files and folders of images.
+
+    Args:
+        classes: of a vision-language student: others than its own, told by their names.
+        prompts: sentences that a name is put into; none: those of its task.
+
+    Raises:
+        UserError: if there is no such student or image, or an option does not fit the student.
+    """
+    for option, given in (("--prompt", bool(prompts)), ("--texts", texts is not None)):
+        if given and not classes:
+            raise UserError(f"{option} needs --class NAME, once for each class that the texts are about.")
+    if len(set(classes)) != len(classes) or len(classes) == 1 or not all(name.strip() for name in classes):
+        raise UserError(f"--class: at least two different names are needed, not {', '.join(map(repr, classes))}.")
+    for prompt in prompts:
+        if prompt.count("{}") != 1 or prompt.count("{") != 1 or prompt.count("}") != 1:
+            raise UserError(f"--prompt: {prompt!r} needs {{}} once, where a name goes, as in 'a photo of a {{}}'.")
+    images = find_images(paths)
+    model = deployed(address, trial, onnx, texts)
+    return predict(model.renamed(classes, prompts) if classes else model, images, top, masks)
+
+
+def find_images(paths: Sequence[Path]) -> list[Asked]:
+    """Files as they are, and every image below folders, in order.
+
+    Raises:
+        UserError: if there is no such path, or a folder holds no image.
+    """
+    found: list[Asked] = []
+    for path in paths:
+        if path.is_dir():
+            below = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not below:
+                raise UserError(
+                    f"IMAGES: there is no image below {str(path)!r} (looked for {', '.join(sorted(SUFFIXES))})."
+                )
+            found += [Asked(p, p.relative_to(path).with_suffix("").as_posix()) for p in below]
+        elif path.is_file():
+            found.append(Asked(path, path.stem))
+        else:
+            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise UserError(f"IMAGES: there is no file or folder {str(path)!r}.{nearest(path.name, near)}")
+    return found
+
+
+def predict(model: Deployed, images: Sequence[Asked], top: int = 5, masks: Path | None = None) -> dict[str, Any]:
+    """What `model` says of images; one that cannot be used is passed over.
+
+    Args:
+        model: whom to ask.
+        images: at least one.
+        top: classes told of each image, the most probable ones first.
+        masks: of a segmentation: a folder that does not exist yet, or is empty, for a mask of each image's size with
+            the index of the class at each pixel, and 255 outside the central square, which is all the network sees.
+
+    Returns:
+        As plain JSON: `model`, `runtime`, `kind`; `images`, each with `image`, `classes` (each with `label`, and its
+        `probability`, or of a segmentation its `share` of the pixels seen) and `mask`; `skipped`, each with `image`
+        and `reason`.
+
+    Raises:
+        UserError: if masks are asked of another kind of student, or their folder is taken or cannot be written.
+    """
+    if masks is not None:
+        _check_place(masks, model)
+    told: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    names: set[str] = set()
+    for batch in _batches(model, images, skipped):
+        logits = model.logits(torch.stack([pixels for _, _, pixels in batch]))
+        for (asked, size, _), one in zip(batch, logits, strict=True):
+            entry: dict[str, Any] = {"image": str(asked.path), "classes": _classes(model, one, size, top)}
+            if masks is not None:
+                entry["mask"] = str(_write_mask(masks, asked, full_mask(one, size), names))
+            told.append(entry)
+    return {
+        "model": model.name,
+        "runtime": model.runtime,
+        "kind": model.kind,
+        "images": told,
+        "skipped": skipped,
+    }
+
+
+def _batches(
+    model: Deployed, images: Sequence[Asked], skipped: list[dict[str, str]]
+) -> Iterator[list[tuple[Asked, tuple[int, int], Tensor]]]:
+    """Images with their size and pixels [3, S, S]; decoded by threads, a batch at a time."""
+
+    def read(asked: Asked) -> tuple[tuple[int, int], Tensor] | str:
+        try:
+            image = decode(asked.path.read_bytes())
+        except CorruptError as reason:
+            return str(reason)
+        except OSError as error:
+            return f"cannot be read ({error.strerror or type(error).__name__})"
+        return (image.shape[1], image.shape[2]), model.pixels(image)
+
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(images), BATCH):
+            part = images[start : start + BATCH]
+            batch = []
+            for asked, found in zip(part, pool.map(read, part), strict=True):
+                if isinstance(found, str):
+                    skipped.append({"image": str(asked.path), "reason": found})
+                else:
+                    batch.append((asked, *found))
+            if batch:
+                yield batch
+
+
+def _classes(model: Deployed, logits: Tensor, size: tuple[int, int], top: int) -> list[dict[str, Any]]:
+    if model.kind == "segmentation":
+        mask = full_mask(logits, size)
+        counts = np.bincount(mask[mask != OUTSIDE], minlength=len(model.classes)) / max(int((mask != OUTSIDE).sum()), 1)
+        values, word = torch.from_numpy(counts), "share"
+    else:
+        values, word = (logits.sigmoid() if model.kind == "multilabel" else logits.softmax(0)), "probability"
+    order = values.argsort(descending=True, stable=True)[:top].tolist()
+    return [
+        {"label": model.classes[i], word: float(values[i])} for i in order if word == "probability" or values[i] > 0
+    ]
+
+
+def full_mask(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Logits [C, S, S] of an image's central square to uint8 [H, W]: class indices, 255 outside the square."""
+    height, width = size
+    side = min(size)
+    large = F.interpolate(logits[None], size=(side, side), mode="bilinear", align_corners=False)[0]
+    top, left = (height - side) // 2, (width - side) // 2
+    mask = np.full((height, width), OUTSIDE, dtype=np.uint8)
+    mask[top : top + side, left : left + side] = large.argmax(0).to(torch.uint8).numpy()
+    return mask
+
+
+def _check_place(folder: Path, model: Deployed) -> None:
+    if model.kind != "segmentation":
+        raise UserError(f"--out: masks are what a segmentation student gives; {model.name!r} is for {model.kind}.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out: {str(folder)!r} is not empty; name a folder that does not exist yet.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {str(folder)!r} cannot be written ({error.strerror}).") from error
+
+
+def _write_mask(folder: Path, asked: Asked, mask: np.ndarray, taken: set[str]) -> Path:
+    name, number = asked.name, 1
+    while name in taken:
+        number += 1
+        name = f"{asked.name}-{number}"
+    taken.add(name)
+    path = folder / f"{name}.png"
+    picture = Image.fromarray(mask, "P")
+    picture.putpalette(_palette())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise UserError(f"--out: {str(path)!r} cannot be written ({error.strerror or error}).") from error
+    return path
+
+
+def _palette() -> list[int]:
+    """Colours by index, those of VOC's masks: the bits of an index dealt to red, green and blue, highest first."""
+    colours = []
+    for index in range(256):
+        channels, bits = [0, 0, 0], index
+        for place in range(7, -1, -1):
+            for channel in range(3):
+                channels[channel] |= (bits >> channel & 1) << place
+            bits >>= 3
+        colours += channels
+    return colours
