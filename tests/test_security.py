@@ -68,7 +68,7 @@ def test_no_source_unpickles_or_evaluates_what_it_reads() -> None:
     ["os:system", "subprocess:Popen", "builtins:exec", "methods.parts.dense:torch", "methods.parts.dense:_x", "x"],
 )
 def test_a_student_that_names_other_code_is_refused(build: str) -> None:
-    with pytest.raises(UserError, match=r"student\.json"):
+    with pytest.raises(UserError, match=r"structure\.build"):
         structure_of({"structure": {"build": build, "arguments": {}}})
 
 
