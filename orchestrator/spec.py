@@ -12,10 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from orchestrator.errors import UserError, listed, nearest
 
+PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Kind = Literal["classification", "multilabel", "segmentation"]
 METRIC_NAMES: dict[Kind, str] = {
@@ -41,6 +52,24 @@ UNITS: dict[str, str] = {
     "model_mb": " MB",
     "device_seconds": " s",
 }
+
+
+LATENCY = "latency_ms"  # on the first profile; on another one `latency_ms_NAME`
+
+
+def is_metric(name: str) -> bool:
+    """Whether a sweep may have such a metric."""
+    return name in METRICS or name.startswith(f"{LATENCY}_")
+
+
+def better(metric: str) -> Literal["max", "min"]:
+    """What is better for a metric."""
+    return METRICS[LATENCY if metric.startswith(LATENCY) else metric]
+
+
+def latency_column(metric: str, what: Literal["iqr", "low", "high", "setup"]) -> str:
+    """The column beside a latency: `latency_iqr_ms_edge` of `latency_ms_edge`."""
+    return metric.replace(LATENCY, "latency_setup" if what == "setup" else f"latency_{what}_ms", 1)
 
 
 class _Loader(yaml.SafeLoader):
@@ -193,19 +222,19 @@ ModelEntry = Annotated[Model, BeforeValidator(_as_model)]
 class Objective(Section):
     """One objective; a plain string stands for `{metric: STRING}`."""
 
-    metric: str = Field(default="val_metric", description=f"One of {listed(METRICS)}.")
+    metric: str = Field(default="val_metric", description=f"One of {listed(METRICS)}, or latency_ms_PROFILE.")
     mode: Literal["max", "min"] | None = Field(default=None, description="Null: what is better for that metric.")
 
     @field_validator("metric")
     @classmethod
     def _known_metric(cls, value: str) -> str:
-        if value not in METRICS:
+        if not is_metric(value):
             raise ValueError(f"unknown metric {value!r}; allowed: {listed(METRICS)}.{nearest(value, METRICS)}")
         return value
 
     @property
     def direction(self) -> Literal["max", "min"]:
-        return self.mode or METRICS[self.metric]
+        return self.mode or better(self.metric)
 
 
 def _as_objective(value: Any) -> Any:
@@ -220,6 +249,10 @@ class Limits(Section):
     params_trained: float | None = Field(default=None, gt=0, description="At most this many trained parameters.")
     flops: float | None = Field(default=None, gt=0, description="At most this many FLOPs an image, 2 a multiply-add.")
     latency_ms: float | None = Field(default=None, gt=0, description="At most this median latency; see `latency`.")
+    latency: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="By further profile of `latency`, at most this median latency, ms; or each as latency_ms_PROFILE.",
+    )
     memory_mb: float | None = Field(
         default=None,
         gt=0,
@@ -231,10 +264,23 @@ class Limits(Section):
         default=None, gt=0, description="At most this many device-seconds of the trial; known afterwards only."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_metric_too(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        named = {k: v for k, v in value.items() if isinstance(k, str) and k.startswith(f"{LATENCY}_")}
+        others = {k: v for k, v in value.items() if k not in named}
+        given = others.get("latency")
+        if not named or not isinstance(given, Mapping | None):
+            return value
+        return others | {"latency": {**(given or {}), **{k.removeprefix(f"{LATENCY}_"): v for k, v in named.items()}}}
+
     @property
     def given(self) -> dict[str, float]:
         """The limits that are set, by metric."""
-        return {name: value for name, value in self if value is not None}
+        named = {name: value for name, value in self if value is not None and name != "latency"}
+        return named | {f"{LATENCY}_{profile}": value for profile, value in self.latency.items()}
 
     def excess(self, facts: Mapping[str, Any]) -> dict[str, float]:
         """By how much each limit is exceeded, as a share of it; not above 0 where it is kept.
@@ -247,31 +293,60 @@ class Limits(Section):
             value = facts.get(name)
             if value is None or not math.isfinite(float(value)):
                 continue
-            over = limit - float(value) if METRICS[name] == "max" else float(value) - limit
+            over = limit - float(value) if better(name) == "max" else float(value) - limit
             found[name] = over / limit if limit else over
         return found
 
     def broken(self, facts: Mapping[str, Any]) -> str:
         """A clause that names the limits which `facts` exceed, each with what was found; empty if none is."""
         parts = [
-            f"{name} {shown(name, float(facts[name]))} is {'below' if METRICS[name] == 'max' else 'above'} "
-            f"limits.{name}: {shown(name, self.given[name])}"
+            f"{name} {shown(name, float(facts[name]))} is {'below' if better(name) == 'max' else 'above'} "
+            f"limits.{name}: {shown(name, self.given[name])}{_noise(name, self.given[name], facts)}"
             for name, over in self.excess(facts).items()
             if over > 0
         ]
         return listed(parts) if parts else ""
 
 
+def near_limits(given: Mapping[str, float], facts: Mapping[str, Any]) -> list[str]:
+    """A sentence for each latency that is kept, but nearer to its limit than it could be measured.
+
+    Args:
+        given: limits by metric.
+        facts: a trial's row.
+    """
+    return [
+        f"{name} {shown(name, float(facts[name]))} keeps the limit of {shown(name, limit)}{noise}."
+        for name, limit in given.items()
+        if (noise := _noise(name, limit, facts)) and float(facts[name]) <= limit
+    ]
+
+
+def _noise(metric: str, limit: float, facts: Mapping[str, Any]) -> str:
+    """A clause where a limit lies within what repeated measurements of a latency gave."""
+    if not metric.startswith(LATENCY):
+        return ""
+    low, high = (float(facts.get(latency_column(metric, end), math.nan)) for end in ("low", "high"))  # type: ignore[arg-type]
+    if not low <= limit <= high:
+        return ""
+    return f", within the noise of its measurement ({shown(metric, low)} to {shown(metric, high)})"
+
+
 def shown(metric: str, value: float) -> str:
     """A metric's value with its unit: `1,234,567`, `4.56 ms`."""
     text = f"{value:,.0f}" if value.is_integer() or abs(value) >= 1e4 else f"{value:.4g}"
-    return text + UNITS.get(metric, "")
+    return text + UNITS.get(LATENCY if metric.startswith(LATENCY) else metric, "")
 
 
 class Latency(Section):
-    """The profile of the device on which latency is measured; a limit or an objective of latency means this one."""
+    """A profile of a device on which latency is measured; a limit or an objective of latency_ms means the first one."""
 
-    profile: str = Field(default="", max_length=40, description="Its name, shown beside every latency.")
+    profile: str = Field(
+        default="",
+        max_length=40,
+        description="Its name, shown beside every latency. Of several, each but the first needs one of letters, "
+        "digits, _ and -: its latency is the metric latency_ms_PROFILE.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: where the trial trains.")
     threads: int | None = Field(default=None, ge=1, description="Threads while measuring; null: `train.threads`.")
     batch: int = Field(default=1, ge=1, description="Images in each timed pass.")
@@ -285,6 +360,16 @@ class Latency(Section):
         if self.runtime == "onnxruntime" and self.device == "cuda":
             raise ValueError("runtime: onnxruntime measures on the CPU, and device is cuda; use cpu or auto")
         return self
+
+
+def _one_or_several(value: Any) -> str:
+    return "tagged-several" if isinstance(value, list) else "tagged-one"
+
+
+Profiles = Annotated[
+    Annotated[Latency, Tag("tagged-one")] | Annotated[list[Latency], Tag("tagged-several"), Field(min_length=1)],
+    Discriminator(_one_or_several),
+]
 
 
 class Start(Section):
@@ -644,7 +729,9 @@ class SweepSpec(Section):
         description="One or several; the first ranks the leaderboard.",
     )
     limits: Limits = Field(default_factory=Limits, description="What the chosen student must keep.")
-    latency: Latency = Field(default_factory=Latency, description="The profile on which latency is measured.")
+    latency: Profiles = Field(
+        default_factory=Latency, description="The profile on which latency is measured, or a list of several."
+    )
     search: Search = Field(default_factory=Search, description="How trials are proposed and stopped.")
     train: Train = Field(default_factory=Train, description="The budget that all methods share.")
     generate: Generate = Field(default_factory=Generate, description="The actors that generate images.")
@@ -679,6 +766,33 @@ class SweepSpec(Section):
                 f"{len(metrics)} objectives; use none"
             )
         return self
+
+    @model_validator(mode="after")
+    def _profiles_of_latency(self) -> SweepSpec:
+        profiles = [self.latency] if isinstance(self.latency, Latency) else self.latency
+        names = [profile.profile for profile in profiles]
+        for at, name in enumerate(names[1:], 1):
+            if not PROFILE.fullmatch(name):
+                raise ValueError(
+                    f"latency.{at}.profile: {name!r} cannot name a column; of several profiles, each but the first "
+                    "needs a name of letters, digits, '_' and '-'"
+                )
+            if name in names[:at]:
+                raise ValueError(f"latency.{at}.profile: {name!r} is the name of two profiles")
+        for key, metrics in (("objectives", [o.metric for o in self.objectives]), ("limits", list(self.limits.given))):
+            for metric in metrics:
+                if metric.startswith(f"{LATENCY}_") and metric not in self.latencies:
+                    raise ValueError(
+                        f"{key}: {metric} is of no profile of latency; the latencies are {listed(self.latencies)}."
+                        f"{nearest(metric, self.latencies)}"
+                    )
+        return self
+
+    @property
+    def latencies(self) -> dict[str, Latency]:
+        """The profiles on which latency is measured, by metric: `latency_ms` is the first one."""
+        profiles = [self.latency] if isinstance(self.latency, Latency) else self.latency
+        return {LATENCY: profiles[0]} | {f"{LATENCY}_{profile.profile}": profile for profile in profiles[1:]}
 
     @model_validator(mode="after")
     def _budget_has_prices(self) -> SweepSpec:
@@ -795,7 +909,7 @@ def explain(error: ValidationError, schema: type[BaseModel], where: str) -> str:
         problem = next((p for p in problems if p["type"] == "extra_forbidden"), problem)
     more = len(problems) - 1
     tail = f" ({more} more problem{'s' if more > 1 else ''} after this one.)" if more else ""
-    loc = [part for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    loc = [part for part in problem["loc"] if not str(part).startswith(("function-", "constrained-", "tagged-"))]
     key = ".".join(str(part) for part in loc)
     kind, found = problem["type"], problem["input"]
     if kind == "extra_forbidden":

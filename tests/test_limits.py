@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 from optuna.trial import TrialState
 from small import small_spec
 from small_clip import clip_folder
@@ -18,13 +18,15 @@ from torch import nn
 
 from methods.parts.cells import CellNetwork
 from orchestrator.errors import UserError
-from orchestrator.evaluate.cost import costs, model_bytes, parameters, peak_bytes
-from orchestrator.spec import Limits, SweepSpec
+from orchestrator.evaluate import cost
+from orchestrator.evaluate.cost import Latency, costs, model_bytes, parameters, peak_bytes
+from orchestrator.spec import Limits, SweepSpec, near_limits, parse_spec
 from orchestrator.store import Store
 from orchestrator.sweep.run import prepare
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.repeat import run_repeats
+from orchestrator.trial.run import judged
 
 CONVNEXT, VIT = ({"model": f"timm/{name}", "image_size": 32} for name in ("test_convnext", "test_vit"))
 
@@ -187,16 +189,123 @@ def test_the_search_turns_to_where_the_limit_is_kept(colours: Path, tmp_path: Pa
     assert best > 0.13  # of 0.15
 
 
-def test_latency_is_measured_on_the_profile_that_the_file_names(colours: Path, tmp_path: Path) -> None:
-    profile = {"profile": "edge", "threads": 2, "batch": 4, "runtime": "onnxruntime", "min_run_s": 0.05}
-    spec = small_spec(colours, tmp_path, latency=profile, methods={"finetune": {}})
-    found = run_one(spec, Cell("finetune", None, 0))
+PROFILES = [
+    {"profile": "edge", "threads": 1, "batch": 1, "min_run_s": 0.03},
+    {"profile": "server", "threads": 2, "batch": 8, "runtime": "onnxruntime", "min_run_s": 0.03},
+]
+# By metric: the least that a student may have, and the most: one limit that it keeps and one that it breaks.
+NETWORK = {"params_total": 10, "flops": 10, "memory_mb": 1e-3, "model_mb": 1e-3, "latency_ms": 1e-4}
+TRAINED = {"params_trained": 10, "device_seconds": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def measured(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    storage = tmp_path_factory.mktemp("measured")
+    found = run_one(small_spec(colours, storage, latency=PROFILES, methods={"finetune": {}}), Cell("finetune", None, 0))
     assert found["status"] == "complete", found["reason"]
+    return storage, found
+
+
+def test_each_profile_has_columns_of_its_own(measured: tuple[Path, dict[str, Any]]) -> None:
+    _, found = measured
     assert found["latency_setup"].startswith("edge: cpu (")
-    assert found["latency_setup"].endswith(", 2 threads, batch 4, onnxruntime")
-    assert found["latency_ms"] > 0
-    reads = [e.meta["reads"] for e in Store(tmp_path / "store").entries() if e.stage == "latency"]
-    assert [(r["threads"], r["batch"], r["runtime"]) for r in reads] == [(2, 4, "onnxruntime")]
-    with pytest.raises(UserError, match=r"latency: runtime: onnxruntime measures on the CPU, and device is cuda"):
-        small_spec(colours, tmp_path, latency={"runtime": "onnxruntime", "device": "cuda"})
-    assert json.loads(spec.model_dump_json())["limits"]["latency_ms"] is None
+    assert found["latency_setup"].endswith(", 1 thread, batch 1")
+    assert found["latency_setup_server"].startswith("server: cpu (")
+    assert found["latency_setup_server"].endswith(", 2 threads, batch 8, onnxruntime")
+    for end in ("", "_server"):
+        assert 0 < found[f"latency_low_ms{end}"] <= found[f"latency_ms{end}"] <= found[f"latency_high_ms{end}"]
+    reads = [e.meta["reads"] for e in Store(measured[0] / "store").entries() if e.stage == "latency"]
+    assert {(r["threads"], r["batch"], r["runtime"]) for r in reads} == {(1, 1, "torch"), (2, 8, "onnxruntime")}
+
+
+@pytest.mark.parametrize("metric", [*NETWORK, "latency_ms_server", *TRAINED, "val_metric"])
+def test_every_metric_can_be_an_objective_and_a_limit_that_optuna_hears(
+    metric: str, colours: Path, measured: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """One trial within the limit, one beyond it (infeasible, not failed) and a real failure."""
+    storage, real = measured
+    assert math.isfinite(real[metric])
+    limit = 0.5 if metric == "val_metric" else 1e9
+    within, beyond = (0.75, 0.25) if metric == "val_metric" else (5e8, 1.5e9)
+    spec = small_spec(
+        colours, tmp_path, latency=PROFILES, methods={"finetune": {}}, objectives=[metric], limits={metric: limit}
+    )
+    assert parse_spec(yaml.safe_load(spec.to_yaml())) == spec
+    assert spec.objectives[0].direction == ("max" if metric == "val_metric" else "min")
+    assert spec.limits.given == {metric: limit}
+    study = study_of(spec, tmp_path / "s")
+    for _ in range(3):
+        study.ask()
+    study.tell(0, judged(spec, row("complete", **{metric: within})))
+    study.tell(1, judged(spec, row("complete", **{metric: beyond})))
+    study.tell(2, row("failed"))
+    trials = study._study.get_trials(deepcopy=False)
+    assert [t.state for t in trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL]
+    assert [t.user_attrs["status"] for t in trials] == ["complete", "infeasible", "failed"]
+    assert [t.constraints.get(metric) for t in trials] == [pytest.approx(-0.5), pytest.approx(0.5), None]
+    assert [t.values for t in trials[:2]] == [[within], [beyond]]
+    assert study._study.best_trial.number == 0
+    # On a real trial: a network's own metrics end it before training, others after, with its values kept.
+    least = {**NETWORK, "latency_ms_server": 1e-4, **TRAINED, "val_metric": 1.0}[metric]
+    if metric == "val_metric" and real[metric] == 1:
+        return
+    spec = spec.model_copy(update={"storage": str(storage), "limits": Limits.model_validate({metric: float(least)})})
+    found = run_one(spec, Cell("finetune", None, 0))
+    assert found["status"] == "infeasible"
+    assert f"limits.{metric}: " in found["reason"]
+    assert (found["optimizer_steps"] == 0) == (metric.startswith("latency") or metric in NETWORK)
+
+
+def test_a_latency_near_its_limit_is_measured_longer_and_says_so(
+    colours: Path, measured: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, _ = measured
+    rounds = []
+
+    def timed(call: Any, device: str, threads: int, batch: int, min_run_time: float, rounds_: int) -> Latency:
+        rounds.append((rounds_, min_run_time))
+        median = 2.0 if rounds_ == 3 else 2.1
+        return Latency(median, 0.1, device, threads, batch, 10, median - 0.2, median + 0.2)
+
+    monkeypatch.setattr(cost, "timed", timed)
+    latency = {"profile": "near", "min_run_s": 0.06}
+    rows = {}
+    for limit in (2.05, 2.15, 1.5):
+        spec = small_spec(colours, storage, latency=latency, methods={"finetune": {}}, limits={"latency_ms": limit})
+        rows[limit] = run_one(spec, Cell("finetune", None, 0))
+    assert rounds == [(3, 0.06), (9, pytest.approx(0.18))]  # once each, shared by all three
+    assert rows[2.05]["status"] == "infeasible"
+    assert rows[2.05]["latency_ms"] == 2.1
+    assert "limits.latency_ms: 2.05 ms, within the noise of its measurement (1.9 ms to 2.3 ms)" in rows[2.05]["reason"]
+    assert rows[2.15]["status"] == "complete"
+    assert near_limits({"latency_ms": 2.15}, rows[2.15]) == [
+        "latency_ms 2.1 ms keeps the limit of 2.15 ms, within the noise of its measurement (1.9 ms to 2.3 ms)."
+    ]
+    assert "noise" not in rows[1.5]["reason"]
+    assert rows[1.5]["latency_ms"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"latency": {"runtime": "onnxruntime", "device": "cuda"}},
+            "latency: runtime: onnxruntime measures on the CPU",
+        ),
+        ({"latency": [*PROFILES, PROFILES[0]]}, "latency.2.profile: 'edge' is the name of two profiles"),
+        ({"latency": [PROFILES[0], {"threads": 2}]}, "latency.1.profile: '' cannot name a column"),
+        ({"latency": []}, "latency: list should have at least 1 item"),
+        ({"latency": [{"thread": 1}]}, "Unknown key 'latency.0.thread' in the sweep file; allowed here: profile,"),
+        (
+            {"latency": PROFILES, "limits": {"latency_ms_servr": 3}},
+            "limits: latency_ms_servr is of no profile of latency; the latencies are latency_ms and latency_ms_server. "
+            "Did you mean 'latency_ms_server'?",
+        ),
+        ({"objectives": ["latency_ms_edge"]}, "objectives: latency_ms_edge is of no profile of latency"),
+        ({"limits": {"latency_mss": 3}}, "Unknown key 'limits.latency_mss'"),
+    ],
+)
+def test_wrong_profiles_are_a_sentence(colours: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        small_spec(colours, tmp_path, **changes)
+    assert words in str(error.value)

@@ -114,6 +114,9 @@ METRIC = st.sampled_from(sorted(METRICS))
 OBJECTIVE = METRIC | st.fixed_dictionaries({"metric": METRIC}, optional={"mode": st.sampled_from([None, "max", "min"])})
 STUDIES = st.sampled_from(["journal", "sqlite", "postgresql", "postgresql://me@host:5433/db"])
 STARTS = st.lists(section_of(Start, method=NAMES, knobs=st.dictionaries(TEXT, PLAIN, max_size=2)), max_size=2)
+PROFILE = section_of(Latency, profile=st.text(st.characters(exclude_categories=["Cs"]), max_size=8)).filter(
+    lambda raw: fits(Latency, raw)
+)
 SPECS = section_of(
     SweepSpec,
     name=NAMES,
@@ -128,9 +131,10 @@ SPECS = section_of(
     students=ENTRIES,
     methods=st.dictionaries(NAMES, st.none() | st.dictionaries(TEXT, KNOBS, max_size=3), min_size=1, max_size=3),
     objectives=st.lists(OBJECTIVE, min_size=1, max_size=1),
-    limits=section_of(Limits),
-    latency=section_of(Latency, profile=st.text(st.characters(exclude_categories=["Cs"]), max_size=8)).filter(
-        lambda raw: fits(Latency, raw)
+    limits=section_of(Limits, latency=st.just({})),
+    latency=PROFILE
+    | st.lists(PROFILE, min_size=1, max_size=3).map(
+        lambda raws: [raw | {"profile": f"p{at}"} for at, raw in enumerate(raws)]
     ),
     search=section_of(
         Search, budget=st.none(), study=STUDIES, study_file=st.none() | TEXT, warm_start=st.none() | TEXT, begin=STARTS

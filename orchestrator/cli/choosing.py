@@ -83,12 +83,12 @@ def _mean(fact: dict[str, Any]) -> str:
 
 def read_limits(given: list[str] | None, **named: float | None) -> dict[str, float]:
     """Limits by metric, from `METRIC=VALUE` and from options of their own."""
-    from orchestrator.spec import METRICS
+    from orchestrator.spec import METRICS, is_metric
 
     limits = {metric: float(value) for metric, value in named.items() if value is not None}
     for text in given or []:
         metric, _, value = text.partition("=")
-        if metric not in METRICS:
+        if not is_metric(metric):
             raise UserError(
                 f"--limit: unknown metric {metric!r}; allowed: {listed(METRICS)}.{nearest(metric, METRICS)}"
             )

@@ -33,6 +33,7 @@ class Latency:
         threads: Torch threads.
         batch: images a run.
         runs: timed forward passes.
+        low_ms, high_ms: smallest and largest median of a round: what was not steady shows here.
     """
 
     median_ms: float
@@ -41,6 +42,8 @@ class Latency:
     threads: int
     batch: int
     runs: int
+    low_ms: float
+    high_ms: float
 
     @property
     def setup(self) -> str:
@@ -145,6 +148,7 @@ def latency(
     threads: int = 1,
     batch: int = 1,
     min_run_time: float = 0.5,
+    rounds: int = 1,
 ) -> Latency:
     """Times forward passes in inference mode, after a warm-up; the network itself stays where and as it is.
 
@@ -157,16 +161,19 @@ def latency(
         threads: Torch threads while timing.
         batch: images in each run.
         min_run_time: seconds of timed runs, at least.
+        rounds: as in `timed`.
     """
     here = {p.device.type for p in network.parameters()} or {"cpu"}
     moved = network if here == {torch.device(device).type} else copy.deepcopy(network).to(device)
     images = _images(moved, batch, size)
     where = f"cuda ({torch.cuda.get_device_name(images.device)})" if images.is_cuda else str(images.device)
     with _evaluating(moved), torch.inference_mode():
-        return timed(lambda: moved(images), where, threads, batch, min_run_time)
+        return timed(lambda: moved(images), where, threads, batch, min_run_time, rounds)
 
 
-def timed(call: Callable[[], Any], device: str, threads: int, batch: int, min_run_time: float = 0.5) -> Latency:
+def timed(
+    call: Callable[[], Any], device: str, threads: int, batch: int, min_run_time: float = 0.5, rounds: int = 1
+) -> Latency:
     """Times calls of anything that runs a network once, after a warm-up.
 
     Args:
@@ -174,18 +181,23 @@ def timed(call: Callable[[], Any], device: str, threads: int, batch: int, min_ru
         device: how it is called in the result.
         threads: Torch threads while timing; another runtime's are its own affair.
         batch: images in each call.
-        min_run_time: seconds of timed runs, at least.
+        min_run_time: seconds of timed runs, at least, over all rounds.
+        rounds: measurements one after the other; the median is over all of them.
     """
     timer = _timer_class()("call()", globals={"call": call}, num_threads=threads)
     timer.timeit(WARM_UP)
-    measured = timer.blocked_autorange(min_run_time=min_run_time)
+    parts = [timer.blocked_autorange(min_run_time=min_run_time / rounds) for _ in range(rounds)]
+    (measured,) = type(parts[0]).merge(parts)
+    medians = [part.median * 1e3 for part in parts]
     return Latency(
         median_ms=measured.median * 1e3,
         iqr_ms=measured.iqr * 1e3,
         device=device,
         threads=threads,
         batch=batch,
-        runs=measured.number_per_run * len(measured.raw_times),
+        runs=sum(part.number_per_run * len(part.raw_times) for part in parts),
+        low_ms=min(medians),
+        high_ms=max(medians),
     )
 
 

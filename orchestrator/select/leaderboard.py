@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import listed
-from orchestrator.select.results import leaderboard, numbers, short_name, tally
-from orchestrator.spec import METRIC_NAMES, Kind, Objective
+from orchestrator.select.results import latencies, leaderboard, numbers, short_name, tally
+from orchestrator.spec import LATENCY, METRIC_NAMES, Kind, Objective, latency_column
 
 
 def _pair(row: Any) -> str:
@@ -112,7 +112,9 @@ def _complete_table(rows: pd.DataFrame, objectives: Sequence[Objective], width: 
     table.add_column("params", justify="right", no_wrap=True)
     if trained:
         table.add_column("trained", justify="right", no_wrap=True)
-    for name in ("MFLOPs", "latency\nms (IQR)", "steps", "device\ns", "teacher fw\npaid/shared"):
+    further = latencies(rows)[1:]
+    profiles = [f"ms\n{metric.removeprefix(f'{LATENCY}_')}" for metric in further]
+    for name in ("MFLOPs", "latency\nms (IQR)", *profiles, "steps", "device\ns", "teacher fw\npaid/shared"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows.to_dict("records"):
         rank = "" if pd.isna(row["rank"]) else f"{row['rank']}{'*' if several and row['pareto'] else ''}"
@@ -123,6 +125,7 @@ def _complete_table(rows: pd.DataFrame, objectives: Sequence[Objective], width: 
         cells += [
             "-" if pd.isna(row["flops"]) else significant(row["flops"] / 1e6),
             f"{significant(row['latency_ms'])} ({significant(row['latency_iqr_ms'], row['latency_ms'])})",
+            *(significant(row[metric]) for metric in further),
             count(row["optimizer_steps"]),
             real(row["device_seconds"], 1),
             f"{count(row['teacher_forwards'])}/{count(row['teacher_forwards_shared'])}",
@@ -164,6 +167,9 @@ def footnotes(rows: pd.DataFrame, objectives: Sequence[Objective], kind: Kind) -
         notes.append(
             f"Latency: median and interquartile range; the setups differ and do not compare: {'; '.join(setups)}."
         )
+    for metric in latencies(rows)[1:]:
+        further = sorted({s for s in rows[latency_column(metric, "setup")] if isinstance(s, str) and s})
+        notes.append(f"{metric}: median; {'; '.join(further) or 'not measured'}.")
     saved = float(np.nansum(numbers(rows, "store_seconds_saved")))
     notes.append(
         "Device s and teacher forwards paid: this trial's own; shared: forwards that it read from the store"

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from orchestrator.errors import UserError, listed, nearest
-from orchestrator.spec import METRICS, Kind, Objective, shown
+from orchestrator.spec import LATENCY, METRICS, Kind, Objective, better, shown
 
 TEXTS = ("method", "teacher", "student", "status", "reason", "config", "latency_setup", "student_path")
 COUNTS = (
@@ -31,6 +31,8 @@ REALS = (
     "val_sd",
     "latency_ms",
     "latency_iqr_ms",
+    "latency_low_ms",
+    "latency_high_ms",
     "memory_mb",
     "model_mb",
     "device_seconds",
@@ -40,6 +42,8 @@ COLUMNS = ("trial_id", *TEXTS, *COUNTS, *REALS)
 LATER = {
     "repeats": 1,
     "val_sd": math.nan,
+    "latency_low_ms": math.nan,
+    "latency_high_ms": math.nan,
     "memory_mb": math.nan,
     "model_mb": math.nan,
 }  # columns that older tables lack
@@ -96,9 +100,15 @@ def numbers(frame: pd.DataFrame, column: str) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def _known(metric: str) -> str:
-    if metric not in METRICS:
-        raise UserError(f"Unknown metric {metric!r}; allowed: {listed(METRICS)}.{nearest(metric, METRICS)}")
+def latencies(frame: pd.DataFrame) -> list[str]:
+    """The latencies that a sweep's trials have, `latency_ms` first."""
+    return [LATENCY, *(c for c in frame.columns if str(c).startswith(f"{LATENCY}_"))]
+
+
+def _known(metric: str, frame: pd.DataFrame) -> str:
+    if metric not in METRICS and metric not in latencies(frame):
+        known = list(dict.fromkeys([*METRICS, *latencies(frame)]))
+        raise UserError(f"Unknown metric {metric!r}; allowed: {listed(known)}.{nearest(metric, known)}")
     return metric
 
 
@@ -107,7 +117,7 @@ def ranked(frame: pd.DataFrame, metric: str, direction: Direction) -> pd.DataFra
     sign = -1.0 if direction == "max" else 1.0
     keys = pd.DataFrame(
         {
-            "value": sign * numbers(frame, _known(metric)),
+            "value": sign * numbers(frame, _known(metric, frame)),
             "params": numbers(frame, "params_total"),
             "latency": numbers(frame, "latency_ms"),
             "id": frame["trial_id"].to_numpy(),
@@ -144,7 +154,9 @@ def pareto(frame: pd.DataFrame, objectives: Sequence[Objective]) -> list[str]:
     """
     complete = ranked(frame[frame["status"] == "complete"], objectives[0].metric, objectives[0].direction)
     signs = [1.0 if o.direction == "min" else -1.0 for o in objectives]
-    points = np.stack([s * numbers(complete, _known(o.metric)) for s, o in zip(signs, objectives, strict=True)], axis=1)
+    points = np.stack(
+        [s * numbers(complete, _known(o.metric, frame)) for s, o in zip(signs, objectives, strict=True)], axis=1
+    )
     keep = []
     for trial, point in zip(complete["trial_id"], points, strict=True):
         dominated = ((points <= point).all(axis=1) & (points < point).any(axis=1)).any()
@@ -181,8 +193,8 @@ def top(
     Raises:
         UserError: as `choose`.
     """
-    _known(metric)
-    limits = {_known(name): value for name, value in (limits or {}).items()}
+    _known(metric, frame)
+    limits = {_known(name, frame): value for name, value in (limits or {}).items()}
     candidates = candidates_of(frame, bool(limits))
     fits = within(candidates, limits)
     if fits.empty:
@@ -227,7 +239,7 @@ def within(frame: pd.DataFrame, limits: Mapping[str, float]) -> pd.DataFrame:
     ok = np.ones(len(frame), dtype=bool)
     for metric, limit in limits.items():
         values = numbers(frame, metric)
-        ok &= values >= limit if METRICS[metric] == "max" else values <= limit
+        ok &= values >= limit if better(metric) == "max" else values <= limit
     return frame[ok]
 
 
@@ -246,7 +258,7 @@ def _nearest_miss(frame: pd.DataFrame, limits: Mapping[str, float]) -> str:
 
 
 def _clause(metric: str, limit: float) -> str:
-    most = "at least" if METRICS[metric] == "max" else "at most"
+    most = "at least" if better(metric) == "max" else "at most"
     if metric == "params_total":
         return f"{most} {limit:,.0f} parameters"
     return f"{'a latency of' if metric == 'latency_ms' else metric + ' of'} {most} {shown(metric, float(limit))}"
@@ -260,7 +272,7 @@ def _extreme(frame: pd.DataFrame, metric: str) -> str:
             metric, f"value of {metric}"
         )
         return f"none has a {missing}"
-    row = ranked(known, metric, METRICS[metric]).iloc[0]
+    row = ranked(known, metric, better(metric)).iloc[0]
     return f"{words.get(metric, 'the nearest has')} {shown(metric, float(row[metric]))} ({row['trial_id']})"
 
 
@@ -285,7 +297,7 @@ def margin_note(
         limits: that the other trial must keep too.
         kind: of the task; the metric of another kind has no such simple error, and is treated as an accuracy.
     """
-    if _known(metric) != "val_metric" or images < 1:
+    if _known(metric, frame) != "val_metric" or images < 1:
         return None
     others = within(candidates_of(frame, bool(limits)), limits or {})
     others = others[(others["method"] != row["method"]).to_numpy() & ~np.isnan(numbers(others, metric))]

@@ -25,7 +25,7 @@ from orchestrator.select.results import (
     read_trials,
     short_name,
 )
-from orchestrator.spec import METRICS, Model, Task
+from orchestrator.spec import Model, Task, is_metric
 from orchestrator.store import store_at
 from orchestrator.sweep.ledger import Ledger, open_sweep
 from orchestrator.sweep.pictures import contact_sheets, pictures_of
@@ -85,7 +85,7 @@ def _choices(row: dict[str, Any]) -> dict[str, Any]:
 
 def _results(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The metrics that the rows have, in a group beside the learning curves."""
-    return {f"result/{m}": float(row[m]) for row in rows for m in METRICS if math.isfinite(float(row.get(m, math.nan)))}
+    return {f"result/{m}": float(row[m]) for row in rows for m in row if is_metric(m) and math.isfinite(float(row[m]))}
 
 
 def _history(folder: Path, row: dict[str, Any]) -> list[dict[str, float]]:

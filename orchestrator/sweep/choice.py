@@ -18,7 +18,7 @@ from orchestrator.select.results import (
     top,
 )
 from orchestrator.select.uncertainty import lead_of, lead_sentence
-from orchestrator.spec import METRIC_NAMES, METRICS, Kind
+from orchestrator.spec import METRIC_NAMES, METRICS, Kind, SweepSpec, better, latency_column, near_limits
 from orchestrator.sweep.ledger import at_once, open_sweep
 
 BASELINES = ("finetune", "linear_probe")
@@ -39,9 +39,10 @@ def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, floa
     frame = read_trials(folder)
     first = spec.objectives[0]
     name = metric or first.metric
-    if name not in METRICS:
-        raise UserError(f"--metric: unknown metric {name!r}; allowed: {', '.join(METRICS)}.{nearest(name, METRICS)}")
-    direction = first.direction if name == first.metric else METRICS[name]
+    known = list(dict.fromkeys([*METRICS, *spec.latencies]))
+    if name not in known:
+        raise UserError(f"--metric: unknown metric {name!r}; allowed: {', '.join(known)}.{nearest(name, known)}")
+    direction = first.direction if name == first.metric else better(name)
     kept = spec.limits.given | dict(limits or {})
     best = top(frame, name, direction, kept)
     row = best.iloc[0]
@@ -53,7 +54,8 @@ def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, floa
         f"{spread(row)}, "
         f"on test {test['value']:.3f} over {test['images']} images (standard error {test['standard_error']:.3f}).",
         f"{int(row['params_total']):,} parameters, {row['flops'] / 1e6:.1f} MFLOPs an image (2 per multiply-add), "
-        f"{row['latency_ms']:.2f} ms ({row['latency_setup']}).",
+        f"{latencies_of(row, spec)}.",
+        *near_limits(kept, row),
     ]
     lead = None
     if name == "val_metric" and len(best) > 1:
@@ -68,7 +70,8 @@ def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, floa
     sentences.append(f"Next: python -m orchestrator export {folder} OUT_DIR --trial {row['trial_id']}")
     names = ["trial_id", "method", "teacher", "student", "val_metric", "val_sd", "repeats", "params_total", "flops"]
     names += ["memory_mb", "model_mb"]
-    names += ["latency_ms", "latency_iqr_ms", "latency_setup", "student_path", "config"]
+    names += [name for name in row.index if name.startswith("latency_")]
+    names += ["student_path", "config"]
     facts = {k: None if isinstance(row[k], float) and math.isnan(row[k]) else row[k] for k in names}
     plain = json.loads(json.dumps(facts, default=lambda v: v.item()))
     runner_up = {"trial_id": str(best.iloc[1]["trial_id"]), **lead.facts()} if lead is not None else None
@@ -97,6 +100,15 @@ def against_baseline(frame: Any, row: Any, images: int, kind: Kind) -> list[str]
     return [
         f"The best network trained on the labels alone reaches val {value:.3f}: the difference {gain:+.3f} is {error}."
     ]
+
+
+def latencies_of(row: Any, spec: SweepSpec) -> str:
+    """`1.23 ms (cpu, 1 thread, batch 1)`, of every profile."""
+    parts = []
+    for metric in spec.latencies:
+        setup = row.get(latency_column(metric, "setup"), "")
+        parts.append(f"{float(row.get(metric, math.nan)):.2f} ms ({setup})" if setup else "latency not measured")
+    return "; ".join(parts)
 
 
 def spread(row: Any) -> str:

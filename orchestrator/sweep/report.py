@@ -21,8 +21,8 @@ from orchestrator.select.report.gather import knobs_of
 from orchestrator.select.report.page import shown
 from orchestrator.select.results import margin_note, numbers, read_trials, top
 from orchestrator.select.uncertainty import lead_of, lead_sentence
-from orchestrator.spec import METRIC_NAMES, SweepSpec
-from orchestrator.sweep.choice import against_baseline, spread
+from orchestrator.spec import METRIC_NAMES, SweepSpec, near_limits
+from orchestrator.sweep.choice import against_baseline, latencies_of, spread
 from orchestrator.sweep.ledger import Ledger, at_once, open_sweep
 from orchestrator.sweep.space import method_space
 from orchestrator.sweep.study_importance import importances
@@ -151,7 +151,8 @@ def _recommendation(folder: Path, spec: SweepSpec, frame: pd.DataFrame) -> tuple
         f"Take {trial}: {row['method']} ({networks}){objective}, {METRIC_NAMES[kind]} on val {row['val_metric']:.4f}"
         f"{spread(row)}.",
         f"{shown(row['params_total'], 'params_total')} parameters, {shown(row['flops'], 'flops')} MFLOPs an image, "
-        f"latency {shown(row['latency_ms'], 'latency_ms')} ms ({row['latency_setup'] or 'not measured'}).",
+        f"{latencies_of(row, spec)}.",
+        *near_limits(kept, row),
     ]
     tested = _read(folder / "test.json").get(trial)
     if tested:

@@ -153,7 +153,7 @@ def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
 
 def _found_late(spec: SweepSpec, cells: list[Cell], spaces: dict[str, Space], task: TaskInfo) -> list[str]:
     """Which methods' networks are not wholly known before training, where there are limits of networks."""
-    if not set(spec.limits.given) & NETWORK_METRICS:
+    if not set(spec.limits.given) & {*NETWORK_METRICS, *spec.latencies}:
         return []
     found: dict[str, list[str]] = {"least": [], "no": []}
     for cell in cells:
@@ -301,7 +301,7 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
     ray_dashboard = start_ray(spec.train.threads)
     check_nodes(spec)
     device = device_of(spec)
-    if device == "cpu" and spec.latency.device == "cuda":
+    if device == "cpu" and any(profile.device == "cuda" for profile in spec.latencies.values()):
         raise UserError("latency.device: cuda is asked for, and the trials have no GPU; use cpu or auto.")
     if not os.environ.get("RAY_ADDRESS"):
         check_capacity(spec, device)

@@ -237,7 +237,7 @@ class Study:
         storage.set_trial_user_attr(trial_id, "status", row["status"])
         storage.set_trial_user_attr(trial_id, "reason", row.get("reason", ""))
         storage.set_trial_user_attr(trial_id, "trial", row.get("trial_id", ""))
-        for metric in METRICS:
+        for metric in (*METRICS, *(m for m in self.spec.latencies if m not in METRICS)):
             storage.set_trial_user_attr(trial_id, metric, json.loads(json.dumps(row.get(metric))))
         self._study.tell(frozen.number, values if state is TrialState.COMPLETE else None, state=state)
 

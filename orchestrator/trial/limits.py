@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +23,15 @@ from orchestrator.evaluate.cost import costs, latency, processor, timed
 from orchestrator.models import Network, build_network, plan_network
 from orchestrator.models.names import Role
 from orchestrator.models.onnx import onnx_runner, write_onnx
-from orchestrator.spec import Model, SweepSpec
+from orchestrator.spec import Latency, Model, SweepSpec, latency_column
 from orchestrator.store import key_of
 from orchestrator.train.job import Networks, given_for
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 
-LATENCY_VERSION = 2
-NETWORK_METRICS = {"params_total", "flops", "memory_mb", "model_mb", "latency_ms"}  # that a network has untrained
+LATENCY_VERSION = 3  # 3: in rounds
+ROUNDS, MORE_ROUNDS = 3, 9
+NETWORK_METRICS = {"params_total", "flops", "memory_mb", "model_mb"}  # that a network has untrained, besides latencies
 
 
 class InfeasibleError(Exception):
@@ -168,12 +170,14 @@ def check_before(
     if blueprint is None:
         return
     facts: dict[str, Any] = dict(costs(_drawn(blueprint.build), blueprint.size))
-    if not limits.broken(facts) and limits.latency_ms is not None:
-        facts |= latency_of(context, blueprint)
+    latencies = [metric for metric in context.spec.latencies if metric in limits.given]
+    if not limits.broken(facts) and latencies:
+        facts |= latency_of(context, blueprint, latencies)
     broken = limits.broken(facts)
     if broken:
         least = "" if blueprint.exact else " without what the method adds"
-        setup = f" ({facts['latency_setup']})" if "latency_ms" in broken else ""
+        slow = [metric for metric in latencies if limits.excess(facts).get(metric, 0) > 0]
+        setup = f" ({'; '.join(facts[latency_column(metric, 'setup')] for metric in slow)})" if slow else ""
         raise InfeasibleError(f"{broken}{least}{setup}; nothing was trained", facts)
 
 
@@ -219,13 +223,38 @@ def _smallest(spec: SweepSpec, config: TrialConfig, method: type[Method], task: 
     return Blueprint(build, size, entry, classes, structure=structure, exact=False)
 
 
-def latency_of(context: SweepContext, blueprint: Blueprint) -> dict[str, Any]:
+def latency_of(context: SweepContext, blueprint: Blueprint, metrics: Collection[str] | None = None) -> dict[str, Any]:
     """Latency belongs to the architecture, the device and the profile: measured once for each, then shared.
 
+    The median decides about a limit. Where that lies between the smallest and the largest median of the rounds, it is
+    measured in more of them, and these count.
+
+    Args:
+        metrics: latencies that are wanted; None: on all profiles.
+
     Returns:
-        `latency_ms`, `latency_iqr_ms` and `latency_setup` of a row.
+        Of a row, for each profile: `latency_ms`, `latency_iqr_ms`, `latency_low_ms` and `latency_high_ms` (the smallest
+        and the largest median of a round) and `latency_setup`; of a further profile with its name behind them.
     """
-    profile, train = context.spec.latency, context.spec.train
+    found: dict[str, Any] = {}
+    for metric, profile in context.spec.latencies.items():
+        if metrics is not None and metric not in metrics:
+            continue
+        limit = context.spec.limits.given.get(metric, math.nan)
+        about, setup = _measured(context, blueprint, profile, ROUNDS)
+        if about["low"] <= limit <= about["high"]:
+            about, setup = _measured(context, blueprint, profile, MORE_ROUNDS)
+        found |= {metric: about["median"], latency_column(metric, "iqr"): about["iqr"]}
+        found |= {latency_column(metric, "low"): about["low"], latency_column(metric, "high"): about["high"]}
+        found[latency_column(metric, "setup")] = setup
+    return found
+
+
+def _measured(
+    context: SweepContext, blueprint: Blueprint, profile: Latency, rounds: int
+) -> tuple[dict[str, float], str]:
+    """`median`, `iqr`, `low` and `high` in ms, and how it was measured."""
+    train = context.spec.train
     onnx = profile.runtime == "onnxruntime"
     device = "cpu" if onnx else context.device if profile.device == "auto" else profile.device
     threads = profile.threads or train.threads
@@ -243,12 +272,14 @@ def latency_of(context: SweepContext, blueprint: Blueprint) -> dict[str, Any]:
         "batch": profile.batch,
         "runtime": profile.runtime,
         "min_run_s": profile.min_run_s,
+        "rounds": rounds,
         "version": LATENCY_VERSION,
     }
 
     def write(folder: Path) -> dict[str, Any]:
         network = blueprint.build().cpu().eval()
-        options = {"threads": threads, "batch": profile.batch, "min_run_time": profile.min_run_s}
+        seconds = profile.min_run_s * rounds / ROUNDS
+        options = {"threads": threads, "batch": profile.batch, "min_run_time": seconds, "rounds": rounds}
         if not onnx:
             measured = latency(network, blueprint.size, device=device, **options)  # type: ignore[arg-type]
         else:
@@ -257,10 +288,11 @@ def latency_of(context: SweepContext, blueprint: Blueprint) -> dict[str, Any]:
                 run = onnx_runner(Path(scratch) / "model.onnx", threads)
                 images = torch.zeros(profile.batch, 3, blueprint.size, blueprint.size)
                 measured = timed(lambda: run(images), "cpu", **options)  # type: ignore[arg-type]
-        return {"median": measured.median_ms, "iqr": measured.iqr_ms, "runs": measured.runs}
+        ends = {"low": measured.low_ms, "high": measured.high_ms}
+        return {"median": measured.median_ms, "iqr": measured.iqr_ms, "runs": measured.runs, **ends}
 
     about = context.store.compute("latency", key_of(reads), write, reads=reads).meta["about"]
     name = f"{profile.profile}: " if profile.profile else ""
     runtime = ", onnxruntime" if onnx else ""
     setup = f"{name}{device} ({reads['chip']}), {threads} thread{'s' if threads > 1 else ''}, batch {profile.batch}"
-    return {"latency_ms": about["median"], "latency_iqr_ms": about["iqr"], "latency_setup": setup + runtime}
+    return about, setup + runtime

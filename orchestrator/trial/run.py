@@ -31,7 +31,7 @@ from orchestrator.data.tokens import TokenJob, ensure_tokenized, tokenized_promp
 from orchestrator.errors import FullDiskError, UserError, WorkError, disk_full
 from orchestrator.models import Network
 from orchestrator.models.load import tuned_network
-from orchestrator.spec import SweepSpec
+from orchestrator.spec import SweepSpec, latency_column
 from orchestrator.store import Entry, key_of
 from orchestrator.train.job import (
     Networks,
@@ -66,7 +66,7 @@ class Runner(Protocol):
 
 
 # Metrics of a network, which no repeat of its trial changes.
-KNOWN_AT_ONCE = ("params_total", "params_trained", "flops", "latency_ms", "memory_mb", "model_mb")
+KNOWN_AT_ONCE = ("params_total", "params_trained", "flops", "memory_mb", "model_mb")
 Progress = Callable[[float, float | None], None]  # (share of the whole budget, val metric or None)
 
 
@@ -92,7 +92,7 @@ def run_trial(
     bill = Bill()
     try:
         row |= _Trial(context, config, bill, progress, runner, mapper).run() | {"status": "complete"}
-        row |= _verdict(context.spec, {name: row[name] for name in KNOWN_AT_ONCE})
+        row |= _verdict(context.spec, {name: row[name] for name in (*KNOWN_AT_ONCE, *blank_latencies(context.spec))})
     except InfeasibleError as error:
         row |= error.facts | {"status": "infeasible", "reason": str(error)}
     except FullDiskError:
@@ -172,9 +172,7 @@ def blank_row(spec: SweepSpec, config: TrialConfig) -> dict[str, Any]:
         "params_total": 0,
         "params_trained": 0,
         "flops": 0,
-        "latency_ms": float("nan"),
-        "latency_iqr_ms": float("nan"),
-        "latency_setup": "",
+        **blank_latencies(spec),
         "memory_mb": float("nan"),
         "model_mb": float("nan"),
         "optimizer_steps": 0,
@@ -194,6 +192,15 @@ def blank_row(spec: SweepSpec, config: TrialConfig) -> dict[str, Any]:
         "pid": 0,
         "node": "",
     }
+
+
+def blank_latencies(spec: SweepSpec) -> dict[str, Any]:
+    """Of a row, the columns of `latency_of`."""
+    found: dict[str, Any] = {}
+    for metric in spec.latencies:
+        names = (metric, *(latency_column(metric, part) for part in ("iqr", "low", "high")))
+        found |= dict.fromkeys(names, float("nan")) | {latency_column(metric, "setup"): ""}
+    return found
 
 
 @dataclass

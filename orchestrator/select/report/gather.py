@@ -17,8 +17,8 @@ import pandas as pd
 from orchestrator.evaluate.details import FILE, error_tiles
 from orchestrator.select.leaderboard import footnotes
 from orchestrator.select.report.curves import losses, val_marks
-from orchestrator.select.results import leaderboard, numbers, pareto, tally
-from orchestrator.spec import METRIC_NAMES, Objective, SweepSpec
+from orchestrator.select.results import latencies, leaderboard, numbers, pareto, tally
+from orchestrator.spec import LATENCY, METRIC_NAMES, Objective, SweepSpec
 
 AXES = {
     "params_total": "parameters",
@@ -28,6 +28,13 @@ AXES = {
     "model_mb": "file, MB",
     "device_seconds": "device-seconds",
 }
+
+
+def axis_title(metric: str) -> str:
+    """Of a measured metric, for people."""
+    return AXES.get(metric) or f"latency, ms: {metric.removeprefix(f'{LATENCY}_')}"
+
+
 DETAILED = 24  # trials whose results by class are shown
 PICTURED = 6  # trials whose worst errors are shown
 CLASSES = 60  # classes of a trial that are shown, the worst ones
@@ -114,7 +121,8 @@ def gather(folder: Path, spec: SweepSpec, frame: pd.DataFrame, study: Study, mad
     board = leaderboard(frame, spec.objectives)
     complete = board[board["status"] == "complete"]
     best = complete.drop_duplicates("method") if len(complete) else complete
-    measured = [m for m in AXES if len(complete) and not np.isnan(numbers(complete, m)).all()] or ["params_total"]
+    axes = list(dict.fromkeys([m for name in AXES for m in (latencies(board) if name == LATENCY else [name])]))
+    measured = [m for m in axes if len(complete) and not np.isnan(numbers(complete, m)).all()] or ["params_total"]
     fronts = {m: pareto(frame, [Objective(), Objective(metric=m)]) if len(complete) else [] for m in measured}
     curves = {}
     for _, row in board.iterrows():

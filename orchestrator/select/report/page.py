@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from orchestrator.errors import listed
 from orchestrator.select.leaderboard import count, real, significant
-from orchestrator.select.report.gather import AXES, SUMS, Gathered, knobs_of
-from orchestrator.select.results import short_name
+from orchestrator.select.report.gather import SUMS, Gathered, axis_title, knobs_of
+from orchestrator.select.results import latencies, short_name
 from orchestrator.spec import Kind
 
 COLUMNS = {
@@ -62,7 +62,7 @@ def html(found: Gathered) -> str:
         "page.html.jinja",
         _charts(found),
         f=found,
-        axes={m: AXES[m] for m in found.fronts},
+        axes={m: axis_title(m) for m in found.fronts},
         columns=[{"key": k, "title": t, "number": k not in TEXTS} for k, t in columns_of(board).items()],
         rows=[table_row(row, columns_of(board)) for row in board.to_dict("records")],
         methods=sorted(board["method"].unique()),
@@ -112,7 +112,7 @@ def _charts(found: Gathered) -> dict[str, Any]:
     export = next((c for _, c in found.study.commands if " export " in c), "")
     return {
         "metric": found.metric,
-        "axes": {m: AXES[m] for m in found.fronts},
+        "axes": {m: axis_title(m) for m in found.fronts},
         "fronts": found.fronts,
         "recommended": found.study.recommended,
         "curves": found.curves,
@@ -123,7 +123,13 @@ def _charts(found: Gathered) -> dict[str, Any]:
 def columns_of(board: pd.DataFrame) -> dict[str, str]:
     """Columns of the leaderboard with their titles; those that no row has are left out."""
     empty = {c for c in OPTIONAL if board[c].isna().all() or (board[c].astype(str) == "").all()}
-    return {k: t for k, t in COLUMNS.items() if k not in empty}
+    found: dict[str, str] = {}
+    for key, title in COLUMNS.items():
+        if key not in empty:
+            found[key] = title
+        if key == "latency_iqr_ms":
+            found |= {metric: axis_title(metric) for metric in latencies(board)[1:]}
+    return found
 
 
 def cell(value: Any, key: str, like: Any = None) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def shown(value: float, key: str, like: Any = None) -> str:
         return real(value, 4)
     if key == "flops":
         return significant(value / 1e6)
-    if key in ("latency_ms", "latency_iqr_ms", "memory_mb", "model_mb"):
+    if key.startswith("latency_") or key in ("memory_mb", "model_mb"):
         return significant(value, like)
     if key in ("device_seconds", "store_seconds_saved", "store_seconds_paid"):
         return real(value, 1)
@@ -179,7 +185,7 @@ def _front_rows(found: Gathered) -> list[dict[str, Any]]:
     return [
         {
             "axis": axis,
-            "title": AXES[axis],
+            "title": axis_title(axis),
             "trial": trial,
             "method": by_id[trial]["method"],
             "val": cell(by_id[trial]["val_metric"], "val_metric"),

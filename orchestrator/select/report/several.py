@@ -13,7 +13,7 @@ from orchestrator.select.comparison import ALL, Comparison
 from orchestrator.select.comparison_text import difference_cells, footnotes, key_rows
 from orchestrator.select.leaderboard import count
 from orchestrator.select.leaderboard import footnotes as board_notes
-from orchestrator.select.report.gather import AXES, Gathered
+from orchestrator.select.report.gather import Gathered, axis_title
 from orchestrator.select.report.page import TEXTS, cell, columns_of, rendered, table_row
 from orchestrator.select.report.table import table
 from orchestrator.select.results import pareto, ranked
@@ -32,7 +32,7 @@ def several_html(found: Comparison, parts: Sequence[Gathered]) -> str:
     names = [m.name for m in found.members]
     board = joint_board(names, parts)
     complete = board[board["status"] == "complete"]
-    axes = {a: title for a, title in AXES.items() if any(a in part.fronts for part in parts)}
+    axes = {axis: axis_title(axis) for part in parts for axis in part.fronts}
     plane = {axis: [Objective(), Objective(metric=axis)] for axis in axes}
     own = {axis: {name: pareto(complete[complete["sweep"] == name], plane[axis]) for name in names} for axis in axes}
     whole = found.sweeps[found.sweeps["among"] == ALL].to_dict("records")
@@ -111,7 +111,7 @@ def _front_rows(complete: pd.DataFrame, own: Mapping[str, Mapping[str, Sequence[
     return [
         {
             "axis": axis,
-            "title": AXES[axis],
+            "title": axis_title(axis),
             "sweep": sweep,
             "id": trial,
             "trial": trial.rpartition("/")[2],
