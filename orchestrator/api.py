@@ -86,7 +86,8 @@ class Sweep:
         from orchestrator.sweep.live import TrialLines
         from orchestrator.sweep.run import prepare, run
 
-        run(prepare(self._spec), self._folder, TrialLines(self._folder, self._spec, tell))
+        prepared = prepare(self._spec)
+        run(prepared, self._folder, TrialLines(self._folder, self._spec, tell, prepared.trials))
         finish(self._folder)
         return self
 

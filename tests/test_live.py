@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 from small import small_spec
+from test_study import study_of
 
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.live import Estimate, LiveScreen, TrialLines, screen
+from orchestrator.sweep.run import prepare
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.run import blank_row
 
@@ -62,6 +64,27 @@ def test_one_screen_says_all_of_a_running_sweep(colours: Path, tmp_path: Path) -
     assert best == [["*", "t0001"], ["*", "t0000"], ["t0002", "kd"]]
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 100
+
+
+def test_a_grid_that_is_smaller_than_what_was_asked_for_is_counted_to_its_end(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(
+        colours,
+        tmp_path,
+        methods={"finetune": {"lr": [1e-3, 1e-2]}, "kd": {"temperature": [1.0, 2.0, 4.0]}},
+        search={"trials": 50, "sampler": "grid"},
+    )
+    total = prepare(spec).trials
+    assert total == study_of(spec, tmp_path / "s").size == 5
+    rows = [made_up(spec, n, "complete", val_metric=0.5) for n in range(4)]
+    assert "4/5 trials" in text_of(screen(spec, rows, {}, 1, 1, total))
+    estimate = Estimate(tmp_path, spec, before=0, total=total)
+    estimate.started = time.time() - 40
+    assert estimate.left(4) == pytest.approx(10, abs=1)
+    ledger, lines = Ledger(tmp_path / "s"), []
+    shown = TrialLines(tmp_path / "s", spec, lines.append, total)
+    ledger.write(rows[0])
+    shown.on_step_end(0, [])
+    assert lines[0].split()[0] == "1/5"
 
 
 def test_a_screen_of_nothing_and_of_nothing_complete(colours: Path, tmp_path: Path) -> None:

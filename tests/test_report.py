@@ -19,16 +19,21 @@ import torch
 from PIL import Image
 from report_cases import big_sweep, made_up, real_sweep
 from small import small_spec
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from methods.knobs import Choice, Range
 from orchestrator.errors import UserError
 from orchestrator.evaluate.details import Details, error_tiles
 from orchestrator.evaluate.metrics import mean_auroc, mean_iou
 from orchestrator.select.report.page import COLUMNS, TEXTS
+from orchestrator.sweep.board import finish
 from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.report import write_report
 from orchestrator.sweep.run import create
 from orchestrator.sweep.study_importance import importances
+from orchestrator.trial.context import SweepContext
+from orchestrator.trial.plan import Cell, TrialConfig
+from orchestrator.trial.run import blank_row, run_trial
 
 
 class Page(HTMLParser):
@@ -187,6 +192,37 @@ def test_learning_curves_are_those_that_training_wrote(swept: Path, tmp_path: Pa
     assert curves["t0000"]["losses"]["loss"] == pytest.approx([p["loss"] for p in history], rel=1e-4)
     table = pd.read_parquet(swept / "trials.parquet").set_index("trial_id")
     assert curves["t0001"]["val"] == [[0.5, table.loc["t0001", "val_metric"]]]
+
+
+def test_a_stopped_trial_shows_the_curves_that_it_had(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path, methods={"finetune": {}}, search={"trials": 2, "scheduler": "asha"})
+    folder = create(spec)
+    ledger, context = Ledger(folder), SweepContext(spec, str(folder))
+    configs = [TrialConfig(f"t000{n}", n, Cell("finetune", None, 0), {"lr": 1e-3 * (1 + n)}, 0) for n in range(2)]
+
+    def stop(share: float, metric: float | None) -> None:
+        if metric is not None:
+            ledger.mark("t0001", share, metric)
+        if share > 0.6:
+            raise SystemExit
+
+    ledger.write(run_trial(context, configs[0], lambda share, metric: None))
+    with pytest.raises(SystemExit):
+        run_trial(context, configs[1], stop)
+    noted = [json.loads(line) for line in (folder / "trials" / "t0001.loss.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in noted] == [1, 2, 3, 4]  # of 6
+    ledger.write(blank_row(spec, configs[1]) | {"status": "pruned", "reason": "stopped by asha"})
+    ledger.publish()
+    assert not (folder / "trials" / "t0000.loss.jsonl").exists()  # the whole curve lies beside its student
+    curves = page_of(folder, tmp_path / "r.html").data["curves"]
+    assert curves["t0001"]["losses"]["loss"] == pytest.approx([point["loss"] for point in noted], rel=1e-4)
+    assert len(curves["t0001"]["val"]) == 4
+    assert len(curves["t0000"]["losses"]["step"]) == 6
+    finish(folder)
+    events = EventAccumulator(str(folder / "tensorboard" / "t0001-finetune")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (point["step"], pytest.approx(point["loss"])) for point in noted
+    ]
 
 
 def test_the_recommendation_is_the_best_trial_and_reads_no_test_image(swept: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def _tell(prepared: Any) -> None:
     out.print(
         f"{len(task.classes)} classes; train {len(task.labelled)} labelled + {task.info.unlabelled} unlabelled, "
         f"val {len(task.val)}, test {len(task.test)} images. "
-        f"{len(prepared.cells)} combinations of method, teacher and student; {spec.search.trials} trials{times} of "
+        f"{len(prepared.cells)} combinations of method, teacher and student; {prepared.trials} trials{times} of "
         f"{spec.train.total_steps(len(task.train))} steps x {spec.train.batch} images."
     )
     if task.skipped:
@@ -168,11 +168,11 @@ def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     # Ray prints what happens to its processes; with --json nothing but JSON may be on stdout.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout), contextlib.ExitStack() as stack:
         if out.is_terminal and not as_json:
-            shown = LiveScreen(folder, prepared.spec, out)
+            shown = LiveScreen(folder, prepared.spec, out, prepared.trials)
             stack.callback(shown.close)
             run(prepared, folder, shown)
         else:
-            run(prepared, folder, TrialLines(folder, prepared.spec, lines))
+            run(prepared, folder, TrialLines(folder, prepared.spec, lines, prepared.trials))
         finish(folder)
     frame = read_trials(folder)
     if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from orchestrator.models import load_student
 from orchestrator.models.load import Preprocessing
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.select.export import export_student
-from orchestrator.select.report.curves import val_marks
+from orchestrator.select.report.curves import history, val_marks
 from orchestrator.select.results import (
     choose,
     read_trials,
@@ -64,7 +63,7 @@ def finish(folder: Path) -> None:
                 writer.file_writer.add_summary(summary)
             for name, value in results.items():
                 writer.add_scalar(name, value, row["optimizer_steps"])
-            for point in _history(folder, row):
+            for point in history(folder, row["trial_id"], row["student_path"]):
                 for part, value in point.items():
                     if part != "step":
                         writer.add_scalar(f"train/{part}", value, int(point["step"]))
@@ -86,13 +85,6 @@ def _choices(row: dict[str, Any]) -> dict[str, Any]:
 def _results(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The metrics that the rows have, in a group beside the learning curves."""
     return {f"result/{m}": float(row[m]) for row in rows for m in row if is_metric(m) and math.isfinite(float(row[m]))}
-
-
-def _history(folder: Path, row: dict[str, Any]) -> list[dict[str, float]]:
-    path = folder / row["student_path"] / "history.json"
-    if not row["student_path"] or not path.is_file():
-        return []
-    return json.loads(path.read_text(encoding="utf-8"))["history"]
 
 
 def _texts_beside(student: Path, meta: Mapping[str, Any]) -> tuple[StudentTexts, Model] | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from methods.knobs import Choice, Range
 from orchestrator.errors import UserError, listed, nearest
 from orchestrator.spec import SweepSpec, read_spec
-from orchestrator.sweep.space import Space
+from orchestrator.sweep.space import Space, default_knobs, grid
 from orchestrator.trial.plan import Cell, TrialConfig
 
 SAME = ("shots", "kind", "decoder", "splits", "seed", "draw", "unlabelled")  # of `task`, besides its data
@@ -58,6 +58,26 @@ def starts(spec: SweepSpec, cells: list[Cell], spaces: Mapping[str, Space]) -> l
             raise UserError(f"{key}.knobs: {reason.rstrip('.')}.")
         found.append((cell, dict(start.knobs)))
     return found
+
+
+def first_trials(spec: SweepSpec, cells: list[Cell], spaces: Mapping[str, Space]) -> list[tuple[Cell, dict[str, Any]]]:
+    """What is tried before the sampler draws, in order; a grid is nothing else."""
+    begin = starts(spec, cells, spaces)
+    usual: list[tuple[Cell, dict[str, Any]]] = []
+    if spec.search.sampler == "grid":
+        usual = [(cell, knobs) for cell in cells for knobs in grid(spaces[cell.method], cell.method)]
+    elif spec.search.defaults_first:
+        usual = [(cell, default_knobs(spaces[cell.method], cell.method)) for cell in cells]
+    return [*begin, *(first for first in usual if first not in begin)]
+
+
+def trials_in_all(spec: SweepSpec, first: Sequence[Any]) -> int:
+    """What the sweep file asks for, or the grid if that is smaller.
+
+    Args:
+        first: as `first_trials` gives it.
+    """
+    return min(spec.search.trials, len(first)) if spec.search.sampler == "grid" else spec.search.trials
 
 
 def check_earlier(spec: SweepSpec) -> None:

@@ -99,6 +99,8 @@ class Ledger:
         once(self.rows_folder / f"{trial_id}.json", lambda to: to.write_text(text, encoding="utf-8"))
         for name in (f"{trial_id}.json", f"{trial_id}.lives"):
             (self.running_folder / name).unlink(missing_ok=True)
+        if row.get("student_path"):  # the whole curve lies beside the student
+            (self.rows_folder / f"{trial_id}.loss.jsonl").unlink(missing_ok=True)
 
     def final(self, trial_id: str) -> dict[str, Any] | None:
         """The row of a trial that has ended, or None."""

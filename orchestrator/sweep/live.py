@@ -33,10 +33,11 @@ class Estimate:
         folder: the sweep's.
         spec: the sweep file.
         before: trials that had ended earlier.
+        total: trials in all; None: as the sweep file says, which a grid may not have.
     """
 
-    def __init__(self, folder: Path, spec: SweepSpec, before: int) -> None:
-        self.spec, self.before = spec, before
+    def __init__(self, folder: Path, spec: SweepSpec, before: int, total: int | None = None) -> None:
+        self.spec, self.before, self.total = spec, before, spec.search.trials if total is None else total
         self.started, self.spent = time.time(), Clock(folder).before
 
     @property
@@ -48,7 +49,7 @@ class Estimate:
         """Seconds to the end if the next trials are like those of this life; None before one of it has ended."""
         if done <= self.before:
             return None
-        left = (time.time() - self.started) / (done - self.before) * max(0, self.spec.search.trials - done)
+        left = (time.time() - self.started) / (done - self.before) * max(0, self.total - done)
         budget = self.spec.search.time_budget_s
         return left if budget is None else max(0.0, min(left, budget - self.seconds))
 
@@ -60,12 +61,15 @@ class TrialLines(Callback):
         folder: the sweep's.
         spec: the sweep file.
         write: prints a line; None prints nothing.
+        total: as in `Estimate`.
     """
 
-    def __init__(self, folder: Path, spec: SweepSpec, write: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, folder: Path, spec: SweepSpec, write: Callable[[str], None] | None, total: int | None = None
+    ) -> None:
         self.ledger, self.spec, self.write = Ledger(folder), spec, write
         self.seen = {row["trial_id"] for row in self.ledger.rows() if row["status"] in FINAL}
-        self.estimate = Estimate(folder, spec, len(self.seen))
+        self.estimate = Estimate(folder, spec, len(self.seen), total)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks for a restore that we never do, and a console cannot be pickled.
@@ -78,7 +82,7 @@ class TrialLines(Callback):
             if row["status"] not in FINAL or row["trial_id"] in self.seen:
                 continue
             self.seen.add(row["trial_id"])
-            done, total = len(self.seen), self.spec.search.trials
+            done, total = len(self.seen), self.estimate.total
             networks = " -> ".join(name for name in (row["teacher"], row["student"]) if name)
             end = f"val {row['val_metric']:.3f}" if row["status"] == "complete" else f"{row['status']}: {row['reason']}"
             self.write(
@@ -94,11 +98,12 @@ class LiveScreen(Callback):
         folder: the sweep's.
         spec: the sweep file.
         console: a terminal.
+        total: as in `Estimate`.
     """
 
-    def __init__(self, folder: Path, spec: SweepSpec, console: Console) -> None:
+    def __init__(self, folder: Path, spec: SweepSpec, console: Console, total: int | None = None) -> None:
         self.ledger, self.spec = Ledger(folder), spec
-        self.estimate = Estimate(folder, spec, sum(row["status"] in FINAL for row in self.ledger.rows()))
+        self.estimate = Estimate(folder, spec, sum(row["status"] in FINAL for row in self.ledger.rows()), total)
         self.drawn = 0.0
         first = Text("The cluster starts ...")
         self.live: Live | None = Live(
@@ -119,7 +124,7 @@ class LiveScreen(Callback):
                 progress[trial.config["trial"]] = float(result["progress"]) / 100
         rows = self.ledger.rows()
         done = sum(row["status"] in FINAL for row in rows)
-        shown = screen(self.spec, rows, progress, self.estimate.seconds, self.estimate.left(done))
+        shown = screen(self.spec, rows, progress, self.estimate.seconds, self.estimate.left(done), self.estimate.total)
         self.live.update(shown, refresh=True)
         self.drawn = time.monotonic()
 
@@ -135,6 +140,7 @@ def screen(
     progress: Mapping[str, float],
     seconds: float,
     left: float | None,
+    total: int | None = None,
 ) -> RenderableType:
     """Everything about a running sweep on one screen.
 
@@ -144,8 +150,9 @@ def screen(
         progress: by configuration (as JSON), the share of a running trial's budget that is done, where it is known.
         seconds: that the sweep has run.
         left: to its end; None: not known yet.
+        total: as in `Estimate`.
     """
-    done, total = sum(row["status"] in FINAL for row in rows), spec.search.trials
+    done, total = sum(row["status"] in FINAL for row in rows), spec.search.trials if total is None else total
     end = "the end is not known yet" if left is None else f"about {_time(left)} left"
     bar = Table.grid(padding=(0, 1))
     bar.add_row(ProgressBar(total=max(total, 1), completed=done, width=40), f"{done}/{total} trials")

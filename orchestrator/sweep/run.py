@@ -22,7 +22,7 @@ from orchestrator.spec import SweepSpec
 from orchestrator.store import check_remote, store_at
 from orchestrator.sweep.capacity import check_shape, has, known_cluster, nodes_now
 from orchestrator.sweep.costs import holdings_of
-from orchestrator.sweep.earlier import check_earlier, starts
+from orchestrator.sweep.earlier import check_earlier, first_trials, starts, trials_in_all
 from orchestrator.sweep.space import Space, check_cell, default_knobs, grid, method_space, wanted_outputs
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import NETWORK_METRICS, foretold, planned_excess
@@ -49,6 +49,11 @@ class Prepared:
     spaces: dict[str, Space]
     dropped: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+
+    @property
+    def trials(self) -> int:
+        """Trials in all."""
+        return trials_in_all(self.spec, first_trials(self.spec, self.cells, self.spaces))
 
 
 def resolved(spec: SweepSpec) -> SweepSpec:

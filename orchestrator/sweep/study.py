@@ -15,8 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from methods.knobs import Choice, Range
 from orchestrator.spec import METRICS, SweepSpec
-from orchestrator.sweep.earlier import earlier, starts
-from orchestrator.sweep.space import Space, default_knobs, grid, sample
+from orchestrator.sweep.earlier import earlier, first_trials, trials_in_all
+from orchestrator.sweep.space import Space, sample
 from orchestrator.sweep.study_storage import Result, StudyPlace
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 
@@ -50,7 +50,7 @@ class Study:
         self.spec, self.cells, self.spaces, self.task = spec, cells, spaces, task
         self._place = StudyPlace(spec, folder)
         self._patiently(self._open)
-        self._fixed = self._first_trials()
+        self._fixed = first_trials(spec, cells, spaces)
         if spec.search.warm_start is not None:
             self._patiently(self._learn)
         self._configs: dict[int, TrialConfig] = {}  # by Optuna's number: parsed once
@@ -110,22 +110,10 @@ class Study:
     def _methods(self) -> list[str]:
         return list(dict.fromkeys(c.method for c in self.cells))
 
-    def _first_trials(self) -> list[tuple[Cell, dict[str, Any]]]:
-        begin = starts(self.spec, self.cells, self.spaces)
-        return [*begin, *(first for first in self._usual_first() if first not in begin)]
-
-    def _usual_first(self) -> list[tuple[Cell, dict[str, Any]]]:
-        if self.spec.search.sampler == "grid":
-            return [(cell, knobs) for cell in self.cells for knobs in grid(self.spaces[cell.method], cell.method)]
-        if self.spec.search.defaults_first:
-            return [(cell, default_knobs(self.spaces[cell.method], cell.method)) for cell in self.cells]
-        return []
-
     @property
     def size(self) -> int:
         """Trials in all: what the sweep file asks for, or the grid if that is smaller."""
-        asked = self.spec.search.trials
-        return min(asked, len(self._fixed)) if self.spec.search.sampler == "grid" else asked
+        return trials_in_all(self.spec, self._fixed)
 
     def keep(self, name: str, value: int) -> int:
         """What was kept under this name when the sweep began; `value` if nothing was."""

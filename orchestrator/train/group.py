@@ -76,6 +76,8 @@ def _asking(gauge: Gauge, line: Any, rank: int, device: str) -> Callable[[Report
     """Rank 0 measures and asks; its answer is every rank's."""
 
     def report(state: Report) -> None:
+        if rank == 0:
+            gauge.note(state)
         if not gauge.due(state.step):
             return
         verdict = torch.ones((), device=device)

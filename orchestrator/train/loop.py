@@ -66,6 +66,10 @@ class Gauge(Protocol):
         """The val metric."""
         ...
 
+    def note(self, state: Report) -> None:
+        """Keeps the parts of the loss, for whoever looks at a trial that has not ended well; one rank does."""
+        ...
+
 
 @dataclass
 class Reporter:
@@ -78,6 +82,7 @@ class Reporter:
     tell: Tell
 
     def __call__(self, state: Report) -> None:
+        self.gauge.note(state)
         due = self.gauge.due(state.step)
         self.tell(self.gauge.share(state.step), self.gauge.measure(state) if due else None)
 

@@ -469,7 +469,8 @@ class _Trial:
             return None
         stops = self.spec.search.scheduler != "none" and final
         texts = str(self.texts.path) if self.texts is not None else None
-        return Reporter(ValGauge(self.context, self.config, stage.trains, before, total, stops, texts), self.progress)
+        gauge = ValGauge(self.context, self.config, stage.trains, before, total, stops, texts, final)
+        return Reporter(gauge, self.progress)
 
     def _picture(self, stages: list[Stage], rows: int = 6, copies: int = 4) -> None:
         """A contact sheet of sources and what was made of them, once for each pool."""

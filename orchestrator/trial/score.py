@@ -69,6 +69,7 @@ class ValGauge:
         before, total: optimizer steps of earlier stages, and of all.
         stops: whether anybody wants to know: trials may be stopped, and this stage trains the candidate.
         texts: folder of the text tower that an earlier stage trained; None for the teacher's.
+        final: whether this stage trains the candidate: its losses are noted.
     """
 
     context: SweepContext
@@ -78,6 +79,7 @@ class ValGauge:
     total: int
     stops: bool
     texts: str | None = None
+    final: bool = False
     measured: int = 0
 
     def share(self, step: int) -> float:
@@ -91,6 +93,15 @@ class ValGauge:
             return False
         self.measured = eighth
         return True
+
+    def note(self, state: Report) -> None:
+        """Adds a line to `trials/<trial>.loss.jsonl`: a trial that is stopped or fails leaves no other curve."""
+        if not self.final:
+            return
+        folder = Path(self.context.folder) / "trials"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{self.config.trial_id}.loss.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": float(state.step), **state.parts}) + "\n")
 
     def measure(self, state: Report) -> float:
         """What the network scores on val now."""

@@ -13,12 +13,25 @@ import pandas as pd
 POINTS = 60  # of a curve that are shown
 
 
+def history(folder: Path, trial_id: str, student_path: str) -> list[dict[str, float]]:
+    """`step` and each part of the loss, by step, of the stage that trained the candidate; [] where none was recorded.
+
+    A trial without a student (stopped, failed, running) has what was noted while it trained; a step that was trained
+    again counts last.
+    """
+    if student_path:
+        return _read(folder / student_path / "history.json", lambda text: json.loads(text)["history"])
+    noted = _read(folder / "trials" / f"{trial_id}.loss.jsonl", lambda text: [json.loads(x) for x in _whole(text)])
+    try:
+        found = {float(point["step"]): point for point in noted}
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [found[step] for step in sorted(found)]
+
+
 def losses(folder: Path, row: pd.Series) -> dict[str, list[float | None]]:
     """`step` and each part of the loss, by step, at most `POINTS` of them evenly spread; {} where none was recorded."""
-    path = folder / str(row["student_path"]) / "history.json"
-    if not row["student_path"]:
-        return {}
-    points = _read(path, lambda text: json.loads(text)["history"])
+    points = history(folder, str(row["trial_id"]), str(row["student_path"]))
     if not points:
         return {}
     kept = [points[i] for i in np.unique(np.linspace(0, len(points) - 1, min(POINTS, len(points))).round().astype(int))]

@@ -262,7 +262,7 @@ function drawLines(holder, lines, xLabel, yLabel, height = 260) {
   for (const l of lines) {
     const d = l.points.map((p, i) => `${i ? "L" : "M"}${chart.x(p[0])},${chart.y(p[1])}`).join("");
     const path = node("svg:path", { d, class: l.best ? "line best" : "line" });
-    if (l.row.status === "pruned") path.classList.add("stopped");
+    if (["pruned", "failed"].includes(l.row.status)) path.classList.add("stopped");
     const wide = node("svg:path", { d, class: "catch" });
     const end = l.points[l.points.length - 1];
     const words = [`${l.row.id}: ${l.row.method}`, `${yLabel} ${short(end[1])} at the end`, `val ${say(l.row, "val_metric")}`];
