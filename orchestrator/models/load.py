@@ -40,7 +40,8 @@ class Preprocessing:
         return cls(values["size"], tuple(values["mean"]), tuple(values["std"]), values["interpolation"])
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] to normalised float32."""
+        """uint8 [B, 3, S, S] to normalised float32, channels last in memory: so convolutions are faster."""
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         mean = torch.tensor(self.mean, device=pixels.device).view(1, -1, 1, 1) * 255
         std = torch.tensor(self.std, device=pixels.device).view(1, -1, 1, 1) * 255
         return (pixels.float() - mean) / std

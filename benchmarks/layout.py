@@ -1,0 +1,86 @@
+"""A training step and a pass of evaluation on images whose channels lie last in memory, against channels first.
+
+    python -m benchmarks.layout        # a minute on one core; writes benchmarks/results/
+
+Counted in CPU seconds of one thread, by turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from torch.nn import functional as F
+
+RESULTS = Path(__file__).parent / "results" / "layout.json"
+NETWORKS = (
+    ("resnet18", {}),
+    ("mobilenetv3_small_050", {}),
+    ("efficientnet_lite0", {}),
+    ("convnext_atto", {}),
+    ("vit_tiny_patch16_224", {"img_size": 96}),
+)
+LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
+BATCH, SIZE, CLASSES, ROUNDS = 32, 96, 20, 9
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def compared(name: str, options: dict[str, int]) -> dict[str, float]:
+    """Medians of `ROUNDS` by turns, after one of warm-up."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=CLASSES, **options)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    labels = torch.randint(0, CLASSES, (BATCH,))
+    images = torch.randn(BATCH, 3, SIZE, SIZE)
+    given = {layout: images.contiguous(memory_format=form) for layout, form in LAYOUTS.items()}
+
+    def step(layout: str) -> None:
+        network.train()
+        F.cross_entropy(network(given[layout]), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.inference_mode()
+    def look(layout: str) -> None:
+        network.eval()
+        network(given[layout])
+
+    found: dict[str, list[float]] = {}
+    for turn in range(ROUNDS + 1):
+        for layout in LAYOUTS:
+            for what, call in (("train", step), ("eval", look)):
+                seconds = cpu_seconds(lambda call=call, layout=layout: call(layout))  # type: ignore[misc]
+                if turn:
+                    found.setdefault(f"{what}_{layout}_s", []).append(seconds)
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def main() -> None:
+    """Prints the table and writes the JSON."""
+    torch.set_num_threads(1)
+    rows = {name: compared(name, options) for name, options in NETWORKS}
+    print("| network | training step | evaluation |")
+    print("| --- | --- | --- |")
+    for name, row in rows.items():
+        train, look = (row[f"{what}_first_s"] / row[f"{what}_last_s"] for what in ("train", "eval"))
+        print(f"| {name} | {train:.2f} x | {look:.2f} x |")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, timm {timm.__version__}"
+    RESULTS.parent.mkdir(exist_ok=True)
+    about = {"machine": machine, "batch": BATCH, "size": SIZE, "rounds": ROUNDS, "networks": rows}
+    RESULTS.write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
