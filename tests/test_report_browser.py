@@ -94,6 +94,8 @@ def test_a_report_sorts_filters_and_opens_a_point_without_any_request(
     page.keyboard.press("Escape")
     assert not page.locator("#trial").is_visible()
     watched.shot("report_desktop", full_page=True)
+    page.evaluate("document.documentElement.style.filter = 'grayscale(1)'")
+    watched.shot("report_greyscale", full_page=True)
     assert watched.complaints == []
     outside = [url for url in watched.requests if not url.startswith("data:")]
     assert outside == [(tmp_path / "r.html").as_uri()]

@@ -91,12 +91,17 @@ function mark(kind) {
     "stroke-width": hollow ? 2 : 1,
   });
 }
-function short(value) {
+function short(value, digits = 3) {
   const size = Math.abs(value);
   for (const [above, unit] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
-    if (size >= above) return `${Number((value / above).toPrecision(3))}${unit}`;
+    if (size >= above) return `${Number((value / above).toPrecision(digits))}${unit}`;
   }
-  return size && size < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(3)));
+  return size && size < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(digits)));
+}
+/* Labels of ticks, with as many digits as tell them apart. */
+function labelled(ticks) {
+  const digits = [3, 4, 5, 6].find((n) => new Set(ticks.map((t) => short(t, n))).size === ticks.length);
+  return ticks.map((t) => short(t, digits || 7));
 }
 function scale(values, from, to, log) {
   let low = Math.min(...values), high = Math.max(...values);
@@ -135,14 +140,15 @@ function axes(holder, x, y, height) {
     const gap = (width - left - right) / x.names.length;
     sx = { place: (name) => left + gap * (x.names.indexOf(name) + 0.5), ticks: x.names };
   } else sx = scale(x.values, left, width - right, x.log);
-  for (const t of sy.ticks) {
+  const rising = labelled(sy.ticks), along = x.names ? x.names.map(String) : labelled(sx.ticks);
+  sy.ticks.forEach((t, i) => {
     const at = sy.place(t);
     svg.append(node("svg:line", { x1: left, x2: width - right, y1: at, y2: at, class: "grid" }));
-    svg.append(node("svg:text", { x: left - 6, y: at + 4, "text-anchor": "end" }, short(t)));
-  }
+    svg.append(node("svg:text", { x: left - 6, y: at + 4, "text-anchor": "end" }, rising[i]));
+  });
   let free = -1;
-  for (const t of sx.ticks) {
-    const at = sx.place(t), label = x.names ? String(t) : short(t);
+  for (const [i, t] of sx.ticks.entries()) {
+    const at = sx.place(t), label = along[i];
     svg.append(node("svg:line", { x1: at, x2: at, y1: top, y2: height - bottom, class: "grid" }));
     if (at - label.length * 3.5 < free) continue;
     free = at + label.length * 3.5 + 6;
