@@ -161,6 +161,7 @@ def test_a_group_that_is_stopped_early_is_pruned_and_gives_everything_back(colou
             assert float(row["reason"].split(" at ")[1].split("%")[0]) < 60  # its work was stopped, not only its name
             assert 0 < row["val_metric"] < rows[0]["val_metric"]
             assert row["student_path"] == ""
+            assert (folder / "trials" / f"{row['trial_id']}.loss.jsonl").is_file()  # the first rank's curve is kept
         (trained,) = (tmp_path / "runs" / "store" / "finetune").iterdir()  # nothing of a stopped one is published
         assert (trained / "meta.json").is_file()
         cpus = ray.cluster_resources()["CPU"]
