@@ -152,22 +152,57 @@ class Sweep:
         return ranks(self._folder, promoted.folder)
 
     def export(
-        self, out_dir: str | os.PathLike[str], trial: str | None = None, format: str = "safetensors", **options: Any
+        self,
+        out_dir: str | os.PathLike[str],
+        trial: str | None = None,
+        format: str = "safetensors",
+        *,
+        with_preprocessing: bool = False,
+        int8: bool = False,
+        max_loss: float | None = None,
+        licence: str | None = None,
+        data_licence: str | None = None,
     ) -> dict[str, Any]:
-        """Writes a student so that it loads without this package.
+        """Writes a student so that it loads without this package, with a model card.
 
         Args:
             out_dir: a folder that does not exist yet.
             trial: which one; None: the best.
-            format: `safetensors` (plain timm or open_clip) or `onnx`.
-            options: as `orchestrator export --help` has them.
+            format: `safetensors` (plain timm or open_clip), `onnx`, or `pt2` (a program that torch alone runs).
+            with_preprocessing: onnx: whole images go in, uint8 [B, H, W, 3].
+            int8: onnx: 8-bit integers, if val loses no more than noise by it.
+            max_loss: with int8: the loss of the val metric that is accepted.
+            licence, data_licence: for the card; None: what is known.
 
         Returns:
-            What was written and how it was checked.
+            `files`, and how they were checked: `max_abs_difference`, `int8`, `preprocessing`, `sentences`.
+
+        Raises:
+            UserError: if there is no such trial, or an option does not fit the format.
+            WorkError: if what was written does not do what the student does, or int8 loses more than is accepted.
         """
         from orchestrator.sweep.board import export_trial
 
+        options: dict[str, Any] = {"with_preprocessing": with_preprocessing, "int8": int8, "max_loss": max_loss}
+        options |= {"licence": licence, "data_licence": data_licence}
         return export_trial(self._folder, Path(out_dir), trial, format, **options)
+
+    def predict(
+        self, images: Sequence[str | os.PathLike[str]], trial: str | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Asks a student about images: classes with probabilities, or masks.
+
+        Args:
+            images: files, and folders of images.
+            trial: which one; None: the best.
+            options: of `select.predict.ask`: `top`, `masks`, `onnx`, `classes`, `prompts`, `texts`.
+
+        Returns:
+            `images`, each with its `classes`; `skipped`, those that cannot be used, with the reason.
+        """
+        from orchestrator.select.predict import ask
+
+        return ask(str(self._folder), [Path(image) for image in images], trial, **options)
 
     def report(self, out: str | os.PathLike[str] | None = None, images: bool = True) -> dict[str, Any]:
         """Writes the sweep's report from what is recorded, at any time; returns where, and its sentences.

@@ -193,7 +193,14 @@ def test_the_card_says_what_it_is_and_names_no_path(tmp_path: Path) -> None:
     meta["teacher"] = "local:/secret/place/teacher.pth"
     export_student(network, meta, tmp_path / "out", "safetensors")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    for part in ("| Method | kd |", "| Teacher | teacher |", "0.8125", "bilinear", "2. größer | stork", "load.py"):
+    for part in (
+        "| Method | kd |",
+        "| Teacher | teacher (not inside) |",
+        "0.8125",
+        "bilinear",
+        "2. größer | stork",
+        "load.py",
+    ):
         assert part in card, part
     for path in (tmp_path / "out").iterdir():
         assert b"secret" not in path.read_bytes()
@@ -239,7 +246,9 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 def test_an_unknown_format_names_the_nearest(tmp_path: Path) -> None:
     network, meta = student(CNN)
-    with pytest.raises(UserError, match=r"Unknown format 'onxx'; allowed: safetensors and onnx\. Did you mean 'onnx'"):
+    with pytest.raises(
+        UserError, match=r"Unknown format 'onxx'; allowed: safetensors, onnx and pt2\. Did you mean 'onnx'"
+    ):
         export_student(network, meta, tmp_path / "out", "onxx")
 
 

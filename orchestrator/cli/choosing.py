@@ -20,6 +20,7 @@ class Format(str, Enum):
 
     safetensors = "safetensors"
     onnx = "onnx"
+    pt2 = "pt2"
 
 
 @app.command()
@@ -105,14 +106,32 @@ def export(
     out_dir: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     trial: Annotated[str | None, typer.Option(help="Which trial; the best one if not given.")] = None,
     fmt: Annotated[
-        Format, typer.Option("--format", help="safetensors loads in plain timm; onnx is checked.")
+        Format,
+        typer.Option(
+            "--format", help="safetensors: plain timm or open_clip; onnx; pt2: a program that torch alone runs."
+        ),
     ] = Format.safetensors,
+    with_preprocessing: Annotated[
+        bool, typer.Option("--with-preprocessing", help="onnx: whole images go in, uint8 [B, H, W, 3].")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="onnx: 8-bit integers, if val loses no more than noise by it.")
+    ] = False,
+    max_loss: Annotated[
+        float | None, typer.Option(min=0, max=1, help="With --int8: the loss of the val metric that is accepted.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Of the exported network, for its card, as in cc-by-4.0; unknown if not given.")
+    ] = None,
+    data_licence: Annotated[str | None, typer.Option(help="Of the data, for the card.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a student so that it loads without this package."""
+    """Write a student so that it loads without this package, with a model card."""
     from orchestrator.sweep.board import export_trial
 
-    report = export_trial(folder, out_dir, trial, fmt.value)
+    options: dict[str, Any] = {"with_preprocessing": with_preprocessing, "int8": int8, "max_loss": max_loss}
+    options |= {"licence": licence, "data_licence": data_licence}
+    report = export_trial(folder, out_dir, trial, fmt.value, **options)
     if as_json:
         print(json.dumps(report))
         return

@@ -22,6 +22,7 @@ from orchestrator.models.names import check_model
 from orchestrator.models.onnx import first_line, onnx_runner, write_onnx
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.select.export.config import kind_of, network_of
+from orchestrator.select.export.prepared import prepared_runner, takes_whole_images
 from orchestrator.select.export.texts import ExportedTexts
 from orchestrator.select.subject import find_student
 from orchestrator.spec import Kind, Model
@@ -45,6 +46,7 @@ class Deployed:
         templates: sentences that a class's words are put into, of a network that embeds images.
         embed: gives the embeddings of texts in the same space; None where there is no text tower.
         no_texts: why there is none.
+        whole: of a graph with its preprocessing inside: uint8 [3, H, W] each, to logits; in place of `run`.
     """
 
     name: str
@@ -57,16 +59,21 @@ class Deployed:
     templates: tuple[str, ...] = ("{}",)
     embed: Callable[[], Embed] | None = field(default=None, repr=False)
     no_texts: str = ""
+    whole: Callable[[Sequence[Tensor]], Tensor] | None = None
 
     def pixels(self, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] to uint8 [3, S, S]: the central square, as the student was evaluated."""
+        """uint8 [3, H, W] to uint8 [3, S, S]: the central square, as the student was evaluated; or the image itself."""
+        if self.whole is not None:
+            return image
         view = draw(Policy(1.0, 0.0), "", (image.shape[1], image.shape[2]), 0)
         return render(image, view, self.preprocessing.size, self.preprocessing.interpolation)
 
     @torch.inference_mode()
-    def logits(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] to [B, C], or [B, C, S, S] of a segmentation."""
-        return self.run(self.preprocessing.normalise(pixels)).float()
+    def logits(self, pixels: Sequence[Tensor]) -> Tensor:
+        """What `pixels` gave, of several images, to [B, C], or [B, C, S, S] of a segmentation."""
+        if self.whole is not None:
+            return self.whole(pixels).float()
+        return self.run(self.preprocessing.normalise(torch.stack(list(pixels)))).float()
 
     def renamed(self, classes: Sequence[str], templates: Sequence[str]) -> Deployed:
         """The same network under other classes, told by their names alone.
@@ -126,6 +133,8 @@ def _exported(folder: Path, onnx: bool, texts: str | None) -> Deployed:
     name = str(folder)
     there = [f for f in (WEIGHTS, ONNX) if (folder / f).is_file()]
     if not there or (onnx and ONNX not in there):
+        if (folder / "model.pt2").is_file():
+            raise UserError(f"MODEL: {name!r} is a program of torch: python {folder / 'load.py'} IMAGE runs it.")
         missing = f"has no {ONNX}; write one by `export --format onnx`" if there else f"has no {WEIGHTS} and no {ONNX}"
         raise UserError(f"MODEL: {name!r} {missing}.")
     try:
@@ -136,9 +145,11 @@ def _exported(folder: Path, onnx: bool, texts: str | None) -> Deployed:
         preprocessing = Preprocessing(int(facts["input_size"][-1]), mean, std, str(facts["interpolation"]))
         if kind not in get_args(Kind) or len(classes) != config["num_classes"]:
             raise ValueError(f"task {kind!r}, {len(classes)} label_names, num_classes {config['num_classes']}")
-        network = None
+        network, whole = None, None
         if onnx or WEIGHTS not in there:
             run: Callable[[Tensor], Tensor] = onnx_runner(folder / ONNX)
+            if takes_whole_images(folder / ONNX):
+                whole = prepared_runner(folder / ONNX)
         else:
             network = network_of(config, folder)
             network.load_state_dict(load_file(folder / WEIGHTS))
@@ -155,7 +166,7 @@ def _exported(folder: Path, onnx: bool, texts: str | None) -> Deployed:
         embed = _named_texts(str(texts or about["teacher"]))
     runtime = "onnxruntime" if network is None else "torch"
     templates = tuple(about.get("templates") or ("{}",))
-    return Deployed(name, runtime, kind, classes, preprocessing, run, network, templates, embed, why)
+    return Deployed(name, runtime, kind, classes, preprocessing, run, network, templates, embed, why, whole)
 
 
 def _exported_texts(folder: Path) -> Callable[[], Embed]:

@@ -117,7 +117,7 @@ def predict(model: Deployed, images: Sequence[Asked], top: int = 5, masks: Path 
     skipped: list[dict[str, str]] = []
     names: set[str] = set()
     for batch in _batches(model, images, skipped):
-        logits = model.logits(torch.stack([pixels for _, _, pixels in batch]))
+        logits = model.logits([pixels for _, _, pixels in batch])
         for (asked, size, _), one in zip(batch, logits, strict=True):
             entry: dict[str, Any] = {"image": str(asked.path), "classes": _classes(model, one, size, top)}
             if masks is not None:

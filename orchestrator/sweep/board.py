@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from orchestrator.data.embed import text_tower_of
-from orchestrator.data.pixels import RenderedPixels
 from orchestrator.data.task import load_task
-from orchestrator.data.views import Policy
 from orchestrator.errors import UserError, nearest
 from orchestrator.models import load_student
 from orchestrator.models.load import Preprocessing
 from orchestrator.models.texts import StudentTexts, has_text_tower
-from orchestrator.select.export import export_student
+from orchestrator.select.export import Evidence, Wanted, export_student
+from orchestrator.select.export.provenance import provenance_of
 from orchestrator.select.report.curves import history, val_marks
 from orchestrator.select.results import (
     choose,
@@ -30,6 +28,7 @@ from orchestrator.sweep.ledger import Ledger, open_sweep
 from orchestrator.sweep.pictures import contact_sheets, pictures_of
 from orchestrator.trial.plan import TrialConfig
 
+SAMPLE = 8  # val images on which every export is compared
 BASELINES = ("finetune", "linear_probe")
 
 
@@ -95,12 +94,21 @@ def _texts_beside(student: Path, meta: Mapping[str, Any]) -> tuple[StudentTexts,
     return StudentTexts(student, text_tower_of(teacher)), teacher
 
 
-def export_trial(folder: Path, out_dir: Path, trial: str | None, fmt: str) -> dict[str, Any]:
+def export_trial(folder: Path, out_dir: Path, trial: str | None, fmt: str, **options: Any) -> dict[str, Any]:
     """Exports one trial's student, the best one if none is named.
 
+    Args:
+        folder: the sweep's.
+        out_dir: a folder that does not exist yet.
+        trial: which.
+        fmt: `safetensors`, `onnx` or `pt2`.
+        options: the other fields of `select.export.Wanted`.
+
     Raises:
-        UserError: if there is no such trial or it has no student.
+        UserError: if there is no such trial or it has no student, or an option does not fit.
+        WorkError: if what was written does not do what the student does.
     """
+    wanted = Wanted(fmt, **options)
     spec = open_sweep(folder)
     frame = read_trials(folder)
     if trial is None:
@@ -115,14 +123,23 @@ def export_trial(folder: Path, out_dir: Path, trial: str | None, fmt: str) -> di
         raise UserError(
             f"The trial {row['trial_id']} is {row['status']} and has no student to export ({row['reason']})."
         )
-    network, meta = load_student(Path(folder) / row["student_path"])
+    student = Path(folder) / row["student_path"]
+    network, meta = load_student(student)
     store = store_at(spec.store_address)
     task = load_task(Task.model_validate(meta["task"]), store)
-    preprocessing = Preprocessing.from_json(meta["preprocessing"])
-    pixels = RenderedPixels(task, task.val, Policy(1.0, 0.0), preprocessing)
-    rows = np.arange(min(4, len(task.val)))
-    sample = preprocessing.normalise(pixels.batch(rows, np.zeros(len(rows), dtype=np.int64)))
+    evidence = Evidence(task, store, Preprocessing.from_json(meta["preprocessing"]))
+    tested = Path(folder) / "test.json"
+    known = json.loads(tested.read_text(encoding="utf-8")) if tested.is_file() else {}
+    origin = provenance_of(spec, task, row, known.get(str(row["trial_id"])), Path(out_dir).name)
     report = export_student(
-        network, meta, out_dir, fmt, sample, _texts_beside(Path(folder) / row["student_path"], meta)
+        network,
+        meta,
+        out_dir,
+        fmt,
+        evidence.val(SAMPLE),
+        _texts_beside(student, meta),
+        wanted=wanted,
+        evidence=evidence,
+        provenance=origin,
     )
     return {"trial_id": str(row["trial_id"]), **report}

@@ -1,6 +1,7 @@
-"""Taking a student away: plain timm or open_clip, ONNX, with a model card."""
+"""Taking a student away: plain timm or open_clip, ONNX, a program of torch, with a model card."""
 
 from orchestrator.select.export.config import kind_of
-from orchestrator.select.export.folder import export_student
+from orchestrator.select.export.evidence import Evidence
+from orchestrator.select.export.folder import FORMATS, Wanted, export_student
 
-__all__ = ["export_student", "kind_of"]
+__all__ = ["FORMATS", "Evidence", "Wanted", "export_student", "kind_of"]

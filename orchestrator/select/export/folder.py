@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,62 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import UserError, WorkError, listed, nearest
+from orchestrator.models.onnx import onnx_runner
 from orchestrator.models.texts import StudentTexts
 from orchestrator.select.export.card import agree, card, text_card
 from orchestrator.select.export.config import config_of, kind_of
+from orchestrator.select.export.evidence import Evidence
+from orchestrator.select.export.int8 import int8_sentences, one_by_one, quantise
+from orchestrator.select.export.prepared import (
+    compare_preprocessing,
+    prepared_runner,
+    preprocessing_sentence,
+    put_preprocessing,
+)
+from orchestrator.select.export.scripts import onnx_script
 from orchestrator.select.export.texts import write_texts
-from orchestrator.select.export.write import write_onnx_folder, write_timm
-from orchestrator.spec import Model
+from orchestrator.select.export.write import write_json, write_onnx_folder, write_program, write_timm
+from orchestrator.spec import Kind, Model
 
-FORMATS = ("safetensors", "onnx")
-TOLERANCE = {"safetensors": 1e-5, "onnx": 1e-4}  # largest difference of a logit
+FORMATS = ("safetensors", "onnx", "pt2")
+TOLERANCE = {"safetensors": 1e-5, "onnx": 1e-4, "pt2": 1e-5}  # largest difference of a logit
+WRITERS = {"safetensors": write_timm, "onnx": write_onnx_folder, "pt2": write_program}
+WHOLE = 32  # val images on which preprocessing inside the graph is compared
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an export is to be.
+
+    Attributes:
+        format: `safetensors` (timm's own folder format, unless the network has modules that timm does not build: then
+            with a copy of the file that does, `structure.py`), `onnx`, or `pt2` (a program of torch.export).
+        with_preprocessing: ONNX: whole images go in, uint8 [B, H, W, 3]; the graph crops, resizes and normalises.
+        int8: ONNX: 8-bit integers, see `int8.quantise`.
+        max_loss: with int8: loss of the val metric that is accepted; None: no more than noise.
+        licence, data_licence: as the user states them; None: as far as they are known.
+
+    Raises:
+        UserError: if the format is unknown, or an option does not fit it.
+    """
+
+    format: str = "safetensors"
+    with_preprocessing: bool = False
+    int8: bool = False
+    max_loss: float | None = None
+    licence: str | None = None
+    data_licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UserError(
+                f"Unknown format {self.format!r}; allowed: {listed(FORMATS)}.{nearest(self.format, FORMATS)}"
+            )
+        for option, given in (("--with-preprocessing", self.with_preprocessing), ("--int8", self.int8)):
+            if given and self.format != "onnx":
+                raise UserError(f"{option} is for --format onnx, not {self.format}.")
+        if self.max_loss is not None and not self.int8:
+            raise UserError("--max-loss is for --int8: what it may lose of the val metric.")
 
 
 def export_student(
@@ -37,6 +85,10 @@ def export_student(
     format: str,
     sample: Tensor | None = None,
     texts: tuple[StudentTexts, Model] | None = None,
+    *,
+    wanted: Wanted | None = None,
+    evidence: Evidence | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a folder with the network, `config.json` (labels, preprocessing), `load.py` and a model card.
 
@@ -44,21 +96,24 @@ def export_student(
         network: the student; not changed.
         meta: its `student.json`.
         out_dir: a folder that does not exist yet, or is empty. It appears complete or not at all.
-        format: `safetensors` (timm's own folder format, unless the network has modules that timm does not build: then
-            with a copy of the file that does, `structure.py`) or `onnx`.
+        format: see `Wanted`.
         sample: [B, 3, S, S] normalised images for the comparison; None compares on random numbers.
         texts: a text tower that was trained beside it, with the teacher whose tokenizer it uses: comes into `text/`.
+        wanted: format and options; None: `format` alone.
+        evidence: the task's images; needed with `with_preprocessing` and `int8`.
+        provenance: for the card, see `provenance.provenance_of`; with `reproduce`, the text of `reproduce.yaml`.
 
     Returns:
-        As plain JSON: `folder`, `format`, `files`, `bytes`, `max_abs_difference` of the logits, `batches` compared,
-        `timm_loads` (whether `timm.create_model("local-dir:...")` reads it), `sentences`.
+        As plain JSON: `folder`, `format`, `files`, `bytes`, `max_abs_difference` of the float logits, `batches`
+        compared, `timm_loads` (whether `timm.create_model("local-dir:...")` reads it), `preprocessing` and `int8` with
+        what was measured, `sentences`.
 
     Raises:
         UserError: if the format is unknown, or the folder is taken or cannot be written.
         WorkError: if what was written does not give the student's logits.
     """
-    if format not in FORMATS:
-        raise UserError(f"Unknown format {format!r}; allowed: {listed(FORMATS)}.{nearest(format, FORMATS)}")
+    wanted = wanted or Wanted(format)
+    format = wanted.format
     out = Path(out_dir)
     plain = copy.deepcopy(network).cpu().float().eval()
     images = _images(meta, sample)
@@ -72,13 +127,16 @@ def export_student(
     except OSError as error:
         raise UserError(f"The output folder {str(out)!r} cannot be written: {error.strerror or error}.") from error
     try:
-        write = write_timm if format == "safetensors" else write_onnx_folder
-        run = write(partial, plain, config, kind)
+        run = WRITERS[format](partial, plain, config, kind)
         batches = sorted({1, min(3, len(images)), len(images)})
         difference = _compare(plain, run, images, batches, format)
+        found = _changed(partial, plain, config, wanted, evidence, kind)
         beside = write_texts(partial, *texts) if texts is not None else {}
-        text = card(meta, config, kind, format, difference) + (text_card(beside) if beside else "")
+        facts = {"format": format, "max_abs_difference": difference, **found}
+        text = card(meta, config, kind, facts, wanted, provenance) + (text_card(beside) if beside else "")
         (partial / "README.md").write_text(text, encoding="utf-8")
+        if provenance:
+            (partial / "reproduce.yaml").write_text(provenance["reproduce"], encoding="utf-8")
         shutil.rmtree(partial / "__pycache__", ignore_errors=True)
         mask = os.umask(0)
         os.umask(mask)
@@ -98,9 +156,44 @@ def export_student(
         "max_abs_difference": difference,
         "batches": batches,
         "timm_loads": timm_loads,
+        **found,
         **beside,
-        "sentences": _sentences(out, format, timm_loads, difference, sum(files.values())),
+        "sentences": _sentences(out, format, timm_loads, difference, sum(files.values()), found, kind),
     }
+
+
+def _changed(
+    folder: Path, plain: nn.Module, config: dict[str, Any], wanted: Wanted, evidence: Evidence | None, kind: Kind
+) -> dict[str, Any]:
+    """Makes the ONNX file that was written, and compared, smaller or one of whole images; returns what was measured."""
+    found: dict[str, Any] = {}
+    if not wanted.int8 and not wanted.with_preprocessing:
+        return found
+    assert evidence is not None
+    path = folder / "model.onnx"
+    if wanted.int8:
+        found["int8"] = quantise(path, kind, evidence, wanted.max_loss)
+        config["quantized"] = found["int8"]
+    if wanted.with_preprocessing:
+        cfg = config["pretrained_cfg"]
+        whole = evidence.whole(WHOLE)
+        inner = one_by_one(onnx_runner(path))
+        measured: dict[str, Any] = compare_preprocessing(cfg, whole, folder)
+        put_preprocessing(path, cfg)
+        with torch.inference_mode():
+            got = prepared_runner(path)(whole)
+            want = inner(evidence.val(WHOLE)) if wanted.int8 else plain(evidence.val(WHOLE))
+        if got.shape != want.shape or not bool(torch.isfinite(got).all()):
+            raise WorkError(
+                "The graph with its preprocessing gives no finite logits of that shape; nothing was written."
+            )
+        agreed = (got.argmax(1) == want.argmax(1)).float().mean()
+        measured |= {"images": len(whole), "logits_max": float((got - want).abs().max()), "same_answer": float(agreed)}
+        found["preprocessing"] = measured
+        config["preprocessing_inside"] = True
+    write_json(folder, {k: v for k, v in config.items() if k not in ("structure", "open_clip")})
+    (folder / "load.py").write_text(onnx_script(kind, whole=wanted.with_preprocessing), encoding="utf-8")
+    return found
 
 
 def _images(meta: Mapping[str, Any], sample: Tensor | None) -> Tensor:
@@ -135,10 +228,20 @@ def _compare(
     return largest
 
 
-def _sentences(out: Path, format: str, timm_loads: bool, difference: float, size: int) -> list[str]:
+def _sentences(
+    out: Path, format: str, timm_loads: bool, difference: float, size: int, found: Mapping[str, Any], kind: Kind
+) -> list[str]:
     how = "onnxruntime" if format == "onnx" else "a fresh load"
-    sentences = [f"Wrote {out} ({size / 1e6:.1f} MB); logits of {how} {agree(difference)} the student's."]
+    how = f"the float network in {how}" if "int8" in found else how
+    limit = f" (allowed: {TOLERANCE[format]:g})" if difference else ""
+    sentences = [f"Wrote {out} ({size / 1e6:.1f} MB); logits of {how} {agree(difference)} the student's{limit}."]
+    if "int8" in found:
+        sentences += int8_sentences(found["int8"], kind)
+    if "preprocessing" in found:
+        sentences.append(preprocessing_sentence(found["preprocessing"]))
     if timm_loads:
         sentences.append(f'In Python: timm.create_model("local-dir:{out}", pretrained=True)')
     sentences.append(f"On an image: python {out / 'load.py'} IMAGE")
+    if format != "pt2":
+        sentences.append(f"Or, on many: python -m orchestrator predict {out} IMAGES...")
     return sentences

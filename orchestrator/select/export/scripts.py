@@ -15,7 +15,7 @@ WHAT: dict[Kind, str] = {
 TORCH = '''\
 """{what}
 
-Needs {needs} (which brings torch and torchvision) and safetensors.
+Needs {needs}.
 """
 
 {imports}
@@ -132,6 +132,15 @@ HERE = Path(__file__).resolve().parent
 CONFIG = json.loads((HERE / "config.json").read_text(encoding="utf-8"))
 
 
+{pixels}
+
+
+if __name__ == "__main__":
+    session = onnxruntime.InferenceSession(HERE / "model.onnx", providers=["CPUExecutionProvider"])
+    logits = session.run(["logits"], {{"{name}": pixels(sys.argv[1])}})[0][0].astype(np.float64)
+'''
+
+PIXELS_ONNX = '''\
 def pixels(path):
     """The central square, resized, transparency on white; to a grey level as the student was evaluated."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
@@ -142,11 +151,14 @@ def pixels(path):
     image = image.crop((left, top, left + side, top + side)).resize(size, Image.Resampling[mode.upper()])
     image = (np.asarray(image, np.float32) / 255 - CONFIG["pretrained_cfg"]["mean"]) / CONFIG["pretrained_cfg"]["std"]
     return image.astype(np.float32).transpose(2, 0, 1)[None]
+'''
 
-
-if __name__ == "__main__":
-    session = onnxruntime.InferenceSession(HERE / "model.onnx", providers=["CPUExecutionProvider"])
-    logits = session.run(["logits"], {{"images": pixels(sys.argv[1])}})[0][0].astype(np.float64)
+PIXELS_WHOLE = '''\
+def pixels(path):
+    """The whole image, transparency on white; the network's graph crops, resizes and normalises it."""
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.asarray(image, np.uint8)[None]
 '''
 
 MAIN_ONNX: dict[Kind, str] = {
@@ -161,20 +173,21 @@ MAIN_ONNX: dict[Kind, str] = {
 }
 
 
-def torch_script(kind: Kind, *, base: Literal["timm", "clipart", "clip"], structured: bool) -> str:
+def torch_script(kind: Kind, *, base: Literal["timm", "clipart", "clip", "program"], structured: bool) -> str:
     """`load.py` beside safetensors.
 
     Args:
         kind: of the task.
         base: what is built first: timm's network, the packaged transformer, which timm has not registered, or
-            open_clip's image tower.
+            open_clip's image tower, or nothing, as a program of torch.export needs nothing built.
         structured: whether `structure.py` lies beside it.
     """
     plain = base == "timm" and not structured
     standard = [*(["import importlib.util"] if structured else []), "import json", "import sys"]
-    packages = ["import open_clip" if base == "clip" else "import timm"]
+    program = base == "program"
+    packages = [] if program else ["import open_clip" if base == "clip" else "import timm"]
     packages += ["import torch", "from PIL import Image, ImageOps"]
-    if not plain:
+    if not plain and not program:
         packages.append("from safetensors.torch import load_file")
     if base == "clipart":
         packages.append("from timm.layers import HybridEmbed, freeze_batch_norm_2d")
@@ -182,15 +195,22 @@ def torch_script(kind: Kind, *, base: Literal["timm", "clipart", "clip"], struct
     packages.append("from torchvision.transforms.v2 import functional as F")
     imports = "\n".join([*standard, "from pathlib import Path", "", *packages])
     steps = ['return timm.create_model(f"local-dir:{HERE}", pretrained=True).eval()']
-    if not plain:
+    if program:
+        steps = ['return torch.export.load(HERE / "model.pt2").module()']
+    elif not plain:
         steps = [
             f"model = {'structured(base())' if structured else 'base()'}",
             'model.load_state_dict(load_file(HERE / "model.safetensors"))',
             "return model.eval()",
         ]
+    brings = "open_clip_torch" if base == "clip" else "timm"
+    needs = (
+        "torch, torchvision and pillow" if program else f"{brings} (which brings torch and torchvision) and safetensors"
+    )
+    builders = {"timm": BASE_TIMM, "clipart": BASE_CLIPART, "clip": BASE_CLIP}
     blocks = [
-        TORCH.format(what=WHAT[kind], needs="open_clip_torch" if base == "clip" else "timm", imports=imports),
-        *([{"timm": BASE_TIMM, "clipart": BASE_CLIPART, "clip": BASE_CLIP}[base]] if not plain else []),
+        TORCH.format(what=WHAT[kind], needs=needs, imports=imports),
+        *([builders[base]] if not plain and not program else []),
         *([STRUCTURE] if structured else []),
         NETWORK.format(logits=LOGITS[kind], network="\n    ".join(steps)),
         PIXELS + MAIN_TORCH[kind] + _best(kind),
@@ -198,9 +218,10 @@ def torch_script(kind: Kind, *, base: Literal["timm", "clipart", "clip"], struct
     return "\n\n".join(blocks)
 
 
-def onnx_script(kind: Kind) -> str:
-    """`load.py` beside an ONNX file."""
-    return ONNX.format(what=WHAT[kind]) + MAIN_ONNX[kind] + _best(kind)
+def onnx_script(kind: Kind, whole: bool = False) -> str:
+    """`load.py` beside an ONNX file; `whole`: of one that has its preprocessing inside."""
+    pixels, name = (PIXELS_WHOLE, "image") if whole else (PIXELS_ONNX, "images")
+    return ONNX.format(what=WHAT[kind], pixels=pixels.rstrip(), name=name) + MAIN_ONNX[kind] + _best(kind)
 
 
 def _best(kind: Kind) -> str:

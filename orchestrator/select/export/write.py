@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orchestrator.errors import WorkError, listed
-from orchestrator.models.onnx import first_line, onnx_runner, write_onnx
+from orchestrator.models.onnx import first_line, onnx_runner, quiet, write_onnx
 from orchestrator.select.export.config import OPEN_CLIP, STRUCTURE_FILE
 from orchestrator.select.export.scripts import onnx_script, torch_script
 from orchestrator.spec import Kind
@@ -29,17 +30,19 @@ def _state(network: nn.Module, architecture: str) -> dict[str, Tensor]:
     return state
 
 
-def _write_json(folder: Path, config: Mapping[str, Any]) -> None:
+def write_json(folder: Path, config: Mapping[str, Any]) -> None:
+    """Writes `config.json`."""
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def write_timm(folder: Path, network: nn.Module, config: dict[str, Any], kind: Kind) -> Callable[[Tensor], Tensor]:
+    """Writes `model.safetensors`, and reads it back by the `load.py` beside it."""
     architecture, structure = config["architecture"], config.get("structure")
     save_file(_state(network, architecture), folder / "model.safetensors", metadata={"format": "pt"})
     if structure is not None:
         (folder / STRUCTURE_FILE).write_bytes(_source(structure["build"].partition(":")[0]))
-    _write_json(folder, {k: v for k, v in config.items() if k != "open_clip"})
+    write_json(folder, {k: v for k, v in config.items() if k != "open_clip"})
     script = folder / "load.py"
     base: Any = {"vit_clipart": "clipart", OPEN_CLIP: "clip"}.get(architecture, "timm")
     if base == "clip":
@@ -80,6 +83,7 @@ def _source(module: str) -> bytes:
 def write_onnx_folder(
     folder: Path, network: nn.Module, config: dict[str, Any], kind: Kind
 ) -> Callable[[Tensor], Tensor]:
+    """Writes `model.onnx`, and reads it back by onnxruntime."""
     path = folder / "model.onnx"
     facts = {
         "labels": json.dumps(config["label_names"], ensure_ascii=False),
@@ -87,6 +91,26 @@ def write_onnx_folder(
     }
     write_onnx(network, config["pretrained_cfg"]["input_size"][-1], path, config["architecture"], facts)
     run = onnx_runner(path)
-    _write_json(folder, {k: v for k, v in config.items() if k not in ("structure", "open_clip")})
+    write_json(folder, {k: v for k, v in config.items() if k not in ("structure", "open_clip")})
     (folder / "load.py").write_text(onnx_script(kind), encoding="utf-8")
     return run
+
+
+def write_program(folder: Path, network: nn.Module, config: dict[str, Any], kind: Kind) -> Callable[[Tensor], Tensor]:
+    """Writes `model.pt2`, a program of torch.export that needs torch alone: images [B, 3, S, S], any B, to logits."""
+    size = config["pretrained_cfg"]["input_size"][-1]
+    network.requires_grad_(False)
+    try:
+        with quiet():
+            batch = torch.export.Dim("batch", min=1)
+            program = torch.export.export(network, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: batch},))
+            torch.export.save(program, folder / "model.pt2")
+    except OSError:
+        raise
+    except Exception as error:  # the exporter's errors share no base class
+        raise WorkError(f"{config['architecture']} is no program for torch.export: {first_line(error)}") from error
+    write_json(folder, {k: v for k, v in config.items() if k not in ("structure", "open_clip")})
+    (folder / "load.py").write_text(torch_script(kind, base="program", structured=False), encoding="utf-8")
+    with quiet():
+        loaded: Callable[[Tensor], Tensor] = runpy.run_path(str(folder / "load.py"))["network"]()
+    return loaded
