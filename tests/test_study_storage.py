@@ -193,6 +193,46 @@ def test_a_database_that_has_lost_the_study_is_refused(
 
 
 @needs_postgres
+def test_a_study_has_one_driver_wherever_it_runs_also_after_a_lost_connection(
+    colours: Path, tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_STUDY_URL", postgres.url())
+    spec = spec_of(colours, tmp_path, "postgresql", study_patience_s=60)
+    prepared = prepare(spec)
+
+    def driver(folder: str) -> Study:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return Study(spec, tmp_path / folder, prepared.cells, prepared.spaces, prepared.task.info, sole=True)
+
+    first = driver("s")
+    driver("another").ask()  # of the same name in the same database
+    refused = r"Another process is running the sweep '.*s'.*connected from 127\.0\.0\.1 since \d{4}-"
+    with pytest.raises(UserError, match=refused):
+        driver("s")
+    assert [c.number for c, _ in first.proposed()] == []  # the refused one has voided nothing
+    first.ask()
+    first._open()  # as after a lost connection of which the server does not know
+    with pytest.raises(UserError, match=refused):
+        driver("s")
+    postgres.stop()
+    postgres.start()
+    assert first.ask().number == 1  # opened anew by itself
+    with pytest.raises(UserError, match=refused):
+        driver("s")
+    holder = first._place.lock
+    assert holder is not None
+    assert holder.held is not None
+    holder.held.invalidate()  # the driver dies
+    second = driver("s")
+    assert [c.number for c, _ in second.proposed()] == [0, 1]
+    postgres.stop()
+    postgres.start()
+    assert second.ask().number == 2
+    with pytest.raises(UserError, match=refused):
+        first._open()  # whoever thought itself the driver all the while
+
+
+@needs_postgres
 @pytest.mark.parametrize("way", ["variable", "file", "libpq"])
 def test_the_password_comes_from_the_environment_or_a_file(
     colours: Path, tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch, way: str

@@ -318,7 +318,7 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
         device,
         wanted_outputs(spec, prepared.spaces, prepared.cells, prepared.task.info),
     )
-    study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
+    study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info, sole=True)
     try:
         if ray_dashboard is not None:
             (folder / RAY_DASHBOARD).write_text(ray_dashboard, encoding="utf-8")

@@ -44,11 +44,21 @@ class Study:
         cells: feasible combinations of method, teacher and student.
         spaces: knobs by method.
         task: for refusing configurations that cannot run.
+        sole: see `StudyPlace`.
     """
 
-    def __init__(self, spec: SweepSpec, folder: Path, cells: list[Cell], spaces: dict[str, Space], task: Any) -> None:
+    def __init__(
+        self,
+        spec: SweepSpec,
+        folder: Path,
+        cells: list[Cell],
+        spaces: dict[str, Space],
+        task: Any,
+        *,
+        sole: bool = False,
+    ) -> None:
         self.spec, self.cells, self.spaces, self.task = spec, cells, spaces, task
-        self._place = StudyPlace(spec, folder)
+        self._place = StudyPlace(spec, folder, sole)
         self._patiently(self._open)
         self._fixed = first_trials(spec, cells, spaces)
         if spec.search.warm_start is not None:

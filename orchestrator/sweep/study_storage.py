@@ -27,7 +27,8 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
 from orchestrator.errors import UserError, WorkError
 from orchestrator.spec import STUDY_SCHEMES, SweepSpec
-from orchestrator.sweep.ledger import at_once
+from orchestrator.sweep.ledger import once
+from orchestrator.sweep.study_lock import StudyLock
 
 VARIABLE = "ORCHESTRATOR_STUDY_URL"
 FORM = "postgresql://USER[:PASSWORD]@HOST[:PORT]/DATABASE"
@@ -140,13 +141,16 @@ class StudyPlace:
     Args:
         spec: the sweep file.
         folder: the sweep's.
+        sole: keep other drivers off a study in a database, for as long as this process lives. The file lock on the
+            sweep's folder does so on one machine, and among machines only where their locks reach each other.
 
     Raises:
         UserError: if the sweep's study lies elsewhere already.
     """
 
-    def __init__(self, spec: SweepSpec, folder: Path) -> None:
-        self.spec, self.folder = spec, folder
+    def __init__(self, spec: SweepSpec, folder: Path, sole: bool = False) -> None:
+        self.spec, self.folder, self.sole = spec, folder, sole
+        self.lock: StudyLock | None = None
         self.kind = spec.search.study.partition(":")[0]
         for kind, file in FILES.items():
             if kind != self.kind and (folder / file).exists():
@@ -160,7 +164,7 @@ class StudyPlace:
         """The study, made if there is none.
 
         Raises:
-            UserError: if a sweep with trials has no study in its database any more.
+            UserError: if a sweep with trials has no study in its database any more, or has another driver.
         """
         path = self.folder / FILES[self.kind]
         if self.database is None:
@@ -169,7 +173,7 @@ class StudyPlace:
             return self._study(self._in_file(path), self.spec.name)
         if not path.exists():
             text = json.dumps({"name": f"{self.spec.name}-{uuid.uuid4().hex}"})
-            at_once(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            once(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         name = json.loads(path.read_text(encoding="utf-8"))["name"]
         storage = self.database.storage()
         known = any(one == name for one in optuna.get_all_study_names(storage))
@@ -178,6 +182,14 @@ class StudyPlace:
                 f"The database {self.database.name} does not hold the study {name!r} of {str(self.folder)!r}: was "
                 "another database meant?"
             )
+        if self.sole:
+            self.lock = self.lock or StudyLock(name)
+            other = self.lock.take(storage.engine)
+            if other is not None:
+                raise UserError(
+                    f"Another process is running the sweep {str(self.folder)!r}: it holds the study {name!r} in the "
+                    f"database {self.database.name} ({other})."
+                )
         return self._study(storage, name)
 
     def look(self) -> BaseStorage:
@@ -224,6 +236,8 @@ class StudyPlace:
             try:
                 if again:
                     reopen()
+                elif self.lock is not None:
+                    self.lock.check()  # a pool would connect anew without it
                 return work()
             except LOST as error:
                 lost = time.monotonic() - started
