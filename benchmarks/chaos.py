@@ -13,8 +13,8 @@ Each run is the same sweep twice, with a store of its own each: undisturbed, and
     frozen     a node that stands still, with all its processes, until it is given up for dead, and then comes back
     cut        a node that the cluster loses sight of: its trials go on to their ends while others begin them anew
 
-Kills are SIGKILL (the last two: SIGSTOP, and SIGCONT after 40 s). The seed decides their order, and at which share of
-the trials each of them comes. A kind that finds nobody at the time changes places with the next.
+Kills are SIGKILL (the last two: SIGSTOP, and SIGCONT when the node has been given up). The seed decides their order,
+and at which share of the trials each comes. A kind that finds nobody at the time changes places with the next.
 Only processes that this run started are ever signalled: those that carry its mark in their environment, and their
 children.
 """
@@ -120,14 +120,19 @@ class Machine:
         folder: for Ray's own files.
         nodes, cpus: how many, with how many CPUs each.
         mark: what every process of it has in its environment.
+        patience: seconds after which a silent node is given up; None: as Ray has it.
     """
 
-    def __init__(self, folder: Path, nodes: int, cpus: int, mark: str) -> None:
+    def __init__(self, folder: Path, nodes: int, cpus: int, mark: str, patience: int | None = None) -> None:
         self.folder, self.cpus, self.mark = folder, cpus, mark
+        self.still = 2 * patience if patience else STILL_S
         self.logs = folder / "logs"
         self.logs.mkdir(parents=True)
         self.environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {MARK: mark}
         self.environment |= {"OMP_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}
+        if patience:
+            checks = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 500, "failure_threshold": patience}
+            self.environment |= {f"RAY_health_check_{name}": str(value) for name, value in checks.items()}
         self.address = f"127.0.0.1:{free_port()}"
         self.count = 0
         self.trouble: Exception | None = None
@@ -439,8 +444,8 @@ class Ordeal:
                 self.machine.kill(name, signal.SIGCONT)
                 self.later.append((time.monotonic() + 5, lambda: self._replace(name)))
 
-        self.later.append((time.monotonic() + STILL_S, back))
-        return f"{name} for {STILL_S} s"
+        self.later.append((time.monotonic() + self.machine.still, back))
+        return f"{name} for {self.machine.still} s"
 
     def _replace(self, name: str) -> None:
         """A node that came back from the dead has ended itself, and so has one that was drained; another joins."""
@@ -562,7 +567,16 @@ def compare(calm: Path, wild: Path) -> list[str]:
 
 
 def ordeal(
-    seed: int, kinds: list[str], *, trials: int, workers: int, steps: int, nodes: int, limit: float, cpus: int = 2
+    seed: int,
+    kinds: list[str],
+    *,
+    trials: int,
+    workers: int,
+    steps: int,
+    nodes: int,
+    limit: float,
+    patience: int | None = None,
+    cpus: int = 2,
 ) -> Outcome:
     """One undisturbed sweep and one under these kills, on a cluster of its own.
 
@@ -570,12 +584,13 @@ def ordeal(
         seed: of the sweep, of the kills' order, and of when and whom they hit.
         kinds: one for each kill; the seed decides their order.
         limit: seconds for all of it.
+        patience: see `Machine`.
     """
     until = time.monotonic() + limit
     dice = random.Random(seed)
     kinds = dice.sample(kinds, len(kinds))
     base = Path(tempfile.mkdtemp(prefix="chaos-"))
-    machine = Machine(base, nodes, cpus, uuid.uuid4().hex)
+    machine = Machine(base, nodes, cpus, uuid.uuid4().hex, patience)
     try:
         runs = []
         for name, plan in (("calm", []), ("wild", kinds)):
@@ -618,6 +633,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="a trial's training workers")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--patience", type=int, help="seconds until a silent node is given up (Ray's own: about 30)")
     parser.add_argument("--limit", type=float, default=570, help="seconds for all of it")
     parser.add_argument("--out", type=Path, help="JSON file to which the outcome is added")
     options = parser.parse_args()
@@ -638,6 +654,7 @@ def main() -> int:
         steps=options.steps,
         nodes=options.nodes,
         limit=options.limit,
+        patience=options.patience,
     )
     known = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
     known.append(asdict(outcome) | {"good": outcome.good})
