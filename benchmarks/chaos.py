@@ -8,6 +8,7 @@ Each run is the same sweep twice, with a store of its own each: undisturbed, and
     worker     one of a trial's training workers (needs --workers 2)
     node       a raylet with all its workers; another node joins some seconds later
     drained    a node that is asked to go by SIGTERM, as Kubernetes does, and is killed 30 s later
+    cluster    every process at once, head and driver too; another cluster takes the sweep up
     driver     the `orchestrator sweep` process, which `orchestrator resume` follows
     publisher  a process that has written a store entry and not yet published it
     frozen     a node that stands still, with all its processes, until it is given up for dead, and then comes back
@@ -47,7 +48,7 @@ import yaml
 from orchestrator.store import Store
 from orchestrator.sweep.ledger import FINAL, Ledger
 
-KINDS = ("trial", "worker", "node", "drained", "driver", "publisher", "frozen", "cut")
+KINDS = ("trial", "worker", "node", "drained", "cluster", "driver", "publisher", "frozen", "cut")
 MARK = "CHAOS_RUN"
 # What is the same whenever the same configuration is trained: neither times nor what the store happened to hold.
 ALIKE = ["trial_id", "number", "method", "teacher", "student", "status", "reason", "config", "seed", "val_metric"]
@@ -133,20 +134,25 @@ class Machine:
         if patience:
             checks = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 500, "failure_threshold": patience}
             self.environment |= {f"RAY_health_check_{name}": str(value) for name, value in checks.items()}
-        self.address = f"127.0.0.1:{free_port()}"
-        self.count = 0
+        self.count, self.heads, self.size = 0, 0, nodes
         self.trouble: Exception | None = None
         self.known: dict[int, tuple[str, str]] = {}  # processes of ours: when each started, on which node
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
-        port = self.address.split(":")[1]
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts the head and the nodes."""
+        self.heads += 1
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
         head = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=true"]
-        head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={free_port()}", f"--temp-dir={folder / 'ray'}"]
-        self.head = self._start("head", head)
+        head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={free_port()}", f"--temp-dir={self.folder / 'ray'}"]
+        self.head = self._start(f"head{self.heads}", head)
         try:
             self._wait(lambda: self._joined() >= 0)
-            for _ in range(nodes):
+            for _ in range(self.size):
                 self.add()
-            self._wait(lambda: self._joined() == nodes)
+            self._wait(lambda: self._joined() == self.size)
         except BaseException:
             self.close()
             raise
@@ -227,6 +233,16 @@ class Machine:
 
     def forget(self, node: str) -> None:
         self.nodes.pop(node).wait()
+
+    def crash(self) -> None:
+        """Kills all of it."""
+        ray.shutdown()
+        while running := self.processes():
+            for pid in running:
+                send(pid, signal.SIGKILL)
+        for process in (self.head, *self.nodes.values()):
+            process.wait()
+        self.nodes.clear()
 
     def close(self) -> None:
         """Kills what carries the mark."""
@@ -462,6 +478,16 @@ class Ordeal:
         self.driver.wait()
         self.driver = self._drive("resume", str(self.folder))
         return f"process {pid}"
+
+    def _cluster(self) -> str:
+        if not (self.folder / "sweep.yaml").exists() or not self._running():
+            return ""
+        self.machine.crash()
+        self.driver.wait()
+        self.later.clear()
+        self.machine.begin()
+        self.driver = self._drive("resume", str(self.folder))
+        return f"head {self.machine.heads - 1}, its nodes and the driver"
 
     def _publisher(self) -> str:
         """Looks out for an entry that lies written beside the store, and stops its writer before it is published."""

@@ -24,8 +24,9 @@ pytestmark = pytest.mark.ray
 LIMIT_S = 400
 
 
-def command(*words: str) -> subprocess.Popen[str]:
+def command(*words: str, cluster: str | None = None) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment |= {"RAY_ADDRESS": cluster} if cluster else {}
     return subprocess.Popen(
         [sys.executable, "-m", "orchestrator", *words],
         stdout=subprocess.PIPE,
@@ -174,14 +175,29 @@ def test_a_group_that_is_stopped_early_is_pruned_and_gives_everything_back(colou
         ray.shutdown()
 
 
-def test_two_sweeps_at_once_on_one_storage_pay_for_the_teacher_once(colours: Path, tmp_path: Path) -> None:
+def test_two_sweeps_at_once_on_one_cluster_share_the_store_and_nothing_else(colours: Path, tmp_path: Path) -> None:
+    import optuna
+    from ray.cluster_utils import Cluster
+
     methods = {"kd": {"temperature": [2.0, 4.0], "teacher_tuning": "none"}, "wecolora": {"rank": 4, "factor": 2}}
     spec = small_spec(colours, tmp_path / "runs", methods=methods, search={"trials": 3, "sampler": "grid"})
     file = write(spec, tmp_path / "spec.yaml")
-    both = [command("sweep", file, "--name", name, "--json") for name in ("one", "two")]
-    rows = [json.loads(done(process)) for process in both]
-    for of_one in rows:
-        assert [r["status"] for r in of_one] == ["complete"] * 3, [r["reason"] for r in of_one]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
+    try:
+        both = [command("sweep", file, "--name", name, "--json", cluster=cluster.address) for name in ("one", "two")]
+        rows = [json.loads(done(process)) for process in both]
+    finally:
+        cluster.shutdown()
+    began = [min(r["started"] for r in of_one) for of_one in rows]
+    assert max(began) < min(max(r["ended"] for r in of_one) for of_one in rows), "they did not run at once"
+    for name, of_one in zip(("one", "two"), rows, strict=True):
+        assert [(r["trial_id"], r["status"]) for r in of_one] == [(f"t000{i}", "complete") for i in range(3)]
+        study = optuna.storages.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(tmp_path / "runs" / name / "study.db"))
+        )
+        (held,) = study.get_all_studies()
+        assert [t.state.name for t in study.get_all_trials(held._study_id)] == ["COMPLETE"] * 3
+    assert not {r["pid"] for r in rows[0]} & {r["pid"] for r in rows[1]}
     assert [r["val_metric"] for r in rows[0]] == [r["val_metric"] for r in rows[1]]
     task = load_task(spec.task, Store(tmp_path / "runs" / "store"))
     together = rows[0] + rows[1]

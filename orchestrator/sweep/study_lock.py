@@ -32,6 +32,10 @@ class StudyLock:
         self.held: Connection | None = None
         self.session = ""  # of the server's, that holds it for us
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy, as Ray Tune writes of what it works with, holds nothing."""
+        return self.__dict__ | {"held": None}
+
     def take(self, engine: Engine) -> str | None:
         """Takes it on a connection of its own, anew after a lost one. Returns who else has it, in words; None: we have.
 
