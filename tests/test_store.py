@@ -242,6 +242,9 @@ def test_partial_work_outlives_a_failure_and_goes_when_the_entry_is_published(tm
     assert (store.scratch("stage", KEY) / "checkpoint").read_text() == "step 5"
     store.compute("stage", KEY, lambda f: None)
     assert not store.scratch("stage", KEY).exists()
+    store.scratch("stage", KEY).mkdir()  # as if its writer had died between publishing and tidying up
+    assert not store.compute("stage", KEY, broken).computed
+    assert leftovers(store) == []
 
 
 def test_collecting_removes_what_dead_processes_left_and_spares_what_a_lock_holds(tmp_path):

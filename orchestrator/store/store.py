@@ -119,6 +119,8 @@ class Store:
         """
         found = self.get(stage, key)
         if found is not None:
+            if self.scratch(stage, key).exists():  # its writer died after it had published, and before it tidied up
+                shutil.rmtree(self.scratch(stage, key), ignore_errors=True)
             return found
         with self.lock(stage, key, wait=wait):
             found = self.get(stage, key)

@@ -26,6 +26,7 @@ from orchestrator.sweep.capacity import DRIVER, has, nodes_now
 from orchestrator.sweep.capacity import concurrency as concurrency_of
 from orchestrator.sweep.held import Held
 from orchestrator.sweep.ledger import FINAL, Clock, Ledger
+from orchestrator.sweep.nodes import GONE_S
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.study_storage import StudyLostError
 from orchestrator.train.job import TrainJob, run_job
@@ -221,8 +222,14 @@ def _deaths(ledger: Ledger, trial_id: str) -> int:
     before = ledger.live(trial_id, ray.get_runtime_context().get_node_id())
     if len(before) <= RESTARTS:
         return len(before)
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining()
-    return sum(node in alive for node in before)
+    deadline = time.monotonic() + GONE_S
+    while True:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining()
+        deaths = sum(node in alive for node in before)
+        # A process that died with its node may be missed before the node is.
+        if deaths <= RESTARTS or time.monotonic() > deadline:
+            return deaths
+        time.sleep(0.5)
 
 
 def _node_type() -> str:
