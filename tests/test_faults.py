@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from small import small_spec
 
 from orchestrator.data import load_task
 from orchestrator.store import Store
+from orchestrator.sweep import tune
 from orchestrator.sweep.ledger import Ledger, once
 from orchestrator.sweep.study import Study
 from orchestrator.train.loop import Checkpoint
@@ -62,6 +64,28 @@ def test_a_trial_remembers_where_it_was_begun_until_a_new_driver_begins_it(tmp_p
     assert Ledger(tmp_path).live("t0001", "a") == ["a", "b"]
     ledger.revive("t0001")
     assert ledger.live("t0001", "c") == []
+
+
+def test_a_death_is_not_counted_when_its_node_turns_out_dead_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def nodes() -> list[dict[str, Any]]:  # the second node's death is noticed at the third look
+        looks.append(1)
+        return [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": len(looks) < 3}]
+
+    here = SimpleNamespace(get_node_id=lambda: "a")
+    monkeypatch.setattr(tune, "ray", SimpleNamespace(nodes=nodes, get_runtime_context=lambda: here))
+    monkeypatch.setattr(tune, "draining", frozenset)
+    monkeypatch.setattr(tune, "GONE_S", 5.0)
+    ledger = Ledger(tmp_path)
+    for node in ("a", "a", "b"):
+        ledger.live("t0000", node)
+    assert tune._deaths(ledger, "t0000") == 2
+    assert len(looks) == 3
+    monkeypatch.setattr(tune, "GONE_S", 0.0)
+    assert tune._deaths(ledger, "t0000") == 3  # what it says of four lives: the last one on "a" has died, too
 
 
 def test_a_resumed_sweep_proposes_as_many_trials_at_a_time_as_when_it_began(colours: Path, tmp_path: Path) -> None:
