@@ -486,6 +486,20 @@ class Train(Section):
     crop_scale: float = Field(default=0.35, gt=0, le=1, description="Smallest share of the image that a view may crop.")
     color: float = Field(default=0.0, ge=0, le=1, description="Strength of brightness, contrast and saturation jitter.")
     workers: int = Field(default=1, ge=1, description="Processes a trial; more than one trains under DDP (Ray Train).")
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Elastic workers: where there is no room for `workers`, at the start or after a node was lost, a "
+        "trial trains on the most that divide `workers`, and not on fewer than these. The global batch stays.",
+    )
+    wait_s: float = Field(
+        default=60.0, gt=0, description="With min_workers: seconds to wait for workers before fewer are tried."
+    )
+    idle_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="Seconds that a trial process keeps its workers, and their devices, for the next stage or trial.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where the cluster has one.")
     gpus_per_worker: float = Field(default=1.0, gt=0, description="A fraction puts several trials on one GPU.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Autocast precision of training.")
@@ -513,7 +527,19 @@ class Train(Section):
         if self.batch % (self.workers * self.accumulate):
             parts = f"workers: {self.workers} x accumulate: {self.accumulate}"
             raise ValueError(f"batch: {self.batch} is not divisible by {parts}")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than workers: {self.workers}")
+        if self.fewest < self.workers and not self.sync_batchnorm:
+            raise ValueError(
+                f"min_workers: {self.min_workers} and sync_batchnorm: false: batch norm over each worker's own rows "
+                "would depend on their number"
+            )
         return self
+
+    @property
+    def fewest(self) -> int:
+        """Workers that a trial must have."""
+        return self.min_workers or self.workers
 
     def total_steps(self, images: int) -> int:
         """Optimizer steps of a whole budget, for `images` training images."""
@@ -798,6 +824,16 @@ class SweepSpec(Section):
     def _budget_has_prices(self) -> SweepSpec:
         if self.search.budget is not None and not any(self.cluster.prices.values()):
             raise ValueError(f"search.budget: {self.search.budget:g} needs cluster.prices, and there are none")
+        return self
+
+    @model_validator(mode="after")
+    def _elastic_reads_no_stream(self) -> SweepSpec:
+        train = self.train
+        if self.corpus.images is not None and train.fewest < train.workers:
+            raise ValueError(
+                f"train.min_workers: {train.min_workers} and corpus.images are both given; each worker of a streamed "
+                "corpus has a stream of its own, so their number must stay: leave min_workers out"
+            )
         return self
 
     @property

@@ -525,7 +525,7 @@ def test_when_a_training_worker_is_killed_the_stream_goes_on_at_the_checkpoint(
     log.touch()
     made = scaled(spec, train={"steps": steps, "batch": 12, "workers": 2, "checkpoint_s": 1e-9})
     context = SweepContext(made, f"{made.storage}/small")
-    group = GroupRunner(context, "t0000")
+    group = GroupRunner(context)
     config = TrialConfig("t0000", 0, Cell("dime_fm", 0, 0), {"texts": "sentences", "text_rule": "all"}, 0)
     rows: list[dict[str, Any]] = []
 
@@ -533,7 +533,8 @@ def test_when_a_training_worker_is_killed_the_stream_goes_on_at_the_checkpoint(
         def run(job: TrainJob, folder: Path, report: Any) -> dict[str, Any]:
             return group(watched(job, log), folder, report)
 
-        rows.append(run_trial(context, config, runner=run, mapper=make_on_actors))
+        with group:
+            rows.append(run_trial(context, config, runner=run, mapper=make_on_actors))
 
     def lines() -> list[tuple[int, int, int, str]]:
         found = [line.split() for line in log.read_text().splitlines() if line.count(" ") == 3]

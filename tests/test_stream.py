@@ -349,6 +349,7 @@ def test_two_workers_embed_and_stream_with_the_loss_that_their_streams_give(spec
 
     train = spec.train.model_copy(update={"workers": 2, "steps": 8})
     context = SweepContext(spec.model_copy(update={"train": train}), str(Path(spec.storage) / "small"))
-    row = run_trial(context, trial(), runner=GroupRunner(context, "t0000"), mapper=make_on_actors)
+    with GroupRunner(context) as runner:
+        row = run_trial(context, trial(), runner=runner, mapper=make_on_actors)
     assert row["status"] == "complete", row["reason"]
     assert (row["teacher_forwards"], row["images_seen"]) == (100, 96)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -172,23 +174,68 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("cell", [FINETUNE, KD], ids=lambda c: c.method)
-def test_two_gloo_workers_give_the_losses_of_one(colours: Path, tmp_path: Path, cluster: None, cell: Cell) -> None:
+@pytest.fixture(scope="module")
+def group(colours: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Iterator[Any]:
+    """Two gloo workers, kept from test to test."""
     from orchestrator.train.group import GroupRunner
 
+    spec = small_spec(colours, tmp_path_factory.mktemp("group"), train={"batch": 12, "workers": 2})
+    with GroupRunner(context_of(spec)) as runner:
+        yield runner
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("cell", [FINETUNE, KD], ids=lambda c: c.method)
+def test_two_gloo_workers_give_the_losses_of_one(colours: Path, tmp_path: Path, group: Any, cell: Cell) -> None:
     stage = "distil" if cell.method == "kd" else "finetune"
     losses = []
     for workers in (1, 2):
         train = {"steps": 20, "batch": 12, "views": 2, "workers": workers}
         spec = small_spec(colours, tmp_path / str(workers), train=train)
-        context = context_of(spec)
-        runner = run_job if workers == 1 else GroupRunner(context, "t0000")
-        row = run_trial(context, trial(cell), runner=runner)
+        row = run_trial(context_of(spec), trial(cell), runner=run_job if workers == 1 else group)
         assert row["status"] == "complete", row["reason"]
         losses.append(history(spec, stage))
     assert len(losses[0]) == 20
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def ranks() -> set[int]:
+    """Process ids of the workers that live."""
+    import ray
+    from ray.util.state import list_actors
+
+    address = ray.get_runtime_context().gcs_address
+    found = list_actors(address, [("state", "=", "ALIVE"), ("class_name", "=", "RayTrainWorker")], detail=True)
+    return {actor.pid for actor in found}
+
+
+@pytest.mark.ray
+def test_a_kept_group_trains_as_a_fresh_one_bit_for_bit_and_a_killed_rank_ends_it(
+    colours: Path, tmp_path: Path, group: Any
+) -> None:
+    train = {"steps": 6, "batch": 12, "views": 2, "workers": 2}
+    norms = [{"model": "timm/test_resnet", "image_size": 32}]  # batch norm has buffers
+    found: list[dict[str, torch.Tensor]] = []
+
+    def runs(name: str, runner: Any) -> set[int]:
+        spec = small_spec(colours, tmp_path / name, train=train, students=norms)
+        row = run_trial(context_of(spec), trial(FINETUNE), runner=runner)
+        assert row["status"] == "complete", row["reason"]
+        found.append(weights(spec))
+        return ranks()
+
+    kept = runs("cold", group)
+    assert runs("warm", group) == kept
+    assert len(kept) == 2
+
+    def bereft(job: TrainJob, folder: Path, report: Any = None) -> dict[str, Any]:
+        os.kill(min(kept), signal.SIGKILL)  # as its next job comes
+        return dict(group(job, folder, report))
+
+    fresh = runs("fresh", bereft)
+    assert len(fresh) == 2
+    assert not fresh & kept
+    assert all(torch.equal(one[name], value) for one in found for name, value in found[-1].items())
 
 
 class CrampedLearner(FineTuneLearner):
@@ -200,27 +247,23 @@ class CrampedLearner(FineTuneLearner):
         return super().loss(batch, progress)
 
 
-def cramped(colours: Path, storage: Path, **train: Any) -> dict[str, Any]:
+def cramped(colours: Path, storage: Path, group: Any, **train: Any) -> dict[str, Any]:
     from ray import cloudpickle
-
-    from orchestrator.train.group import GroupRunner
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker finds the module of a test
     spec = small_spec(colours, storage, train={"steps": 4, "batch": 12, "views": 2, "workers": 2} | train)
-    context = context_of(spec)
-    group = GroupRunner(context, "t0000")
 
     def runner(job: TrainJob, folder: Path, report: Any = None) -> dict[str, Any]:
-        return group(replace(job, stage=replace(job.stage, learner=CrampedLearner)), folder, report)
+        return dict(group(replace(job, stage=replace(job.stage, learner=CrampedLearner)), folder, report))
 
-    return run_trial(context, trial(Cell("finetune", None, 0)), runner=runner)
+    return run_trial(context_of(spec), trial(Cell("finetune", None, 0)), runner=runner)
 
 
 def test_one_ranks_lack_of_memory_ends_the_group_and_is_tried_once_more_where_allowed(
-    colours: Path, tmp_path: Path, cluster: None
+    colours: Path, tmp_path: Path, group: Any
 ) -> None:
-    row = cramped(colours, tmp_path / "no")
+    row = cramped(colours, tmp_path / "no", group)
     assert row["status"] == "failed"
     assert row["reason"].startswith("out of device memory at step 1 of 4 with train.batch 12: 6 images at a time")
-    row = cramped(colours, tmp_path / "yes", oom_retry=True)
+    row = cramped(colours, tmp_path / "yes", group, oom_retry=True)
     assert row["status"] == "complete", row["reason"]

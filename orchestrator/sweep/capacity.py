@@ -70,9 +70,9 @@ def check_shape(spec: SweepSpec, device: str, now: list[dict[str, float]]) -> No
     Raises:
         UserError: if no node of it holds a process of a trial, or all together hold fewer than a trial has.
     """
-    shape, workers = shape_of(spec, device)
+    (shape, _), workers = shape_of(spec, device), spec.train.fewest
     nodes = [*now, *nodes_at_most(spec)]
-    if max(trials_at_a_time(spec, device, kind) for kind in (now, nodes_at_most(spec))) > 0:
+    if max(sum(room(shape, node) for node in kind) for kind in (now, nodes_at_most(spec))) >= workers:
         return
     wanted = " and ".join(f"{amount:g} {name}" for name, amount in shape.items())
     biggest = [f"{max((node.get(name, 0) for node in nodes), default=0):g} {name}" for name in shape]

@@ -218,15 +218,16 @@ def check_capacity(spec: SweepSpec, device: str) -> None:
     import ray
 
     train = spec.train
-    wanted = {"CPU": float(train.threads * train.workers)}
+    wanted = {"CPU": float(train.threads * train.fewest)}
     if device == "cuda":
-        wanted["GPU"] = train.gpus_per_worker * train.workers
+        wanted["GPU"] = train.gpus_per_worker * train.fewest
     for name, amount in wanted.items():
         there = ray.cluster_resources().get(name, 0)
         if amount > there:
             share = "threads" if name == "CPU" else "gpus_per_worker"
+            workers = "workers" if train.fewest == train.workers else "min_workers"
             raise UserError(
-                f"train.workers x train.{share} = {amount:g} {name}s are needed by a trial, and there are {there:g}."
+                f"train.{workers} x train.{share} = {amount:g} {name}s are needed by a trial, and there are {there:g}."
             )
 
 

@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -21,6 +21,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
+from orchestrator.data.pool import ShardJob
 from orchestrator.errors import FullDiskError, WorkError
 from orchestrator.sweep.capacity import DRIVER, has, nodes_now
 from orchestrator.sweep.capacity import concurrency as concurrency_of
@@ -36,6 +37,9 @@ from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
 from orchestrator.trial.repeat import run_repeats
 from orchestrator.trial.run import blank_row
+
+if TYPE_CHECKING:
+    from orchestrator.train.group import GroupRunner
 
 RESTARTS = 2  # of a trial whose process died; a trial that fails by itself is not repeated
 LOSSES = 20  # of a trial's processes in all, with those whose node died, which was no fault of the trial
@@ -197,9 +201,13 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
 
     try:
         if context.spec.train.workers > 1:
-            from orchestrator.train.group import GroupRunner
+            runner = _runner_of(context)
 
-            row = run_repeats(context, trial, progress, GroupRunner(context, trial.trial_id), make_on_actors)
+            def make_in_its_place(job: ShardJob, shards: list[int]) -> list[int]:
+                runner.end()  # the actors need the devices that idle workers hold
+                return make_on_actors(job, shards)
+
+            row = run_repeats(context, trial, progress, runner, make_in_its_place)
         else:
             row = run_repeats(context, trial, progress, _run_watched, make_on_actors)
     except FullDiskError as error:
@@ -215,6 +223,20 @@ def _run_watched(job: TrainJob, folder: Path, report: Reporter | None = None) ->
     """Trains in this process, which saves its state when its node is about to go."""
     with watched([ray.get_runtime_context().get_node_id()]) as notice:
         return run_job(job, folder, report, notice=notice)
+
+
+_runner: GroupRunner | None = None  # kept by a trial's process from one trial to the next
+
+
+def _runner_of(context: SweepContext) -> GroupRunner:
+    from orchestrator.train.group import GroupRunner
+
+    global _runner
+    if _runner is None or _runner.context != context:
+        if _runner is not None:
+            _runner.end()
+        _runner = GroupRunner(context)
+    return _runner
 
 
 def _deaths(ledger: Ledger, trial_id: str) -> int:

@@ -1,16 +1,23 @@
 """Training on a group of workers: the only module that knows Ray Train.
 
+A group outlives its job. It is one run of a `TorchTrainer`, whose ranks train what comes along a line, job after job: a
+trial's process keeps it for its next stage and its next trial. It is left to end, and another one is made, when a rank
+dies or fails, when another number of workers is wanted, and after `train.idle_s` without a job.
+
 While a group trains, the trial's own process hears how far it is and what it scores on val, and may stop it. Ray's own
 way from a group to Tune reports only, and leaves a stopped group to be cleaned up after its controller's death; here
-rank 0 asks whether to go on, and if not, every rank leaves its loop at the same step and the group ends as any other.
+rank 0 asks whether to go on, and if not, every rank leaves its loop at the same step.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import pickle
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +25,72 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray import cloudpickle
+from ray.exceptions import RayActorError
+from ray.train import (
+    ControllerError,
+    PreemptionError,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import FailureConfig  # which `ray.train` gives too, but to a type checker an older one
 
 from orchestrator.errors import FullDiskError, WorkError, disk_full
 from orchestrator.train.job import TrainJob, UnlikeError, run_job
 from orchestrator.train.line import Line
-from orchestrator.train.loop import DeviceMemoryError, DivergedError, Gauge, Report, Reporter, Tell
+from orchestrator.train.loop import DeviceMemoryError, DivergedError, Gauge, Report, Reporter
+from orchestrator.train.memory import release_memory
 from orchestrator.train.notice import watched
 from orchestrator.trial.context import SweepContext
 
-RESULT = "group.json"
-FULL = "memory.txt"  # why a rank ran out of device memory
-ENDINGS: dict[str, type[WorkError]] = {"diverged": DivergedError, "unlike": UnlikeError, "memory": DeviceMemoryError}
+ENDINGS: dict[str, type[WorkError]] = {"diverged": DivergedError, "unlike": UnlikeError}
 POLL_S = 0.5
-RESTARTS = 2  # of a group whose worker died
+RESTARTS = 2  # of a job whose group died
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 class _StoppedError(Exception):
     """Raised on every rank where the trial has been stopped."""
 
 
-def _worker(config: dict[str, Any]) -> None:
-    job: TrainJob = config["job"]
+def _serve(config: dict[str, Any]) -> None:
+    """What every rank does for as long as its group lives."""
+    line = config["line"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    number = 0
+    while (sent := ray.get(line.take.remote(number))) is not None:
+        ray.get(line.done.remote(rank, world, _train(line, sent, rank, world)))
+        release_memory()
+        number += 1
+
+
+def _train(line: Any, sent: bytes, rank: int, world: int) -> tuple[str, Any]:
+    """How a job ended, which is alike on all ranks. What only this rank meets is raised, and ends the group."""
+    job: TrainJob
+    gauge: Gauge | None
+    job, folder, gauge = pickle.loads(sent)
     device = str(ray.train.torch.get_device()) if job.device == "cuda" else "cpu"
-    folder = Path(config["folder"])
-    report = _asking(config["gauge"], config["line"], rank, device) if config["line"] is not None else None
-    full = folder / FULL
+    report = _asking(gauge, line, rank, device) if gauge is not None else None
+    nodes: list[Any] = [None] * world
+    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
     try:
-        if full.exists():  # found out by a rank of the group before this one
-            about: dict[str, Any] = {"memory": full.read_text(encoding="utf-8")}
-        else:
-            nodes: list[Any] = [None] * world
-            dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
-            with watched(nodes) as notice:  # to lose any of them is to begin anew from what the first rank has saved
-                about = run_job(job, folder, report, notice=notice, rank=rank, world=world, device=device)
+        with watched(nodes) as notice:  # to lose any of them is to begin anew from what the first rank has saved
+            about = run_job(job, Path(folder), report, notice=notice, rank=rank, world=world, device=device)
+        return "done", about
     except _StoppedError:
-        return
-    except DivergedError as error:  # would be so again: no reason to start the group anew
-        about = {"diverged": str(error)}
+        return "stopped", None
+    except DivergedError as error:
+        return "diverged", str(error)
     except UnlikeError as error:
-        about = {"unlike": str(error)}
+        return "unlike", str(error)
     except DeviceMemoryError as error:
-        # Of this rank alone: the others wait for it in vain, so that only the end of the group frees them.
-        temporary = full.with_suffix(f".{rank}")
-        temporary.write_text(str(error), encoding="utf-8")
-        os.replace(temporary, full)
+        # The other ranks wait for this one in vain, so that only the end of the group frees them.
+        ray.get(line.complain.remote("memory", str(error)))
         raise
-    if rank == 0:
-        (folder / RESULT).write_text(json.dumps(about), encoding="utf-8")
-    dist.barrier()  # no rank leaves before the result is written
 
 
 def _asking(gauge: Gauge, line: Any, rank: int, device: str) -> Callable[[Report], None]:
@@ -91,72 +112,229 @@ def _asking(gauge: Gauge, line: Any, rank: int, device: str) -> Callable[[Report
     return report
 
 
+class _Group:
+    """A `TorchTrainer` that runs in a thread until it is told to end, or until one of its ranks fails.
+
+    Args:
+        folder: of Ray Train's own files.
+        world: how many workers.
+        device: `cpu` or `cuda`.
+        resources: of a worker.
+        wait_s: for all workers, before the group gives up; None: for ever.
+    """
+
+    def __init__(
+        self, folder: Path, world: int, device: str, resources: Mapping[str, float], wait_s: float | None
+    ) -> None:
+        self.world, self.device, self.busy = world, device, False
+        self.line: Any = ray.remote(num_cpus=0)(Line).remote()
+        self.ended: Future[None] = Future()
+        gpu = device == "cuda"
+        name = f"group-{uuid.uuid4().hex[:12]}"
+        if wait_s is not None:
+            os.environ[START_TIMEOUT] = str(wait_s)
+        # A group that fails is not started again by its controller, which knows nothing of jobs.
+        failures = FailureConfig(
+            max_failures=0, max_preemption_failures=0, controller_failure_limit=-1 if wait_s is None else 0
+        )
+        trainer = TorchTrainer(
+            _serve,
+            train_loop_config={"line": self.line},
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=world, use_gpu=gpu, resources_per_worker=dict(resources)),
+            run_config=RunConfig(name=name, storage_path=str(folder), failure_config=failures),
+        )
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+                self.ended.set_result(None)
+            except BaseException as error:  # whoever waits for the group meets it
+                self.ended.set_exception(error)
+            finally:
+                shutil.rmtree(folder / name, ignore_errors=True)
+
+        # No pool's thread: an interpreter waits for these, and this one may outlive its process's last trial.
+        threading.Thread(target=fit, name="group", daemon=True).start()
+
+    def run(self, job: TrainJob, folder: Path, report: Reporter | None) -> dict[str, Any]:
+        """Trains a job on all ranks; whatever `report` raises stops it, and is raised once every rank has left it.
+
+        Raises:
+            TrainingFailedError, RayActorError: if the group has died.
+        """
+        gauge = report.gauge if report is not None else None
+        self.busy = True
+        ray.get(self.line.give.remote(cloudpickle.dumps((job, str(folder), gauge))))
+        heard = self.line.hear.remote()
+        stopped: BaseException | None = None
+        memory = ""
+        while True:
+            ready, _ = ray.wait([heard], timeout=POLL_S)
+            if not ready:
+                if not self.ended.done():
+                    continue
+                if stopped is not None:
+                    raise stopped
+                if memory:
+                    raise DeviceMemoryError(memory)
+                self.ended.result()
+                raise WorkError("The worker group ended before its job.")
+            kind, value = ray.get(heard)
+            if kind == "done":
+                self.busy = False
+                break
+            if kind == "memory":
+                memory = value
+            else:
+                number, share, metric = value
+                try:
+                    if stopped is None and report is not None:
+                        report.tell(share, metric)
+                except BaseException as error:  # how a stopped trial leaves its function: SystemExit
+                    stopped = error
+                ray.get(self.line.answer.remote(number, stopped is None))
+            heard = self.line.hear.remote()
+        if stopped is not None:
+            raise stopped
+        ending, about = value
+        if ending in ENDINGS:
+            raise ENDINGS[ending](about)
+        return dict(about)
+
+    def end(self, wait: bool) -> None:
+        """Lets the ranks leave after what they are at; `wait` for them, and for their devices to be free."""
+        if not self.ended.done():
+            self.line.give.remote(None)
+            if wait:
+                self.ended.exception()
+
+
 class GroupRunner:
-    """Runs training jobs of one trial under DDP, on `train.workers` processes: gloo on CPUs, NCCL on GPUs.
+    """Runs training jobs under DDP, on `train.workers` processes: gloo on CPUs, NCCL on GPUs. One job at a time.
 
     Args:
         context: the sweep's.
-        trial_id: names the group's run, always alike, so that Ray Train finds its own state again.
     """
 
-    def __init__(self, context: SweepContext, trial_id: str) -> None:
-        self.context, self.trial_id = context, trial_id
+    def __init__(self, context: SweepContext) -> None:
+        self.context = context
+        self.lock = threading.Lock()  # between a job and the end of an idle group
+        self.group: _Group | None = None
+        self.timer: threading.Timer | None = None
+        self.tried = 0  # workers that a group waited for in vain, the last time; 0: none did
+
+    def __enter__(self) -> GroupRunner:
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self.end()
 
     def __call__(self, job: TrainJob, folder: Path, report: Reporter | None = None) -> dict[str, Any]:
-        """Whatever `report` raises stops the group, and is raised once the group has ended."""
+        """Whatever `report` raises stops the job, and is raised once every rank has left it."""
         train = self.context.spec.train
-        gpu = job.device == "cuda"
-        resources = {"CPU": float(train.threads)} | ({"GPU": train.gpus_per_worker} if gpu else {})
-        stops = report is not None and self.context.spec.search.scheduler != "none"
-        line = ray.remote(num_cpus=0)(Line).remote() if stops else None
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={
-                "job": job,
-                "folder": str(folder),
-                "line": line,
-                "gauge": report.gauge if report is not None else None,
-            },
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-            scaling_config=ScalingConfig(num_workers=train.workers, use_gpu=gpu, resources_per_worker=resources),
-            run_config=RunConfig(
-                name=f"{self.trial_id}-{job.stage.name}-{folder.name[-8:]}",
-                storage_path=str(Path(self.context.folder) / ".train"),
-                failure_config=FailureConfig(max_failures=RESTARTS),
-            ),
-        )
-        (folder / FULL).unlink(missing_ok=True)  # of an earlier try with larger micro batches
-        with ThreadPoolExecutor(1) as pool:  # leaving it waits for the group's end
-            running = pool.submit(trainer.fit)
-            if line is not None and report is not None:
-                _listen(line, running, report.tell)
-        try:
-            running.result()
-        except TrainingFailedError as error:
-            if disk_full(error):
-                raise FullDiskError(f"The disk of {self.context.folder!r} is full.") from error
-            last = str(error).strip().splitlines()[-1]
-            raise WorkError(f"The worker group failed {RESTARTS + 1} times, the last time so: {last}") from error
-        about = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        (folder / RESULT).unlink()
-        for name, kind in ENDINGS.items():
-            if name in about:
-                raise kind(about[name])
-        return about
+        if self.context.spec.search.scheduler == "none":
+            report = None
+        with self.lock:
+            if self.timer is not None:
+                self.timer.cancel()
+            try:
+                return self._run(job, folder, report)
+            finally:
+                self._rest(train.idle_s)
+
+    def end(self) -> None:
+        """Ends the group that is kept, if there is one, and waits until its devices are free."""
+        with self.lock:
+            self._drop()
+
+    def _rest(self, idle_s: float) -> None:
+        """After a job: the group waits for the next one, if all its ranks do."""
+        group = self.group
+        if group is None or group.ended.done():
+            self.group = None
+        elif group.busy:  # this process was interrupted
+            self.group = None
+            group.end(wait=False)
+        elif idle_s == 0:
+            self._drop()
+        else:
+            self.timer = threading.Timer(idle_s, self.end)
+            self.timer.daemon = True
+            self.timer.start()
+
+    def _drop(self) -> None:
+        group, self.group = self.group, None
+        if group is not None:
+            group.end(wait=True)
+
+    def _run(self, job: TrainJob, folder: Path, report: Reporter | None) -> dict[str, Any]:
+        train = self.context.spec.train
+        died = 0
+        while True:
+            self.group = group = self._group(job.device)
+            try:
+                about = group.run(job, folder, report)
+            except (TrainingFailedError, RayActorError) as error:
+                self.group = None
+                if disk_full(error):
+                    raise FullDiskError(f"The disk of {self.context.folder!r} is full.") from error
+                if isinstance(error, ControllerError) and train.fewest < train.workers:
+                    self.tried = group.world
+                    continue
+                died += not _preempted(error)
+                if died > RESTARTS:
+                    last = str(error).strip().splitlines()[-1]
+                    raise WorkError(f"The worker group failed {died} times, the last time so: {last}") from error
+            else:
+                self.tried = 0
+                if group.world < train.workers:
+                    about["facts"] = about["facts"] | {"workers": group.world}
+                return about
+
+    def _group(self, device: str) -> _Group:
+        """The group that is kept, if it serves; else a new one."""
+        train = self.context.spec.train
+        resources = {"CPU": float(train.threads)} | ({"GPU": train.gpus_per_worker} if device == "cuda" else {})
+        kept = self.group
+        if kept is not None and not kept.ended.done() and kept.device == device:
+            best = kept.world == train.workers or kept.world >= self._count(resources, kept.world)
+            if best:
+                return kept
+        self._drop()
+        world = self._count(resources, 0)
+        wait_s = train.wait_s if train.fewest < train.workers else None
+        return _Group(Path(self.context.folder) / ".train", world, device, resources, wait_s)
+
+    def _count(self, resources: Mapping[str, float], own: int) -> int:
+        """How many workers a group is to have: all, or as many as the cluster holds, in equal parts of a batch.
+
+        Args:
+            resources: of a worker.
+            own: workers that the process has already, beside what is free.
+        """
+        train = self.context.spec.train
+        counts = [n for n in range(train.workers, train.fewest - 1, -1) if train.workers % n == 0]
+        if len(counts) == 1:
+            return train.workers
+
+        def room(there: Mapping[str, float]) -> int:
+            return min(int(there.get(name, 0) / amount + 1e-6) for name, amount in resources.items())
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        coming = [kind.resources for kind in self.context.spec.cluster.nodes.values() for _ in range(kind.max)]
+        limit = max(sum(room(node) for node in nodes), sum(room(node) for node in coming))
+        if own or self.tried:
+            limit = min(limit, room(ray.available_resources()) + own)
+        if self.tried:
+            limit = min(limit, self.tried - 1)
+        # Where nothing is free, a group waits for the fewest.
+        return next((n for n in counts if n <= limit), counts[-1])
 
 
-def _listen(line: Any, running: Future[Any], tell: Tell) -> None:
-    """Passes on what the group says until it has ended."""
-    question = line.hear.remote()
-    while not running.done():
-        heard, _ = ray.wait([question], timeout=POLL_S)
-        if not heard:
-            continue
-        number, share, metric = ray.get(question)
-        try:
-            tell(share, metric)
-        except BaseException:  # how a stopped trial leaves its function: SystemExit
-            ray.get(line.answer.remote(number, False))
-            raise
-        question = line.hear.remote()
-        line.answer.remote(number, True)
+def _preempted(error: Exception) -> bool:
+    """Whether the group died of its node being taken away, which is not its job's fault."""
+    if isinstance(error, PreemptionError):
+        return True
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    return any(getattr(failure, "preempted", False) for failure in failures)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
 import math
 import os
@@ -44,6 +41,7 @@ from orchestrator.train.job import (
     stage_results,
 )
 from orchestrator.train.loop import DeviceMemoryError, Reporter
+from orchestrator.train.memory import release_memory
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import InfeasibleError, check_before
 from orchestrator.trial.plan import (
@@ -136,15 +134,6 @@ def _verdict(spec: SweepSpec, facts: dict[str, Any]) -> dict[str, Any]:
 def judged(spec: SweepSpec, row: dict[str, Any]) -> dict[str, Any]:
     """The row, infeasible if it is complete and exceeds a limit; its student and its values stay."""
     return row | _verdict(spec, row) if row["status"] == "complete" else row
-
-
-def release_memory() -> None:
-    """Gives what a trial has freed back to the system: glibc keeps it, and the next trial's process would grow."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _devices(context: SweepContext) -> float:
