@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   a first sweep on packaged data: offline after installation, minutes on two cores"
 	@echo "make test         lint, types, tests"
 	@echo "make nightly      the tests that make test leaves out, too"
-	@echo "make bench        a plain script beside a sweep, a bare reader beside the stream, the cost model beside runs"
+	@echo "make bench        every comparison of docs/performance.md, anew: about 90 minutes on two cores"
 
 $(VENV)/.quickstart: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed, and none was found."; exit 1; }
@@ -44,10 +44,20 @@ test: lint
 nightly: lint
 	$(PY) -m pytest -m "slow or not slow"
 
-bench: $(VENV)/.test
+$(VENV)/.bench: $(VENV)/.test
+	$(PY) -m pip install --quiet --editable '.[bench]'
+	@touch $@
+
+bench: $(VENV)/.bench
+	@echo "About 90 minutes on two quiet cores; each line can be run alone, and none needs another."
+	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.sweep_against_plain
+	$(PY) -m benchmarks.sweep_against_torchdistill
+	$(PY) -m benchmarks.search_cost --storage $(RUNS)
+	$(PY) -m benchmarks.views --storage $(RUNS)
 	$(PY) -m benchmarks.streaming
 	$(PY) -m benchmarks.scale
+	$(PY) -m benchmarks.driver
 
 clean:
 	rm -rf $(VENV) $(RUNS) exported build *.egg-info

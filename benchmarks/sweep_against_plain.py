@@ -1,206 +1,314 @@
-"""A sweep of 12 KD and WeCoLoRA trials here, against the same trials in a plain Optuna and PyTorch script.
+"""A sweep over KD, TDMR and WeCoLoRA here, against the same trials in a plain Optuna and PyTorch script.
 
-    python -m benchmarks.sweep_against_plain            # writes benchmarks/results/ and docs/performance.md
-    python -m benchmarks.sweep_against_plain --quick    # minutes, nothing written
+    python -m benchmarks.sweep_against_plain               # 6, 12 and 24 trials: 20 minutes, 24 alone takes 9
+    python -m benchmarks.sweep_against_plain --trials 24   # one size; the others stay in results/ and in the table
+    python -m benchmarks.sweep_against_plain --trials 6 --steps 20 --dry
 
-Same networks, data, steps, batch, two processes of one thread. The peer runs its teacher in every step. Each round runs
-both, one after the other, and a second sweep on the store that the first one filled. What is counted is wall time, all
-of it: start-up, imports, cluster.
+One frozen ViT teacher of at least ten times each student's FLOPs, two processes of one thread, the same images, steps
+and batch. The peer (`peers/plain_optuna.py`) runs its teacher in every step. What is counted is wall time, all of it:
+start-up, imports, cluster, evaluation. A plain ViT without downloaded weights is drawn from a seed, which changes no
+FLOP; `--teacher packaged/vit_clipart --teacher-size 96` is a trained one, whose stem no student of WeCoLoRA is rid of.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import optuna
-import ray
-import timm
-import torch
 import yaml
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+from benchmarks.record import RESULTS, machine, markdown, publish, versions, watched
+
 MARK = "sweep_against_plain"
-SPEC: dict[str, Any] = {
-    "name": "ours",
-    "task": {"data": "packaged/clipart", "shots": 20},
-    "teachers": ["packaged/vit_clipart"],
-    "students": [{"model": "timm/test_resnet", "image_size": 48}],
-    "methods": {
-        "kd": {"temperature": [2.0, 4.0, 8.0], "lr": [1e-3, 3e-3], "weight": 0.5},
-        "wecolora": {"factor": [2, 3], "rank": [8, 16, 32]},
-    },
-    "search": {"trials": 12, "sampler": "grid", "concurrency": 2},
-}
+PROCESSES = 2
+LEAST_RATIO = 10.0  # of the teacher's FLOPs to a student's
 
 
-def ours(folder: Path, name: str, steps: int, lr_seed: int = 0) -> dict[str, Any]:
+def trials_of(per_method: int, factor: int, methods: tuple[str, ...] = ("kd", "tdmr", "wecolora")) -> dict[str, Any]:
+    """The `methods` of a sweep file whose grid has `per_method` trials of each: 2, 4 or 8."""
+    many, more = per_method >= 4, per_method >= 8
+    found = {
+        "kd": {
+            "temperature": [2.0, 4.0],
+            "lr": [1e-3, 3e-3] if many else 3e-3,
+            "weight": [0.5, 0.9] if more else 0.5,
+        },
+        "tdmr": {
+            "proxy_dim": [32, 64],
+            "lr": [1e-3, 3e-3] if many else 3e-3,
+            "lambda_end": [0.5, 0.8] if more else 0.5,
+        },
+        "wecolora": {
+            "factor": factor,
+            "rank": [8, 16, 32, 64] if more else [8, 32],
+            "lr": [2e-3, 4e-3] if many else 4e-3,
+        },
+    }
+    return {name: found[name] for name in methods}
+
+
+def spec_of(setting: dict[str, Any], methods: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The sweep file."""
+    teacher = {"model": setting["teacher"]}
+    if setting["teacher"].startswith("timm/"):
+        teacher |= {"image_size": setting["teacher_size"], "pretrained": False}
+    return {
+        "name": "ours",
+        "task": {"data": "packaged/clipart", "shots": setting["shots"]},
+        "teachers": [teacher],
+        "students": [{"model": setting["student"], "image_size": setting["student_size"]}],
+        "methods": methods,
+        "search": {"trials": 1000, "sampler": "grid", "concurrency": PROCESSES},
+        "train": {"steps": setting["steps"], "batch": setting["batch"], "views": setting["views"]},
+        "storage": str(folder),
+    }
+
+
+def check_ratio(spec: dict[str, Any], factor: int) -> dict[str, float]:
+    """FLOPs of the teacher and of each student an image, in millions; refuses a teacher that is too small."""
+    from methods.wecolora import kept_blocks, truncated
+    from orchestrator.evaluate.cost import flops
+    from orchestrator.models import load_network
+    from orchestrator.spec import parse_spec
+
+    parsed = parse_spec(spec)
+    teacher, student = load_network(parsed.teachers[0], "teacher"), load_network(parsed.students[0], "student")
+    short = truncated(teacher.module, kept_blocks(len(teacher.module.blocks), factor, "first"))  # type: ignore[arg-type]
+    size = teacher.preprocessing.size
+    found = {
+        "teacher": flops(teacher.module, size) / 1e6,
+        "student": flops(student.module, student.preprocessing.size) / 1e6,
+        "wecolora": flops(short, size) / 1e6,
+    }
+    if min(found["teacher"] / found[name] for name in ("student", "wecolora")) < LEAST_RATIO:
+        print(f"A student has more than a tenth of the teacher's FLOPs: {found}", file=sys.stderr)
+    return found
+
+
+def ours(spec: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     """Wall seconds and rows of one sweep through the command line."""
-    spec = SPEC | {"train": {"steps": steps, "batch": 64, "views": 3}, "storage": str(folder)}
-    spec["search"] = SPEC["search"] | {"seed": lr_seed}
     path = folder / f"{name}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(spec))
     began = time.time()
     command = [sys.executable, "-m", "orchestrator", "sweep", str(path), "--name", name, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=_environment())
-    rows = json.loads(done.stdout)
+    output, wall, cpu = watched(command)
+    rows = json.loads(output)
     if {row["status"] for row in rows} != {"complete"}:
         raise SystemExit(f"Not every trial is complete: {[(r['status'], r['reason']) for r in rows]}")
-    return {"seconds": time.time() - began, "began": began, "rows": rows}
+    return {"seconds": wall, "cpu": cpu, "began": began, "rows": rows}
 
 
-def plain(folder: Path, steps: int) -> dict[str, Any]:
+def peer(module: str, setting: dict[str, Any], trials: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """The peer's own account of one run."""
-    command = [sys.executable, "-m", "benchmarks.peers.plain_optuna", str(folder), "--steps", str(steps)]
-    began = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=_environment())
-    return json.loads(done.stdout.splitlines()[-1]) | {"seconds": time.time() - began}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "sweep.json"
+    path.write_text(json.dumps({**setting, "processes": PROCESSES, "trials": trials}))
+    command = [sys.executable, "-m", f"benchmarks.peers.{module}", str(folder), str(path)]
+    output, wall, cpu = watched(command)
+    found = json.loads(output.splitlines()[-1]) | {"seconds": wall, "cpu": cpu}
+    if found["trials"] != len(trials):
+        raise SystemExit(f"The peer has finished {found['trials']} of {len(trials)} trials.")
+    return found
 
 
-def _environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
+def listed_trials(methods: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every combination, as the peer wants it."""
+    from orchestrator.spec import parse_spec
+    from orchestrator.sweep.space import grid, method_space
+
+    spec = parse_spec(spec_of(DEFAULTS, methods, Path("runs")))
+    return [{"method": name, **knobs} for name in methods for knobs in grid(method_space(spec, name), name)]
 
 
-def outside(rows: list[dict[str, Any]], method: str = "") -> list[float]:
-    """Seconds outside the training loop of each warm trial: torch was imported, and its teacher pass was paid."""
+def outside(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """By method, seconds outside the training loop of each warm trial: torch is there, no teacher pass was paid."""
     seen: set[int] = set()
-    found = []
+    found: dict[str, list[float]] = {}
     for row in sorted(rows, key=lambda r: r["started"]):
-        if row["pid"] in seen and row["teacher_forwards"] == 0 and row["method"].startswith(method):
-            found.append(row["ended"] - row["started"] - row["loop_seconds"])
+        if row["pid"] in seen and row["teacher_forwards"] == 0:
+            found.setdefault(row["method"], []).append(row["ended"] - row["started"] - row["loop_seconds"])
         seen.add(row["pid"])
     return found
 
 
-def between(rows: list[dict[str, Any]]) -> list[float]:
-    """Seconds from the end of a trial to the start of the next one in the same process."""
-    ended: dict[int, float] = {}
+DEFAULTS: dict[str, Any] = {
+    "teacher": "timm/vit_small_patch16_224",
+    "teacher_size": 64,
+    "student": "timm/test_resnet",
+    "student_size": 48,
+    "shots": 20,
+    "steps": 120,
+    "batch": 32,
+    "views": 3,
+}
+
+
+def arguments(text: str | None, factor: int) -> argparse.ArgumentParser:
+    """The options that say what is compared."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in DEFAULTS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--factor", type=int, default=factor, help="WeCoLoRA keeps one block in this many")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--dry", action="store_true", help="write nothing")
+    return parser
+
+
+def compared(
+    module: str, setting: dict[str, Any], methods: dict[str, Any], rounds: int, label: str
+) -> list[dict[str, Any]]:
+    """Runs both sides by turns; checks that the teacher saw each view of each training image once, and no more."""
+    from orchestrator.data.task import load_task
+    from orchestrator.spec import parse_spec
+    from orchestrator.store import store_at
+
+    trials = listed_trials(methods)
     found = []
-    for row in sorted(rows, key=lambda r: r["started"]):
-        if row["pid"] in ended:
-            found.append(row["started"] - ended[row["pid"]])
-        ended[row["pid"]] = row["ended"]
+    for number in range(rounds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            spec = spec_of(setting, methods, folder)
+            sides = {}
+            for side in ("ours", "peer") if number % 2 else ("peer", "ours"):
+                if side == "ours":
+                    sides[side] = ours(spec, folder, "first")
+                else:
+                    sides[side] = peer(module, setting, trials, folder / "peer")
+            again = ours(spec, folder, "again")
+            images = len(load_task(parse_spec(spec).task, store_at(str(folder / "store"))).train)
+        rows = sides["ours"]["rows"]
+        forwards = sum(row["teacher_forwards"] for row in rows)
+        if len(rows) != len(trials) or forwards != images * setting["views"]:
+            raise SystemExit(
+                f"{len(rows)} trials, {forwards} teacher forwards; {images} x {setting['views']} expected."
+            )
+        one = {
+            "peer_s": sides["peer"]["seconds"],
+            "ours_s": sides["ours"]["seconds"],
+            "again_s": again["seconds"],
+            "peer_cpu_s": sides["peer"]["cpu"],
+            "ours_cpu_s": sides["ours"]["cpu"],
+            "cold_start_s": min(row["started"] for row in rows) - sides["ours"]["began"],
+            "loop_s": sum(row["loop_seconds"] for row in rows),
+            "peer_trial_s": statistics.median(sides["peer"]["trial_seconds"]),
+            "outside_loop_s": outside(rows),
+            "store_s": sum(row["store_seconds_paid"] for row in rows if row["teacher_forwards"]),
+            "teacher_images": forwards,
+            "peer_teacher_images": len(trials) * setting["steps"] * setting["batch"],
+            "val": {
+                "ours": {row["config"]: row["val_metric"] for row in rows},
+                "peer": sides["peer"]["val"],
+            },
+        }
+        found.append(one)
+        print(
+            f"{label}, round {number}: {one['ours_s']:.0f} s here, {one['peer_s']:.0f} s there",
+            file=sys.stderr,
+            flush=True,
+        )
     return found
 
 
+def line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Seconds before the first trial, and seconds a trial, of the least squares line."""
+    return statistics.linear_regression(*zip(*points, strict=True))[::-1]  # type: ignore[return-value]
+
+
 def main() -> None:
-    """Runs the rounds, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="30 steps, one round, nothing written")
+    """Runs the sizes, prints the table, writes it."""
+    parser = arguments(__doc__, 12)
+    parser.add_argument("--trials", type=int, nargs="+", default=[6, 12, 24], choices=[6, 12, 24])
     options = parser.parse_args()
-    if options.quick:
-        options.steps, options.rounds = 30, 1
-    rounds = []
-    for number in range(options.rounds):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            first = ours(folder, "first", options.steps, number)
-            peer = plain(folder / "plain", options.steps)
-            other = ours(folder, "second", options.steps, number + 100)  # another seed: it trains, on stored outputs
-            again = ours(folder, "again", options.steps, number)
-        rounds.append({"first": first, "plain": peer, "second": other, "again": again})
-        print(
-            f"round {number}: {first['seconds']:.0f} s here, {peer['seconds']:.0f} s plain", file=sys.stderr, flush=True
-        )
-
-    def median(*keys: str) -> float:
-        return statistics.median(r[keys[0]]["seconds"] for r in rounds)
-
-    warm = [s for r in rounds for which in ("first", "second") for s in outside(r[which]["rows"])]
-    start = [min(row["started"] for row in r["first"]["rows"]) - r["first"]["began"] for r in rounds]
-    gaps = [s for r in rounds for which in ("first", "second") for s in between(r[which]["rows"])]
-    loop = [sum(row["loop_seconds"] for row in r["first"]["rows"]) for r in rounds]
-    result = {
-        "steps": options.steps,
-        "rounds": options.rounds,
-        "command": f"python -m benchmarks.sweep_against_plain --steps {options.steps} --rounds {options.rounds}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, 2 processes of 1 thread",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
-        f"ray {ray.__version__}, optuna {optuna.__version__}",
-        "plain_s": median("plain"),
-        "ours_first_s": median("first"),
-        "ours_second_s": median("second"),
-        "ours_again_s": median("again"),
-        "ratio_first": median("plain") / median("first"),
-        "ratio_second": median("plain") / median("second"),
-        "ratio_again": median("plain") / median("again"),
-        "outside_loop_s": {
-            "median": statistics.median(warm),
-            "quartiles": statistics.quantiles(warm, n=4),
-            "trials": len(warm),
-            "kd_median": statistics.median(
-                s for r in rounds for w in ("first", "second") for s in outside(r[w]["rows"], "kd")
-            ),
-            "wecolora_median": statistics.median(
-                s for r in rounds for w in ("first", "second") for s in outside(r[w]["rows"], "wecolora")
-            ),
-        },
-        "between_trials_s": statistics.median(gaps),
-        "cold_start_s": statistics.median(start),
-        "loop_s": statistics.median(loop),
-        "teacher_images": {
-            "ours": [sum(row["teacher_forwards"] for row in r["first"]["rows"]) for r in rounds],
-            "plain": 12 * options.steps * 64,
-        },
-        "val": {
-            "plain": rounds[0]["plain"]["val"],
-            "ours": {row["config"]: row["val_metric"] for row in rounds[0]["first"]["rows"]},
-        },
+    setting = {name: getattr(options, name) for name in DEFAULTS}
+    spec = spec_of(setting, trials_of(2, options.factor), Path("runs"))
+    costs = check_ratio(spec, options.factor)
+    path = RESULTS / f"{MARK}.json"
+    about = {**setting, "factor": options.factor}
+    result: dict[str, Any] = {}
+    if path.is_file():
+        result = json.loads(path.read_text(encoding="utf-8"))
+    if result.get("setting") != about:
+        result = {"sizes": {}}
+    for trials in options.trials:
+        methods = trials_of(trials // 3, options.factor)
+        result["sizes"][str(trials)] = compared("plain_optuna", setting, methods, options.rounds, f"{trials} trials")
+    result |= {
+        "setting": about,
+        "command": "python -m benchmarks.sweep_against_plain",
+        "machine": machine(PROCESSES),
+        "versions": versions("torch", "timm", "ray", "optuna", "peft"),
+        "mflop": costs,
     }
-    print(
-        f"12 trials of {options.steps} steps x 64 images, median of {options.rounds} rounds; {result['versions']}\n"
-        f"plain Optuna + PyTorch, live teacher   {result['plain_s']:7.1f} s\n"
-        f"here, empty store                      {result['ours_first_s']:7.1f} s   {result['ratio_first']:.2f}x\n"
-        f"here, another seed on the same store   {result['ours_second_s']:7.1f} s   {result['ratio_second']:.2f}x\n"
-        f"here, the same file again              {result['ours_again_s']:7.1f} s   {result['ratio_again']:.2f}x\n"
-        f"outside the training loop, a warm trial: median {statistics.median(warm):.2f} s ({len(warm)} trials)\n"
-        f"from the command to the first trial: {result['cold_start_s']:.1f} s"
-    )
-    if options.quick:
-        return
-    target = Path(__file__).parent / "results" / f"{MARK}.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    block = f"<!-- {MARK} -->\n{table(result)}\n<!-- end -->"
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(re.sub(rf"<!-- {MARK} -->.*?<!-- end -->", lambda _: block, page, flags=re.S), encoding="utf-8")
+    print(text := table(result))
+    if not options.dry:
+        publish(MARK, result, text)
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    warm = result["outside_loop_s"]
-    images = statistics.median(result["teacher_images"]["ours"])
-    lines = [
-        f"`{result['command']}`: 12 trials of {result['steps']} steps x 64 images, median of {result['rounds']} "
-        f"rounds; {result['machine']}; {result['versions']}.",
-        "",
-        "| | wall seconds | against the plain script |",
-        "| --- | --- | --- |",
-        f"| plain Optuna + PyTorch, live teacher | {result['plain_s']:.0f} | 1 |",
-        f"| here, empty store | {result['ours_first_s']:.0f} | {result['ratio_first']:.2f} x |",
-        f"| here, another seed on the same store | {result['ours_second_s']:.0f} | {result['ratio_second']:.2f} x |",
-        f"| here, the same file again | {result['ours_again_s']:.0f} | {result['ratio_again']:.2f} x |",
-        "",
-        f"From the command to the first trial: {result['cold_start_s']:.1f} s. Between two trials of a process: "
-        f"{result['between_trials_s']:.2f} s. Outside the training loop, a warm trial (imports done, teacher outputs "
-        f"there): median {warm['median']:.2f} s of {warm['trials']} trials; KD {warm['kd_median']:.2f} s, WeCoLoRA "
-        f"{warm['wecolora_median']:.2f} s, nearly all of it the evaluation. Images that the teacher saw: "
-        f"{images:,.0f} here, {result['teacher_images']['plain']:,} there.",
+    setting, costs = result["setting"], result["mflop"]
+    sizes = {int(n): rounds for n, rounds in sorted(result["sizes"].items(), key=lambda item: int(item[0]))}
+
+    def median(trials: int, name: str) -> float:
+        return statistics.median(one[name] for one in sizes[trials])
+
+    rows = [
+        [
+            trials,
+            f"{median(trials, 'peer_s'):.0f}",
+            f"{median(trials, 'ours_s'):.0f}",
+            f"{statistics.median(one['peer_s'] / one['ours_s'] for one in rounds):.2f} x",
+            f"{median(trials, 'peer_cpu_s'):.0f}",
+            f"{median(trials, 'ours_cpu_s'):.0f}",
+            f"{statistics.median(one['peer_cpu_s'] / one['ours_cpu_s'] for one in rounds):.2f} x",
+            f"{median(trials, 'again_s'):.0f}",
+            f"{median(trials, 'teacher_images'):,.0f}",
+            f"{median(trials, 'peer_teacher_images'):,.0f}",
+            len(rounds),
+        ]
+        for trials, rounds in sizes.items()
     ]
-    return "\n".join(lines)
+    head = ["trials", "plain, s", "here, s", "faster", "plain, CPU s", "here, CPU s", "less"]
+    head += ["same file again, s", "teacher's images", "plain's", "rounds"]
+    text = [
+        f"`{result['command']}`: {setting['teacher']} at {setting['teacher_size']} px ({costs['teacher']:.0f} MFLOP an "
+        f"image) into {setting['student']} at {setting['student_size']} px ({costs['student']:.0f} MFLOP, "
+        f"{costs['teacher'] / costs['student']:.0f} x less) and into its own copy with one block in "
+        f"{setting['factor']} ({costs['wecolora']:.0f} MFLOP, {costs['teacher'] / costs['wecolora']:.1f} x less); "
+        f"{setting['steps']} steps x {setting['batch']} images, {setting['views']} views; {result['machine']}; "
+        f"{result['versions']}.",
+        "",
+        markdown(head, rows),
+    ]
+    if len(sizes) > 1:
+        plain = line([(n, median(n, "peer_cpu_s")) for n in sizes])
+        here = line([(n, median(n, "ours_cpu_s")) for n in sizes])
+        text += [
+            "",
+            f"A further trial takes {plain[1]:.1f} s of CPU there and {here[1]:.2f} s here ({plain[1] / here[1]:.1f} x "
+            f"less), after {plain[0]:.0f} s and {here[0]:.0f} s that do not depend on their number.",
+        ]
+    most = sizes[max(sizes)]
+    warm: dict[str, list[float]] = {}
+    for one in most:
+        for method, values in one["outside_loop_s"].items():
+            warm.setdefault(method, []).extend(values)
+    spent = ", ".join(f"{method} {statistics.median(values):.2f} s" for method, values in warm.items())
+    text += [
+        "",
+        f"Of {max(sizes)} trials here: {statistics.median(one['cold_start_s'] for one in most):.1f} s from the command "
+        f"to the first trial, {statistics.median(one['loop_s'] for one in most):.0f} s of training loops and "
+        f"{statistics.median(one['store_s'] for one in most):.0f} s of the teacher's pass, both over {PROCESSES} "
+        f"processes; outside its loop a warm trial takes {spent} (median).",
+    ]
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

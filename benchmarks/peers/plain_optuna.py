@@ -1,9 +1,12 @@
 """The peer: the same trials as a good engineer would script them with Optuna and PyTorch, the teacher live.
 
-Two processes share an Optuna study (journal storage), one thread each. Images are decoded once and kept in memory;
-random crops are drawn anew in each step, and the teacher runs on them under `inference_mode`.
+Processes share an Optuna study (journal storage), one thread each. Images are decoded once and kept in memory; random
+crops are drawn anew in each step, and the teacher runs on them under `inference_mode`. What does not change from trial
+to trial (the teacher's features of the labelled images, its head, TDMR's proxies) is computed once a process.
 
-    python -m benchmarks.peers.plain_optuna OUT_FOLDER --steps 150
+    python -m benchmarks.peers.plain_optuna OUT_FOLDER SWEEP.json
+
+SWEEP.json: {teacher, teacher_size, student, student_size, shots, steps, batch, processes, trials: [{method, ...}]}.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import argparse
 import copy
 import io
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -32,14 +36,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-GRID: dict[str, list[Any]] = {
-    "trial": [
-        *({"method": "kd", "temperature": t, "lr": lr} for t in (2.0, 4.0, 8.0) for lr in (1e-3, 3e-3)),
-        *({"method": "wecolora", "factor": k, "rank": r} for k in (2, 3) for r in (8, 16, 32)),
-    ]
-}
 CROP = 0.35
-SHOTS = 20
+SIDE = 96  # pixels at which images are kept
+PROXY_EPOCHS = 100
 
 
 def load_data() -> dict[str, tuple[Tensor, np.ndarray]]:
@@ -50,7 +49,7 @@ def load_data() -> dict[str, tuple[Tensor, np.ndarray]]:
     names = sorted({row["label"] for row in table})
     found: dict[str, tuple[list[Tensor], list[int]]] = {s: ([], []) for s in ("train", "val", "test")}
     for row in table:
-        image = Image.open(io.BytesIO(row["image"])).convert("RGB").resize((96, 96), Image.Resampling.BICUBIC)
+        image = Image.open(io.BytesIO(row["image"])).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         images, labels = found[row["split"]]
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         labels.append(names.index(row["label"]))
@@ -74,68 +73,174 @@ def batches(pool: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[n
         at += size
 
 
+def build_teacher(name: str, size: int) -> Any:
+    """The frozen teacher; one of timm without pre-trained weights is drawn from seed 0, as it is on the other side."""
+    if name == "packaged/vit_clipart":
+        from orchestrator.packaged.models import vit_clipart
+
+        return vit_clipart().eval().requires_grad_(False)
+    torch.manual_seed(0)
+    return timm.create_model(name.removeprefix("timm/"), img_size=size).eval().requires_grad_(False)
+
+
+class Proxy(nn.Module):
+    """TDMR's projector and head on standardised features."""
+
+    def __init__(self, mean: Tensor, std: Tensor, dim: int, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        wide = 2 * dim
+        self.projector = nn.Sequential(
+            nn.Linear(len(mean), wide), nn.BatchNorm1d(wide), nn.GELU(), nn.Linear(wide, dim)
+        )
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.projector((features - self.mean) / self.std)
+        return z, self.head(z)
+
+
 class Bench:
     """One process's data, teacher, and what is computed once in it."""
 
-    def __init__(self, steps: int, batch: int) -> None:
-        from orchestrator.packaged.models import vit_clipart
-
-        self.steps, self.batch = steps, batch
+    def __init__(self, sweep: dict[str, Any]) -> None:
+        self.sweep, self.steps, self.batch = sweep, sweep["steps"], sweep["batch"]
         self.data = load_data()
-        self.teacher = vit_clipart().eval().requires_grad_(False)
-        self.crop = v2.RandomResizedCrop(96, scale=(CROP, 1.0), antialias=True)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.teacher = build_teacher(sweep["teacher"], sweep["teacher_size"]).to(self.device)
+        self.size, self.small = sweep["teacher_size"], sweep["student_size"]
+        self.crop = v2.RandomResizedCrop(max(self.size, self.small), scale=(CROP, 1.0), antialias=True)
         self.flip = v2.RandomHorizontalFlip()
         images, labels = self.data["train"]
         rng = np.random.default_rng(0)
         self.labelled = np.concatenate(
-            [rng.permutation(np.flatnonzero(labels == c))[:SHOTS] for c in np.unique(labels)]
+            [rng.permutation(np.flatnonzero(labels == c))[: sweep["shots"]] for c in np.unique(labels)]
         )
         self.unlabelled = np.setdiff1d(np.arange(len(images)), self.labelled)
-        features = self.features(self.teacher, images[self.labelled], 96)
-        head = LogisticRegression(C=0.1, max_iter=500).fit(features, labels[self.labelled])
-        self.weight, self.bias = torch.tensor(head.coef_).float(), torch.tensor(head.intercept_).float()
+        self.classes = len(np.unique(labels))
+        self.known = self.features(self.teacher, images[self.labelled], self.size)
+        head = LogisticRegression(C=0.1, max_iter=500).fit(self.known, labels[self.labelled])
+        self.weight = torch.tensor(head.coef_, dtype=torch.float32, device=self.device)
+        self.bias = torch.tensor(head.intercept_, dtype=torch.float32, device=self.device)
+        self.proxies: dict[int, Proxy] = {}
 
     @torch.inference_mode()
     def features(self, network: Any, images: Tensor, size: int) -> np.ndarray:
-        parts = images.split(128)
+        parts = images.to(self.device).split(128)
         found = [network.forward_head(network.forward_features(normalised(p, size)), pre_logits=True) for p in parts]
-        return torch.cat(found).numpy()
+        return torch.cat(found).cpu().numpy()
 
     def views(self, rows: np.ndarray) -> Tensor:
         images = self.data["train"][0]
-        return torch.stack([self.flip(self.crop(images[i])) for i in rows])
+        return torch.stack([self.flip(self.crop(images[i])) for i in rows]).to(self.device)
 
-    def kd(self, temperature: float, lr: float) -> float:
-        images, labels = self.data["train"]
-        student = timm.create_model("test_resnet", num_classes=9)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.05)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, self.steps, pct_start=0.1)
+    @torch.inference_mode()
+    def pooled(self, pixels: Tensor) -> Tensor:
+        teacher = self.teacher
+        return teacher.forward_head(teacher.forward_features(normalised(pixels, self.size)), pre_logits=True)
+
+    def prepared(self, parameters: Any, lr: float, decay: float) -> tuple[Any, Any]:
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, self.steps, pct_start=0.1)
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(a quarter of labelled rows, the others) of each step."""
         rng = np.random.default_rng(0)
         known = batches(self.labelled, self.batch // 4, rng)
         others = batches(self.unlabelled, self.batch - self.batch // 4, rng)
-        student.train()
         for _ in range(self.steps):
-            mine = next(known)
-            pixels = self.views(np.concatenate([mine, next(others)]))
-            with torch.inference_mode():
-                feature = self.teacher.forward_head(
-                    self.teacher.forward_features(normalised(pixels, 96)), pre_logits=True
-                )
-                target = F.softmax((feature @ self.weight.T + self.bias) / temperature, -1)
-            logits = student(normalised(pixels, 48))
-            kl = F.kl_div(F.log_softmax(logits / temperature, -1), target.clone(), reduction="batchmean")
-            ce = F.cross_entropy(logits[: len(mine)], torch.from_numpy(labels[mine]))
-            optimizer.zero_grad()
-            (0.5 * ce + 0.5 * temperature**2 * kl).backward()
-            optimizer.step()
-            scheduler.step()
+            yield next(known), next(others)
+
+    def accuracy(self, student: Any) -> float:
         student.eval()
         images, labels = self.data["val"]
         with torch.inference_mode():
-            predicted = torch.cat([student(normalised(p, 48)).argmax(1) for p in images.split(128)])
-        return float((predicted.numpy() == labels).mean())
+            predicted = torch.cat(
+                [student(normalised(p, self.small)).argmax(1) for p in images.to(self.device).split(128)]
+            )
+        return float((predicted.cpu().numpy() == labels).mean())
 
-    def wecolora(self, factor: int, rank: int) -> float:
+    def student(self) -> Any:
+        return (
+            timm.create_model(self.sweep["student"].removeprefix("timm/"), num_classes=self.classes)
+            .to(self.device)
+            .train()
+        )
+
+    def kd(self, temperature: float, lr: float, weight: float) -> float:
+        labels = self.data["train"][1]
+        student = self.student()
+        optimizer, scheduler = self.prepared(student.parameters(), lr, 0.05)
+        for mine, others in self.batches():
+            pixels = self.views(np.concatenate([mine, others]))
+            target = F.softmax((self.pooled(pixels) @ self.weight.T + self.bias) / temperature, -1)
+            logits = student(normalised(pixels, self.small))
+            kl = F.kl_div(F.log_softmax(logits / temperature, -1), target, reduction="batchmean")
+            ce = F.cross_entropy(logits[: len(mine)], torch.from_numpy(labels[mine]).to(self.device))
+            optimizer.zero_grad()
+            ((1 - weight) * ce + weight * temperature**2 * kl).backward()
+            optimizer.step()
+            scheduler.step()
+        return self.accuracy(student)
+
+    def proxy(self, dim: int) -> Proxy:
+        """TDMR's first stage: the number of epochs is chosen on a held-out fifth."""
+        if dim not in self.proxies:
+            features = torch.from_numpy(self.known)
+            labels = torch.from_numpy(self.data["train"][1][self.labelled])
+            out = torch.arange(len(labels)) % 5 == 0
+            held: list[tuple[float, int]] = []
+
+            def fitted(rows: Tensor, epochs: int, held_out: Tensor | None = None) -> Proxy:
+                torch.manual_seed(0)
+                one = Proxy(features[rows].mean(0), features[rows].std(0) + 1e-3, dim, self.classes)
+                optimizer = torch.optim.AdamW(one.parameters(), lr=1e-3, weight_decay=1e-4)
+                for epoch in range(epochs):
+                    one.train()
+                    optimizer.zero_grad()
+                    F.cross_entropy(one(features[rows])[1], labels[rows]).backward()
+                    optimizer.step()
+                    if held_out is not None:
+                        with torch.no_grad():
+                            right = one.eval()(features[held_out])[1].argmax(1) == labels[held_out]
+                        held.append((-right.float().mean().item(), epoch + 1))
+                return one.eval().requires_grad_(False)
+
+            fitted(~out, PROXY_EPOCHS, out)
+            self.proxies[dim] = fitted(torch.ones_like(out), min(held)[1]).to(self.device)
+        return self.proxies[dim]
+
+    def tdmr(self, proxy_dim: int, lr: float, lambda_end: float) -> float:
+        labels = self.data["train"][1]
+        student, proxy = self.student(), self.proxy(proxy_dim)
+        channels = [stage["num_chs"] for stage in student.feature_info]
+        depths = min(4, len(channels))
+        taken = [math.ceil((k + 1) * len(channels) / depths) - 1 for k in range(depths)]
+        adapters = nn.ModuleList(nn.Linear(channels[i], proxy_dim) for i in taken).to(self.device)
+        optimizer, scheduler = self.prepared([*student.parameters(), *adapters.parameters()], lr, 5e-4)
+        for step, (mine, others) in enumerate(self.batches()):
+            pixels = self.views(np.concatenate([mine, others]))
+            with torch.inference_mode():
+                z, scores = proxy(self.pooled(pixels))
+                z, target = F.normalize(z, dim=-1), F.softmax(scores / 4, -1)
+            z, target = z.clone(), target.clone()
+            final, maps = student.forward_intermediates(normalised(pixels, self.small), indices=taken)
+            logits = student.forward_head(final)
+            ce = F.cross_entropy(logits[: len(mine)], torch.from_numpy(labels[mine]).to(self.device))
+            kl = 16 * F.kl_div(F.log_softmax(logits / 4, -1), target, reduction="batchmean")
+            active = min(depths, 1 + math.floor(step / self.steps * depths / 0.8 + 1e-9))
+            feature = sum(
+                (1 - F.cosine_similarity(adapter(one.mean((2, 3))), z)).mean() / depths
+                for adapter, one in list(zip(adapters, maps, strict=True))[:active]
+            )
+            optimizer.zero_grad()
+            ((1 - lambda_end) * ce + lambda_end * (feature + kl)).backward()
+            optimizer.step()
+            scheduler.step()
+        return self.accuracy(student)
+
+    def wecolora(self, factor: int, rank: int, lr: float) -> float:
         from peft import LoraConfig, get_peft_model
 
         student = copy.deepcopy(self.teacher)
@@ -143,14 +248,14 @@ class Bench:
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))")
         adapted: Any = get_peft_model(student, config)  # type: ignore[arg-type]
         trained = [p for p in adapted.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.05)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, self.steps, pct_start=0.2)
+        optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, self.steps, pct_start=0.2)
         order = batches(np.arange(len(self.data["train"][0])), self.batch, np.random.default_rng(0))
         tokens: dict[str, Tensor] = {}
         tap = self.teacher.blocks[-1].register_forward_hook(lambda m, a, out: tokens.__setitem__("teacher", out))
         student.blocks[-1].register_forward_hook(lambda m, a, out: tokens.__setitem__("student", out))
         for _ in range(self.steps):
-            pixels = normalised(self.views(next(order)), 96)
+            pixels = normalised(self.views(next(order)), self.size)
             with torch.inference_mode():
                 self.teacher.forward_features(pixels)
             adapted.base_model.model.forward_features(pixels)
@@ -162,12 +267,13 @@ class Bench:
         merged = adapted.merge_and_unload().eval()
         images, labels = self.data["train"]
         probe = LogisticRegression(C=0.1, max_iter=500)
-        probe.fit(self.features(merged, images[self.labelled], 96), labels[self.labelled])
+        probe.fit(self.features(merged, images[self.labelled], self.size), labels[self.labelled])
         images, labels = self.data["val"]
-        return float(probe.score(self.features(merged, images, 96), labels))
+        return float(probe.score(self.features(merged, images, self.size), labels))
 
     def objective(self, trial: optuna.Trial) -> float:
-        knobs = dict(GRID["trial"][trial.suggest_int("index", 0, len(GRID["trial"]) - 1)])
+        trials = self.sweep["trials"]
+        knobs = dict(trials[trial.suggest_int("index", 0, len(trials) - 1)])
         torch.manual_seed(0)
         began = time.time()
         value = getattr(self, knobs.pop("method"))(**knobs)
@@ -175,45 +281,46 @@ class Bench:
         return value
 
 
-def work(folder: str, steps: int, batch: int) -> None:
+def work(folder: str, sweep: dict[str, Any], bench: type[Bench]) -> None:
     """One process of the search."""
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    bench = Bench(steps, batch)
-    study = _study(folder)
-    study.optimize(bench.objective, callbacks=[optuna.study.MaxTrialsCallback(len(GRID["trial"]), states=None)])
+    callback = optuna.study.MaxTrialsCallback(len(sweep["trials"]), states=None)
+    _study(folder, sweep).optimize(bench(sweep).objective, callbacks=[callback])
 
 
-def _study(folder: str) -> optuna.Study:
-    storage = JournalStorage(JournalFileBackend(f"{folder}/plain.db"))
-    sampler = optuna.samplers.GridSampler({"index": list(range(len(GRID["trial"])))}, seed=0)
+def _study(folder: str, sweep: dict[str, Any]) -> optuna.Study:
+    storage = JournalStorage(JournalFileBackend(f"{folder}/study.db"))
+    sampler = optuna.samplers.GridSampler({"index": list(range(len(sweep["trials"])))}, seed=0)
     return optuna.create_study(
         study_name="plain", storage=storage, sampler=sampler, load_if_exists=True, direction="maximize"
     )
 
 
-def main() -> None:
-    """Runs all trials on two processes and prints their number, the best value and the seconds."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def search(bench: type[Bench]) -> None:
+    """Runs all trials on the sweep's processes and prints one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("sweep", type=Path)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
+    sweep = json.loads(options.sweep.read_text(encoding="utf-8"))
     os.environ["OMP_NUM_THREADS"] = "1"
     began = time.time()
-    _study(str(options.folder))
+    _study(str(options.folder), sweep)
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(str(options.folder), options.steps, options.batch)) for _ in range(2)]
+    workers = [
+        context.Process(target=work, args=(str(options.folder), sweep, bench)) for _ in range(sweep["processes"])
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    trials = [t for t in _study(str(options.folder)).trials if t.value is not None]
+    trials = [t for t in _study(str(options.folder), sweep).trials if t.value is not None]
     seconds = [t.user_attrs["seconds"] for t in trials]
-    values = {json.dumps(GRID["trial"][t.params["index"]]): t.value for t in trials}
+    values = {json.dumps(sweep["trials"][t.params["index"]]): t.value for t in trials}
     print(json.dumps({"seconds": time.time() - began, "trials": len(trials), "trial_seconds": seconds, "val": values}))
 
 
 if __name__ == "__main__":
-    main()
+    search(Bench)

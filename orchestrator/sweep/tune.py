@@ -259,7 +259,8 @@ def _node_type() -> str:
     return str(ray.get_runtime_context().get_node_labels().get("ray.io/node-group", ""))
 
 
-def _scheduler(context: SweepContext) -> TrialScheduler:
+def scheduler_of(context: SweepContext) -> TrialScheduler:
+    """What decides which trials stop early."""
     search = context.spec.search
     if search.scheduler == "asha":
         # stop_last_trials would end a trial at its last report, before its row is written.
@@ -342,7 +343,7 @@ def run_search(context: SweepContext, study: Study, on_event: Any = None) -> Non
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=bridge,
-                scheduler=_scheduler(context),
+                scheduler=scheduler_of(context),
                 num_samples=remaining,
                 max_concurrent_trials=concurrency,
                 reuse_actors=True,

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from methods.contract import Deployed, Feed, Given, TrainStage, trainable_parameters
+from methods.contract import Deployed, Feed, Given, Learner, TrainStage, trainable_parameters
 from methods.outputs import Output
 from methods.parts.dense import segmenter
 from orchestrator.data.corpus import corpus_at
@@ -200,20 +200,9 @@ def run_job(
         check_alike(identity_of(job), rank, world)
     device = device or job.device
     torch.set_num_threads(spec.train.threads)
+    learner, feeder = opened(job, rank=rank, world=world, device=device)
     store = store_at(job.store_root)
-    task = load_task(spec.task, store)
-    networks = networks_of(spec, job.teacher, job.student)
-    trained = networks.trained(stage.trains)
-    given = given_for(stage.reads, networks, task, store, job.seed, stage_results(store, job.inputs))
-    learner = stage.learner(stage.params, given)
-    feeder: Feeder | StreamFeeder | TokenFeeder
-    if stage.feed.tokens:
-        tables = [tuple(joined_records(store, found) for found in job.tokens[name]) for name in stage.feed.tokens]
-        feeder = TokenFeeder(tables, batch=spec.train.batch, seed=job.seed, rank=rank, world=world)  # type: ignore[arg-type]
-    elif spec.corpus.streams(stage.feed.images):
-        feeder = _streamed(job, store, networks, rank=rank, world=world)
-    else:
-        feeder = _feeder(job, store, task, networks, rank=rank, world=world, device=device)
+    trained = networks_of(spec, job.teacher, job.student).trained(stage.trains)
     history = fit(
         learner,
         feeder,
@@ -259,6 +248,24 @@ def run_job(
     elif rank == 0:
         write_deployed(folder, learner.deployed(), trained, about)
     return about
+
+
+def opened(
+    job: TrainJob, *, rank: int = 0, world: int = 1, device: str = "cpu"
+) -> tuple[Learner, Feeder | StreamFeeder | TokenFeeder]:
+    """What the loop needs of a job: its learner as it is before the first step, and the batches of this rank."""
+    spec, stage = job.spec, job.stage
+    store = store_at(job.store_root)
+    task = load_task(spec.task, store)
+    networks = networks_of(spec, job.teacher, job.student)
+    given = given_for(stage.reads, networks, task, store, job.seed, stage_results(store, job.inputs))
+    learner = stage.learner(stage.params, given)
+    if stage.feed.tokens:
+        tables = [tuple(joined_records(store, found) for found in job.tokens[name]) for name in stage.feed.tokens]
+        return learner, TokenFeeder(tables, batch=spec.train.batch, seed=job.seed, rank=rank, world=world)  # type: ignore[arg-type]
+    if spec.corpus.streams(stage.feed.images):
+        return learner, _streamed(job, store, networks, rank=rank, world=world)
+    return learner, _feeder(job, store, task, networks, rank=rank, world=world, device=device)
 
 
 def pool_batch(train: Train, feed: Feed) -> int:

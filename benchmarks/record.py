@@ -1,0 +1,96 @@
+"""What every benchmark does with its result: where it was measured, the JSON, and its block in a page of docs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TOKEN = "BENCHMARK_RUN"
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def machine(processes: int, threads: int = 1) -> str:
+    """Such as `x86_64, 2 cores, 2 processes of 1 thread`."""
+    many = f"{processes} process{'es' if processes > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}"
+    return f"{platform.machine()}, {os.cpu_count()} cores, {many}"
+
+
+def versions(*packages: str) -> str:
+    """Of Python and of the packages that a figure depends on."""
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+
+
+def quiet_environment() -> dict[str, str]:
+    """For a process that is timed: one thread a process, and no cluster but its own."""
+    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """`1.05 (1.01 to 1.10)`: the median and the range."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def publish(mark: str, result: dict[str, Any], text: str, page: Path = PAGE) -> None:
+    """Writes `results/MARK.json`, and `text` between `<!-- MARK -->` and `<!-- end -->` of the page."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{mark}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    old = page.read_text(encoding="utf-8")
+    new, found = re.subn(
+        rf"<!-- {mark} -->.*?<!-- end -->", lambda _: f"<!-- {mark} -->\n{text}\n<!-- end -->", old, flags=re.S
+    )
+    if found != 1:
+        raise SystemExit(f"{page.name} has {found} blocks {mark!r}; one is needed.")
+    page.write_text(new, encoding="utf-8")
+
+
+def watched(command: Sequence[str], every_s: float = 0.5) -> tuple[str, float, float]:
+    """Runs a command to its end: (its output, wall seconds, CPU seconds of it and of all that it started).
+
+    Everything that it starts inherits a variable by which it is found again, Ray's own processes too; what a process
+    used after its last sample is not counted. CPU seconds tell what a comparison costs where other work shares the
+    machine.
+    """
+    token = f"{os.getpid()}-{time.monotonic_ns()}"
+    began = time.time()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, env=quiet_environment() | {TOKEN: token})
+        mark = f"{TOKEN}={token}".encode()
+        used: dict[tuple[int, str], float] = {}
+        ours: dict[tuple[int, str], bool] = {}
+        while process.poll() is None:
+            for folder in Path("/proc").iterdir():
+                if not folder.name.isdigit():
+                    continue
+                with contextlib.suppress(OSError, IndexError, ValueError):
+                    fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+                    key = (int(folder.name), fields[19])  # a number is given again; with the start it is not
+                    if key not in ours:
+                        ours[key] = mark in (folder / "environ").read_bytes()
+                    if ours[key]:
+                        used[key] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            time.sleep(every_s)
+        wall = time.time() - began
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}.")
+    return text, wall, sum(used.values())

@@ -1,0 +1,246 @@
+"""Device-seconds until a search has found the exhaustive grid's best, less one percent, on packaged clip art.
+
+    python -m benchmarks.search_cost            # trains the grid: 10 minutes; goes on where it was stopped
+    python -m benchmarks.search_cost --replay   # from benchmarks/results/search_cost_grid.json alone: seconds
+
+The grid is trained once, through the product's own trials; what is written down of each is its val metric at every
+eighth of its budget and the CPU seconds until then. Searches are then replayed against that table, one trial at a
+time: proposals are the product's (`sweep.study.Study`: Optuna), decisions to stop are those of the scheduler that the
+product hands to Ray Tune (`sweep.tune`), and what a trial costs and scores is read from the table. A configuration
+that is proposed twice costs nothing the second time, in every search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, machine, markdown, publish, spread, versions
+
+GRID = RESULTS / "search_cost_grid.json"
+MARGIN = 0.01
+RATES = [3e-4, 1e-3, 3e-3, 1e-2]
+SPEC: dict[str, Any] = {
+    "name": "search-cost",
+    "task": {"data": "packaged/clipart", "shots": 20},
+    "teachers": ["packaged/vit_clipart"],
+    "students": [{"model": "timm/test_resnet", "image_size": 48}],
+    "methods": {
+        "kd": {"lr": RATES, "temperature": [1.0, 2.0, 4.0, 8.0], "weight": [0.5, 0.9]},
+        "tdmr": {"lr": RATES, "proxy_dim": [32, 128], "lambda_end": [0.5, 0.8], "temperature": [2.0, 4.0]},
+        "rkd": {"lr": RATES},
+        "finetune": {"lr": RATES},
+    },
+    "train": {"steps": 100, "batch": 64, "views": 3},
+}
+
+
+def spec_of(folder: Path, sampler: str, scheduler: str, seed: int, trials: int = 1000) -> Any:
+    """The sweep, parsed."""
+    from orchestrator.spec import parse_spec
+    from orchestrator.sweep.run import resolved
+
+    search = {"sampler": sampler, "scheduler": scheduler, "seed": seed, "trials": trials, "concurrency": 1}
+    return resolved(parse_spec({**SPEC, "search": search, "storage": str(folder)}))
+
+
+def key_of(method: str, knobs: dict[str, Any]) -> str:
+    """A configuration of the table."""
+    return json.dumps([method, sorted(knobs.items())])
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """Trains what the table lacks of the grid, and writes the table after each trial."""
+    from orchestrator.sweep.run import prepare
+    from orchestrator.sweep.space import grid, wanted_outputs
+    from orchestrator.trial.context import SweepContext
+    from orchestrator.trial.plan import TrialConfig
+    from orchestrator.trial.run import run_trial
+
+    spec = spec_of(folder, "grid", "asha", 0)
+    prepared = prepare(spec)
+    wanted = wanted_outputs(spec, prepared.spaces, prepared.cells, prepared.task.info)
+    context = SweepContext(spec, f"{folder}/{spec.name}", prefetch=wanted)
+    table: dict[str, Any] = {"spec": SPEC, "machine": machine(1), "versions": versions("torch", "timm"), "trials": {}}
+    if GRID.is_file():
+        known = json.loads(GRID.read_text(encoding="utf-8"))
+        if known["spec"] == json.loads(json.dumps(SPEC)):
+            table = known
+    todo = [(cell, knobs) for cell in prepared.cells for knobs in grid(prepared.spaces[cell.method], cell.method)]
+    warm: set[str] = set()
+    for number, (cell, knobs) in enumerate(todo):
+        key = key_of(cell.method, knobs)
+        if key in table["trials"]:
+            continue
+        if cell.method not in warm:  # the teacher's pass, pixels and imports are nobody's
+            first = TrialConfig(f"warm-{cell.method}", 0, cell, knobs, 1)
+            run_trial(context, first)
+            warm.add(cell.method)
+        curve: list[tuple[float, float, float]] = []
+        began = time.process_time()
+
+        def hear(share: float, value: float | None, curve: list = curve, began: float = began) -> None:  # type: ignore[type-arg]
+            if value is not None:
+                curve.append((share, value, time.process_time() - began))
+
+        row = run_trial(context, TrialConfig(f"t{number:04d}", number, cell, knobs, 0), progress=hear)
+        if row["status"] != "complete":
+            raise SystemExit(f"{key}: {row['reason']}")
+        seconds = time.process_time() - began
+        table["trials"][key] = {"curve": [*curve, (1.0, row["val_metric"], seconds)], "seconds": seconds}
+        GRID.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        print(f"{number + 1} of {len(todo)}: {row['val_metric']:.3f}, {seconds:.1f} s", file=sys.stderr, flush=True)
+    return table
+
+
+Search = Callable[[dict[str, Any], int], Iterator[tuple[float, float]]]
+
+
+def at_random(table: dict[str, Any], seed: int) -> Iterator[tuple[float, float]]:
+    """(seconds, val) of each trial, in a random order without repetition."""
+    names = sorted(table["trials"])
+    random.Random(seed).shuffle(names)
+    for name in names:
+        yield table["trials"][name]["seconds"], table["trials"][name]["curve"][-1][1]
+
+
+@functools.lru_cache
+def checked() -> Any:
+    """The cells and spaces of the sweep, which no seed changes."""
+    from orchestrator.sweep.run import prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        return prepare(spec_of(Path(folder), "tpe", "none", 0))
+
+
+def product(scheduler: str) -> Search:
+    """The product's proposals (TPE, methods at their defaults first) with its scheduler."""
+
+    def search(table: dict[str, Any], seed: int) -> Iterator[tuple[float, float]]:
+        from ray.tune.schedulers import TrialScheduler
+
+        from orchestrator.sweep.study import Study
+        from orchestrator.sweep.tune import scheduler_of
+        from orchestrator.trial.context import SweepContext
+
+        with tempfile.TemporaryDirectory() as folder:
+            prepared = checked()
+            spec = spec_of(Path(folder), "tpe", scheduler, seed)
+            study = Study(spec, Path(folder), prepared.cells, prepared.spaces, prepared.task.info)
+            judge = scheduler_of(SweepContext(spec, folder))
+            seen: set[str] = set()
+            for _ in range(4 * len(table["trials"])):
+                config = study.ask()
+                key = key_of(config.cell.method, config.knobs)
+                known = table["trials"][key]
+                trial: Any = _Trial(config.trial_id)
+                judge.on_trial_add(None, trial)  # type: ignore[arg-type]
+                spent, value, status = known["seconds"], known["curve"][-1][1], "complete"
+                for share, metric, seconds in known["curve"][:-1]:
+                    result = {"progress": share * 100, "val_metric": metric, "training_iteration": 1}
+                    if judge.on_trial_result(None, trial, result) == TrialScheduler.STOP:  # type: ignore[arg-type]
+                        spent, value, status = seconds, metric, "pruned"
+                        break
+                else:
+                    judge.on_trial_complete(None, trial, {"progress": 100, "val_metric": value})  # type: ignore[arg-type]
+                study.tell(config.number, {"status": status, "val_metric": value, "trial_id": config.trial_id})
+                yield (0.0 if key in seen else spent), (value if status == "complete" else float("-inf"))
+                seen.add(key)
+
+    return search
+
+
+class _Trial:
+    """What a scheduler asks of a trial of Tune."""
+
+    status = "RUNNING"
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
+
+
+SEARCHES: dict[str, tuple[str, Search]] = {
+    "random": ("random search", at_random),
+    "tpe": ("Optuna (TPE), no early stopping", product("none")),
+    "ours": ("here: Optuna (TPE) and ASHA", product("asha")),
+}
+
+
+def reached(table: dict[str, Any], search: Search, seed: int, goal: float) -> tuple[float, int]:
+    """(device-seconds, trials) until a whole trial scores `goal`; all of them where none does."""
+    spent, count = 0.0, 0
+    for seconds, value in search(table, seed):
+        spent += seconds
+        count += 1
+        if value >= goal:
+            break
+    return spent, count
+
+
+def main() -> None:
+    """Records, replays, prints the table, writes it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--replay", action="store_true", help="train nothing")
+    parser.add_argument("--storage", type=Path, default=Path("runs"), help="where the grid's store lies")
+    parser.add_argument("--dry", action="store_true", help="write no table")
+    options = parser.parse_args()
+    table = json.loads(GRID.read_text(encoding="utf-8")) if options.replay else record(options.storage.absolute())
+    whole = sum(trial["seconds"] for trial in table["trials"].values())
+    values = sorted((trial["curve"][-1][1] for trial in table["trials"].values()), reverse=True)
+    goal = values[0] - MARGIN
+    result: dict[str, Any] = {
+        "command": "python -m benchmarks.search_cost",
+        "machine": table["machine"],
+        "versions": versions("torch", "timm", "ray", "optuna"),
+        "grid": {"trials": len(values), "seconds": whole, "best": values[0], "good": sum(v >= goal for v in values)},
+        "goal": goal,
+        "searches": {},
+    }
+    for name, (_, search) in SEARCHES.items():
+        found = [reached(table, search, seed, goal) for seed in range(options.seeds)]
+        result["searches"][name] = {"seconds": [s for s, _ in found], "trials": [n for _, n in found]}
+        print(f"{name}: {spread([s / whole for s, _ in found])} of the grid", file=sys.stderr, flush=True)
+    print(text := as_table(result))
+    if not options.dry:
+        publish("search_cost", result, text)
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    grid, searches = result["grid"], result["searches"]
+    means = {name: statistics.mean(found["seconds"]) for name, found in searches.items()}
+    rows = [["exhaustive grid", grid["trials"], f"{grid['seconds']:.0f}", "", "100 %", ""]]
+    for name, (label, _) in SEARCHES.items():
+        found = searches[name]
+        rows.append(
+            [
+                label,
+                f"{statistics.mean(found['trials']):.1f}",
+                f"{means[name]:.0f} ± {statistics.stdev(found['seconds']):.0f}",
+                f"{statistics.median(found['seconds']):.0f}",
+                f"{100 * means[name] / grid['seconds']:.0f} %",
+                f"{100 * means[name] / means['random']:.0f} %",
+            ]
+        )
+    head = ["search", "trials", "device-seconds, mean ± sd", "median", "of the grid", "of random search"]
+    seeds = len(searches["random"]["seconds"])
+    return (
+        f"`{result['command']}`: {grid['trials']} configurations; best val {grid['best']:.3f}; the goal "
+        f"{result['goal']:.3f} is reached by {grid['good']} of them; {seeds} seeds of each search; "
+        f"{result['machine']}; {result['versions']}.\n\n"
+        f"{markdown(head, rows)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

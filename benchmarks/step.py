@@ -1,0 +1,266 @@
+"""A distillation step with stored teacher outputs, against the same step without any teacher, by turns.
+
+    python -m benchmarks.step                      # 6 minutes; writes benchmarks/results/ and docs/performance.md
+    python -m benchmarks.step --methods kd tdmr    # only these; the others stay as they were measured
+
+Each method's job comes from the product (`run_trial`), its batches from the product's feeder, its steps from the
+product's loop. Without a teacher: the same student, images, optimiser and loop; no outputs are read, no part of the
+method but the student is trained, and the loss is the labels' (for a method without labels: the mean square of the
+same student's tokens or embedding). Live: the teacher runs in each step, on views that are rendered in each step.
+
+The process has one core (as in a sweep that fills its machine), so what is read ahead is paid too; `--cores 2` leaves
+one free for reading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import cProfile
+import json
+import os
+import pstats
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.record import RESULTS, machine, markdown, publish, spread, versions
+from methods.contract import Batch, Deployed, Given, Learner, TrainStage, supervised_loss
+from orchestrator.data.task import load_task
+from orchestrator.errors import WorkError
+from orchestrator.spec import parse_spec
+from orchestrator.sweep.run import resolved
+from orchestrator.sweep.space import method_space, wanted_outputs
+from orchestrator.train.job import TrainJob, opened
+from orchestrator.train.loop import Report, fit
+from orchestrator.trial.context import SweepContext
+from orchestrator.trial.plan import Cell, TrialConfig
+from orchestrator.trial.run import run_trial
+
+SMALL = {"model": "timm/test_resnet", "image_size": 48}
+LARGER = {"model": "timm/resnet10t", "image_size": 64}
+CLIPART: dict[str, Any] = {
+    "name": "step",
+    "task": {"data": "packaged/clipart", "shots": 20},
+    "teachers": ["packaged/vit_clipart"],
+    "students": [SMALL, LARGER],
+}
+ICONS: dict[str, Any] = {
+    "name": "step",
+    "task": {"data": "packaged/icons", "shots": 20},
+    "teachers": ["packaged/clip_icons"],
+    "students": [SMALL],
+}
+CASES: list[tuple[str, dict[str, Any], int | None, dict[str, Any]]] = [
+    ("kd", CLIPART, 0, {}),
+    ("kd", CLIPART, 1, {}),
+    ("fitnet", CLIPART, 0, {}),
+    ("rkd", CLIPART, 0, {}),
+    ("attention_transfer", CLIPART, 0, {}),
+    ("tdmr", CLIPART, 0, {}),
+    ("tdmr", CLIPART, 1, {}),
+    ("fna", CLIPART, 0, {}),
+    ("wecolora", CLIPART, None, {"factor": 4}),
+    ("embedding_regression", ICONS, 0, {}),
+]
+WARM = 3  # steps of a turn before its clock starts
+
+
+class Alone(Learner):
+    """The student of a method's learner without the method."""
+
+    def __init__(self, learner: Learner, given: Given | None = None) -> None:
+        super().__init__({}, given)  # type: ignore[arg-type]
+        self.student = learner.student
+        self.tokens = not hasattr(learner, "soft_teacher") and hasattr(learner, "pairs_only")
+
+    def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        if batch.labels is not None:
+            return {"loss": supervised_loss(self.student(batch.images), batch.labels, "classification")}
+        own = self.student.forward_features(batch.images) if self.tokens else self.student(batch.images)  # type: ignore[operator]
+        return {"loss": own.square().mean()}
+
+    def deployed(self) -> Deployed:
+        raise NotImplementedError
+
+
+def context_of(folder: str, base: dict[str, Any], batch: int) -> SweepContext:
+    """A sweep over every case on this base: one pass of its teacher gives the outputs of all of them."""
+    cases = [(name, student, knobs) for name, one, student, knobs in CASES if one is base]
+    methods = {name: knobs for name, _, knobs in cases}
+    train = {"steps": 50, "batch": batch, "views": 2}
+    spec = resolved(parse_spec({**base, "methods": methods, "train": train, "storage": folder}))
+    cells = [Cell(name, 0, student) for name, student, _ in cases]
+    context = SweepContext(spec, f"{folder}/{base['name']}")
+    task = load_task(spec.task, context.store)
+    wanted = wanted_outputs(spec, {name: method_space(spec, name) for name in methods}, cells, task.info, draws=1)
+    return replace(context, prefetch=wanted)
+
+
+def job_of(context: SweepContext, name: str, student: int | None, knobs: dict[str, Any]) -> TrainJob:
+    """The last training stage of a method, with everything that it reads in the store."""
+    caught: list[TrainJob] = []
+
+    def catch(job: TrainJob, folder: Path, report: Any) -> dict[str, Any]:
+        caught.append(job)
+        raise WorkError("The job is all that is wanted.")
+
+    row = run_trial(context, TrialConfig(f"{name}-{time.time_ns()}", 0, Cell(name, 0, student), knobs, 0), runner=catch)
+    if not caught:
+        raise SystemExit(f"{name}: {row['reason']}")
+    return caught[-1]
+
+
+def variants(job: TrainJob) -> dict[str, TrainJob]:
+    """The job as it is, without a teacher, and with a live one."""
+    stage = job.stage
+    assert isinstance(stage, TrainStage)
+    without = replace(stage, feed=replace(stage.feed, outputs=(), texts="", captions=False))
+    train = job.spec.train.model_copy(update={"fresh": True})
+    live = replace(job, spec=job.spec.model_copy(update={"train": train}), outputs={})
+    found = {"stored": job, "none": replace(job, stage=without, outputs={}, texts=[], captions=[])}
+    return found if stage.feed.plain else found | {"live": live}
+
+
+def turn(job: TrainJob, learner: Learner, steps: int) -> tuple[float, float]:
+    """Milliseconds a step, of the clock and of the processor, after the first `WARM`."""
+    ticks: list[tuple[int, float, float]] = []
+    _, feeder = opened(job)
+
+    def tick(report: Report) -> None:
+        ticks.append((report.step, time.perf_counter(), time.process_time()))
+
+    fit(learner, feeder, job.stage.recipe, WARM + steps, seed=job.seed, report=tick, report_every=WARM)
+    (first, wall, cpu), (last, wall_then, cpu_then) = ticks[0], ticks[-1]
+    return 1000 * (wall_then - wall) / (last - first), 1000 * (cpu_then - cpu) / (last - first)
+
+
+def pin(cores: int) -> None:
+    """Gives every thread of this process the last `cores` of its cores."""
+    wanted = sorted(os.sched_getaffinity(0))[-cores:]
+    for task in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(task), wanted)
+
+
+def measure(job: TrainJob, rounds: int, steps: int) -> dict[str, list[tuple[float, float]]]:
+    """What `turn` gives for each variant, by round; the variants take turns, and the first round is not counted."""
+    jobs = variants(job)
+    learners = {name: opened(job)[0] for name in jobs}
+    learners["none"] = Alone(learners["none"])
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):
+        names = [name for name in jobs if name != "live" or number < 3]
+        for name in names if number % 2 else reversed(names):
+            value = turn(jobs[name], copy.deepcopy(learners[name]), WARM if name == "live" else steps)
+            if number:
+                found[name].append(value)
+    return found
+
+
+def profile(job: TrainJob, steps: int) -> None:
+    """Prints where the steps of the stored variant go."""
+    profiler = cProfile.Profile()
+    learner, _ = opened(job)
+    profiler.runcall(turn, job, learner, steps)
+    pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(25)
+
+
+def main() -> None:
+    """Measures every case, prints the table, writes it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=sorted({name for name, *_ in CASES}))
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes instead; write nothing")
+    parser.add_argument("--dry", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pin(options.cores)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        contexts: dict[str, SweepContext] = {}
+        for name, base, student, knobs in CASES:
+            if name not in options.methods:
+                continue
+            data = base["task"]["data"]
+            context = contexts.setdefault(data, context_of(f"{folder}/{len(contexts)}", base, options.batch))
+            job = job_of(context, name, student, knobs)
+            label = f"1 block in {knobs['factor']}" if student is None else job.spec.students[student].model
+            if options.profile:
+                print(f"\n{name}, {label}", file=sys.stderr)
+                profile(job, options.steps)
+                continue
+            found = measure(job, options.rounds, options.steps)
+            row = {"method": name, "student": label.removeprefix("timm/"), "ms": found}
+            for number, clock in enumerate(("wall", "cpu")):
+                for which in ("stored", "live"):
+                    row[f"{which}_{clock}"] = [
+                        a[number] / b[number] for a, b in zip(found.get(which, []), found["none"], strict=False)
+                    ]
+            rows.append(row)
+            print(f"{name}, {label}: {spread(row['stored_cpu'])}", file=sys.stderr, flush=True)
+    if options.profile:
+        return
+    path = RESULTS / "step.json"
+    setting = {"batch": options.batch, "rounds": options.rounds, "steps": options.steps, "cores": options.cores}
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    fresh = {row["method"] for row in rows}
+    kept = [row for row in old.get("rows", []) if row["method"] not in fresh and old["setting"] == setting]
+    order = [name for name, *_ in CASES]
+    result = {
+        "command": "python -m benchmarks.step",
+        "setting": setting,
+        "machine": f"{machine(1)}, on {options.cores} of the cores",
+        "versions": versions("torch", "timm"),
+        "rows": sorted([*kept, *rows], key=lambda row: order.index(row["method"])),
+    }
+    print(text := table(result))
+    if not options.dry:
+        publish("step", result, text)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = []
+    for row in result["rows"]:
+        ms = {name: statistics.median(cpu for _, cpu in values) for name, values in row["ms"].items() if values}
+        live = f"{statistics.median(row['live_cpu']):.2f}" if row["live_cpu"] else "-"
+        lines.append(
+            [
+                row["method"],
+                row["student"],
+                f"{ms['none']:.1f}",
+                f"{ms['stored']:.1f}",
+                spread(row["stored_cpu"]),
+                spread(row["stored_wall"]),
+                live,
+            ]
+        )
+    head = [
+        "method",
+        "student",
+        "no teacher, ms",
+        "stored, ms",
+        "stored / none, CPU",
+        "by the clock",
+        "live / none, CPU",
+    ]
+    setting = result["setting"]
+    return (
+        f"`{result['command']}`: batch {setting['batch']}, median and range of {setting['rounds']} rounds of "
+        f"{setting['steps']} steps by turns, milliseconds of CPU a step; {result['machine']}; {result['versions']}.\n\n"
+        f"{markdown(head, lines)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

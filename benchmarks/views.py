@@ -1,0 +1,155 @@
+"""Accuracy with V stored views against fresh augmentation with a live teacher, on packaged clip art.
+
+    python -m benchmarks.views             # 15 minutes of one core; goes on where it was stopped
+    python -m benchmarks.views --table     # table and picture from benchmarks/results/views.json alone
+
+KD at equal steps, the same seeds in every arm: each draws other labelled images, another initial student and another
+order. Stored: an image's view is drawn in each step from its V stored ones. Fresh: a view that the image never had,
+which the teacher then sees live. Scored is the student on val; test is not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from typing import Any
+
+from benchmarks.ablations.harness import Arm, run_arm
+from benchmarks.record import RESULTS, ROOT, machine, markdown, publish, versions
+
+PICTURE = ROOT / "docs" / "pictures" / "views.svg"
+VIEWS = (1, 2, 4, 8, 16)
+FRESH = "fresh"
+SPEC: dict[str, Any] = {
+    "name": "views",
+    "task": {"data": "packaged/clipart", "shots": 20},
+    "teachers": ["packaged/vit_clipart"],
+    "students": [{"model": "timm/test_resnet", "image_size": 48}],
+    "train": {"steps": 240, "batch": 64},
+}
+ARM = Arm("kd", "kd", {"lr": 3e-3}, 0, 0)
+
+
+def measured(views: int | str, seed: int, storage: str) -> dict[str, float]:
+    """Val, device-seconds and the teacher's images of one trial."""
+    train = SPEC["train"] | ({"fresh": True} if views == FRESH else {"views": views})
+    row = run_arm({**SPEC, "train": train, "storage": storage, "name": f"views-{views}"}, ARM, seed)
+    return {name: row[name] for name in ("val_metric", "loop_seconds", "teacher_forwards")}
+
+
+def main() -> None:
+    """Runs what is missing, writes JSON, table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--storage", default="runs")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    path = RESULTS / "views.json"
+    result: dict[str, Any] = {"spec": SPEC, "arms": {}}
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["spec"] == json.loads(json.dumps(SPEC)):
+            result = known
+    result |= {
+        "command": "python -m benchmarks.views",
+        "machine": machine(1),
+        "versions": versions("torch", "timm"),
+    }
+    for seed in range(options.seeds if not options.table else 0):
+        for views in (*VIEWS, FRESH):
+            seeds = result["arms"].setdefault(str(views), {})
+            if str(seed) not in seeds:
+                seeds[str(seed)] = measured(views, seed, options.storage)
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                print(f"{views}, seed {seed}: {seeds[str(seed)]['val_metric']:.3f}", file=sys.stderr, flush=True)
+    PICTURE.parent.mkdir(exist_ok=True)
+    PICTURE.write_text(picture(result), encoding="utf-8")
+    print(text := table(result))
+    publish("views", result, text)
+
+
+def values_of(result: dict[str, Any], views: int | str) -> list[float]:
+    """Val by seed."""
+    seeds = result["arms"][str(views)]
+    return [seeds[seed]["val_metric"] for seed in sorted(seeds, key=int)]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown; differences from fresh views are taken seed by seed."""
+    fresh = values_of(result, FRESH)
+    rows = []
+    for views in (*VIEWS, FRESH):
+        values = values_of(result, views)
+        apart = [a - b for a, b in zip(values, fresh, strict=True)]
+        images = max(one["teacher_forwards"] for one in result["arms"][str(views)].values())
+        rows.append(
+            [
+                views,
+                f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}",
+                ", ".join(f"{v:.3f}" for v in values),
+                "" if views == FRESH else f"{statistics.mean(apart):+.3f} ± {statistics.stdev(apart):.3f}",
+                f"{statistics.median(one['loop_seconds'] for one in result['arms'][str(views)].values()):.0f}",
+                f"{images:,.0f}" if views == FRESH else f"{1145 * views:,.0f}, shared",
+            ]
+        )
+    head = ["views", "val, mean ± sd", "seeds", "against fresh", "training loop, s", "teacher's images"]
+    spec = result["spec"]
+    return (
+        f"`{result['command']}`: KD, {spec['teachers'][0]} into {spec['students'][0]['model']}, "
+        f"{spec['train']['steps']} steps x {spec['train']['batch']} images, {len(fresh)} seeds; {result['machine']}; "
+        f"{result['versions']}.\n\n{markdown(head, rows)}"
+    )
+
+
+def picture(result: dict[str, Any]) -> str:
+    """The curve over V as SVG: means with one standard deviation, and the band of fresh views."""
+    wide, high, left, bottom, top = 560, 300, 60, 250, 20
+    stats = {v: (statistics.mean(x), statistics.stdev(x)) for v in (*VIEWS, FRESH) if (x := values_of(result, v))}
+    low = min(mean - sd for mean, sd in stats.values()) - 0.01
+    upper = max(mean + sd for mean, sd in stats.values()) + 0.01
+
+    def y(value: float) -> float:
+        return bottom - (value - low) / (upper - low) * (bottom - top)
+
+    def x(place: int) -> float:
+        return left + 40 + place * (wide - left - 80) / (len(VIEWS) - 1)
+
+    mean, sd = stats[FRESH]
+    right = wide - 20
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{wide}" height="{high}" fill="#fff"/>',
+        f'<rect x="{left}" y="{y(mean + sd):.1f}" width="{right - left}" height="{y(mean - sd) - y(mean + sd):.1f}" '
+        'fill="#e8a33d" opacity="0.25"/>',
+        f'<line x1="{left}" x2="{right}" y1="{y(mean):.1f}" y2="{y(mean):.1f}" stroke="#b9770e" '
+        'stroke-dasharray="6 3"/>',
+        f'<text x="{right}" y="{y(mean) - 5:.1f}" text-anchor="end" fill="#b9770e">fresh views, live teacher</text>',
+        f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="#333"/>',
+        f'<line x1="{left}" x2="{left}" y1="{top}" y2="{bottom}" stroke="#333"/>',
+    ]
+    tick = round(low + 0.01, 2)
+    while tick < upper:
+        parts.append(f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.2f}</text>')
+        parts.append(f'<line x1="{left - 3}" x2="{left}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#333"/>')
+        tick += 0.02
+    curve = " ".join(f"{x(i):.1f},{y(stats[v][0]):.1f}" for i, v in enumerate(VIEWS))
+    parts.append(f'<polyline points="{curve}" fill="none" stroke="#1f5fa8" stroke-width="2"/>')
+    for place, views in enumerate(VIEWS):
+        mean, sd = stats[views]
+        at = f"{x(place):.1f}"
+        parts.append(f'<line x1="{at}" x2="{at}" y1="{y(mean - sd):.1f}" y2="{y(mean + sd):.1f}" stroke="#1f5fa8"/>')
+        parts.append(f'<circle cx="{at}" cy="{y(mean):.1f}" r="4" fill="#1f5fa8"/>')
+        parts.append(f'<text x="{at}" y="{bottom + 18}" text-anchor="middle">{views}</text>')
+    middle = (left + right) / 2
+    parts.append(f'<text x="{middle:.0f}" y="{bottom + 38}" text-anchor="middle">stored views an image</text>')
+    parts.append(
+        f'<text x="16" y="{(top + bottom) / 2:.0f}" transform="rotate(-90 16 {(top + bottom) / 2:.0f})" '
+        'text-anchor="middle">val accuracy</text>'
+    )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    main()
