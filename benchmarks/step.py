@@ -54,7 +54,7 @@ CLIPART: dict[str, Any] = {
 }
 ICONS: dict[str, Any] = {
     "name": "step",
-    "task": {"data": "packaged/icons", "shots": 20},
+    "task": {"data": "packaged/icons", "shots": 10},
     "teachers": ["packaged/clip_icons"],
     "students": [SMALL],
 }

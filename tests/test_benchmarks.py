@@ -1,0 +1,66 @@
+"""What the benchmarks reckon with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from benchmarks.profile import part_of
+from benchmarks.search_cost import GRID, at_random, checked, key_of, product, reached
+from orchestrator.sweep.space import grid
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, Any]:
+    """Trials of 8 seconds that score what they end with all along; one of them is good."""
+    prepared = checked()
+    keys = [key_of(c.method, knobs) for c in prepared.cells for knobs in grid(prepared.spaces[c.method], c.method)]
+    trials = {}
+    for number, key in enumerate(keys):
+        value = 0.9 if number == 40 else (number * 37 % 101) / 200
+        trials[key] = {"seconds": 8.0, "curve": [(s / 8, value, float(s)) for s in range(1, 9)]}
+    return {"trials": trials}
+
+
+def distinct(search: Iterator[tuple[float, float]], count: int) -> int:
+    return sum(seconds > 0 for seconds, _ in itertools.islice(search, count))
+
+
+def test_a_replayed_search_pays_for_what_it_trains_and_for_that_once(table: dict[str, Any]) -> None:
+    spent, count, hit = reached(table, product("none"), 3, 0.89)
+    assert hit
+    assert spent == 8.0 * distinct(product("none")(table, 3), count)
+    stopped, others, _ = reached(table, product("asha"), 3, 0.89)
+    assert stopped < 8.0 * distinct(product("asha")(table, 3), others)
+    nothing, trials, missed = reached(table, at_random, 3, 2.0)
+    assert not missed
+    assert (nothing, trials) == (8.0 * len(table["trials"]), len(table["trials"]))
+
+
+def test_the_recorded_grid_is_whole() -> None:
+    known = json.loads(GRID.read_text(encoding="utf-8"))["trials"]
+    prepared = checked()
+    keys = {key_of(c.method, knobs) for c in prepared.cells for knobs in grid(prepared.spaces[c.method], c.method)}
+    assert set(known) == keys
+    assert all(trial["curve"][-1][2] == trial["seconds"] for trial in known.values())
+
+
+TRIAL = "run_trial (orchestrator/trial/run.py:1);fit (orchestrator/train/loop.py:1);"
+PASS = "run_trial (orchestrator/trial/run.py:1);_pass (orchestrator/data/outputs.py:1);"
+
+
+@pytest.mark.parametrize(
+    ("stack", "part"),
+    [
+        (TRIAL + "learning_rate (orchestrator/train/loop.py:9)", "training loop, the rest"),
+        (TRIAL + "step (torch/optim/adamw.py:1)", "optimiser"),
+        (PASS + "live_outputs (orchestrator/data/outputs.py:9);forward (timm/x.py:1)", "teacher's forward passes"),
+        ("main (x.py:1);poll (ray/_private/worker.py:1)", "Ray and the dashboard"),
+    ],
+)
+def test_a_stack_counts_for_its_innermost_part(stack: str, part: str) -> None:
+    assert part_of(stack) == part
