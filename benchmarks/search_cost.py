@@ -123,8 +123,8 @@ def checked() -> Any:
         return prepare(spec_of(Path(folder), "tpe", "none", 0))
 
 
-def product(scheduler: str) -> Search:
-    """The product's proposals (TPE, methods at their defaults first) with its scheduler."""
+def product(scheduler: str, **changes: Any) -> Search:
+    """The product's proposals (TPE, methods at their defaults first) with its scheduler, and `changes` of `search`."""
 
     def search(table: dict[str, Any], seed: int) -> Iterator[tuple[float, float]]:
         from ray.tune.schedulers import TrialScheduler
@@ -136,6 +136,7 @@ def product(scheduler: str) -> Search:
         with tempfile.TemporaryDirectory() as folder:
             prepared = checked()
             spec = spec_of(Path(folder), "tpe", scheduler, seed)
+            spec = spec.model_copy(update={"search": spec.search.model_copy(update=changes)})
             study = Study(spec, Path(folder), prepared.cells, prepared.spaces, prepared.task.info)
             judge = scheduler_of(SweepContext(spec, folder))
             seen: set[str] = set()
@@ -171,8 +172,9 @@ class _Trial:
 
 SEARCHES: dict[str, tuple[str, Search]] = {
     "random": ("random search", at_random),
-    "tpe": ("Optuna (TPE), no early stopping", product("none")),
-    "ours": ("here: Optuna (TPE) and ASHA", product("asha")),
+    "tpe": ("here by default: Optuna (TPE), no early stopping", product("none")),
+    "late": ("here: the same and ASHA from 60 % of a budget on", product("asha", grace=0.6)),
+    "ours": ("here: the same and ASHA as it is by default (from 25 %)", product("asha")),
 }
 
 
