@@ -49,7 +49,7 @@ $(VENV)/.bench: $(VENV)/.test
 	@touch $@
 
 bench: $(VENV)/.bench
-	@echo "About 90 minutes on two quiet cores; each line can be run alone, and none needs another."
+	@echo "An hour or two on two quiet cores; each line can be run alone, and none needs another."
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.sweep_against_plain
 	$(PY) -m benchmarks.sweep_against_torchdistill
