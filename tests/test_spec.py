@@ -91,8 +91,18 @@ def fits(section: type[BaseModel], raw: dict[str, Any]) -> bool:
 def one_budget(train: dict[str, Any]) -> dict[str, Any]:
     if train.get("steps") is not None:
         train.pop("epochs", None)
-    train["batch"] = train.get("batch", 64) * train.get("workers", 1) * train.get("accumulate", 1)
+    workers = train.get("workers", 1)
+    train["batch"] = train.get("batch", 64) * workers * train.get("accumulate", 1)
+    if train.get("min_workers") is not None:
+        train["min_workers"] = min(train["min_workers"], workers) if train.get("sync_batchnorm", True) else workers
     return train
+
+
+def agreed(raw: dict[str, Any]) -> dict[str, Any]:
+    """A rule between sections: workers that stream a corpus stay as many as they are."""
+    if raw.get("corpus", {}).get("images") is not None:
+        raw.get("train", {}).pop("min_workers", None)
+    return raw
 
 
 def one_kind(task: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +173,7 @@ SPECS = section_of(
         prices=st.dictionaries(NAMES, st.floats(0, 1e3), max_size=2),
     ).filter(lambda raw: fits(Cluster, raw)),
     storage=TEXT,
-)
+).map(agreed)
 
 
 @FEW
