@@ -39,10 +39,18 @@ lint: $(VENV)/.test
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest
+	$(call both,and not slow)
 
 nightly: lint
-	$(PY) -m pytest -m "slow or not slow"
+	$(call both,)
+
+# Tests without a cluster in two processes; those that start one have the machine to themselves.
+define both
+	@failed=0; \
+	$(PY) -m pytest --numprocesses 2 --dist loadfile -m "not ray $(1)" || failed=1; \
+	$(PY) -m pytest -m "ray $(1)" || failed=1; \
+	exit $$failed
+endef
 
 $(VENV)/.bench: $(VENV)/.test
 	$(PY) -m pip install --quiet --editable '.[bench]'

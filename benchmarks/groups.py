@@ -15,8 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -26,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 import yaml
 
 from benchmarks.peers.plain_ddp import MODEL, SIZE, fit, trial
+from benchmarks.record import machine, publish, versions
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 MARK = "groups"
 LATER = 2  # jobs of a group after its first
 
@@ -162,19 +159,14 @@ def main() -> None:
         costs["swept"] = swept(folder / "jobs", options, options.trials)
     result = {
         "command": f"python -m benchmarks.groups --steps {options.steps} --rounds {options.rounds}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, 2 workers of 1 thread",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, ray {ray.__version__}",
+        "machine": machine(2),
+        "versions": versions("torch", "ray"),
         "outside_loop_s": costs,
         "images_per_s": rates,
     }
     print(table(result))
-    if options.quick:
-        return
-    target = Path(__file__).parent / "results" / f"{MARK}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    block = f"<!-- {MARK} -->\n{table(result)}\n<!-- end -->"
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(re.sub(rf"<!-- {MARK} -->.*?<!-- end -->", lambda _: block, page, flags=re.S), encoding="utf-8")
+    if not options.quick:
+        publish(MARK, result, table(result))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -514,7 +514,8 @@ def watched(job: TrainJob, log: Path) -> TrainJob:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_when_a_training_worker_is_killed_the_stream_goes_on_at_the_checkpoint(
     spec: SweepSpec, tmp_path: Path, cluster: None, rank: int
 ) -> None:

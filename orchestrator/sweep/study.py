@@ -59,19 +59,21 @@ class Study:
     ) -> None:
         self.spec, self.cells, self.spaces, self.task = spec, cells, spaces, task
         self._place = StudyPlace(spec, folder, sole)
+        self._whole: list[tuple[TrialConfig, int]] = []  # what was proposed whole, with Optuna's number of it
         self._patiently(self._open)
         self._fixed = first_trials(spec, cells, spaces)
         if spec.search.warm_start is not None:
             self._patiently(self._learn)
-        self._configs: dict[int, TrialConfig] = {}  # by Optuna's number: parsed once
 
     def _open(self) -> None:
         self._study = self._place.open()
-        self._void()
-
-    def _void(self) -> None:
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if "config" not in trial.user_attrs:
+        known = {number: config for config, number in self._whole}
+        self._whole = []
+        for trial in self._study.get_trials(deepcopy=False):
+            if "config" in trial.user_attrs:
+                config = known.get(trial.number) or TrialConfig.from_json(trial.user_attrs["config"])
+                self._whole.append((config, trial.number))
+            elif trial.state is TrialState.RUNNING:
                 self._study.tell(trial.number, state=TrialState.FAIL)
 
     def _patiently(self, work: Callable[[], Result]) -> Result:
@@ -138,16 +140,8 @@ class Study:
 
     def proposed(self) -> list[tuple[TrialConfig, bool]]:
         """Every configuration proposed so far, with whether its end was told."""
-        whole = self._patiently(self._whole)
-        return [(config, trial.state.is_finished()) for config, trial in whole]
-
-    def _whole(self) -> list[tuple[TrialConfig, FrozenTrial]]:
-        """Every proposal that was made whole, by number, with Optuna's record of it."""
-        whole = [t for t in self._study.get_trials(deepcopy=False) if "config" in t.user_attrs]
-        for trial in whole:
-            if trial.number not in self._configs:
-                self._configs[trial.number] = TrialConfig.from_json(trial.user_attrs["config"])
-        return [(self._configs[t.number], t) for t in whole]
+        trials = self._patiently(lambda: self._study.get_trials(deepcopy=False))
+        return [(config, trials[number].state.is_finished()) for config, number in self._whole]
 
     def ask(self) -> TrialConfig:
         """Proposes the next configuration.
@@ -158,11 +152,10 @@ class Study:
         Raises:
             StudyLostError: if the study's database stays away.
         """
-        number = len(self._patiently(self._whole))
+        number = len(self._whole)
 
         def propose() -> TrialConfig:
-            known = self._whole()
-            return known[number][0] if len(known) > number else self._propose(number)
+            return self._whole[number][0] if len(self._whole) > number else self._propose(number)
 
         return self._patiently(propose)
 
@@ -172,8 +165,7 @@ class Study:
             self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
         else:
             self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
-        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if number < len(self._fixed) and not waiting:
+        if number < len(self._fixed) and not self._waiting():
             self._study.enqueue_trial(self._parameters(*self._fixed[number]))
         trial = self._study.ask()
         method = trial.suggest_categorical("method", self._methods)
@@ -181,7 +173,15 @@ class Study:
         knobs = sample(self.spaces[method], method, trial)
         config = self._valid(TrialConfig(f"t{number:04d}", number, cell, knobs, self.spec.search.seed))
         trial.set_user_attr("config", config.to_json())
+        self._whole.append((config, trial.number))
         return config
+
+    def _waiting(self) -> bool:
+        return bool(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+    def _record(self, number: int) -> FrozenTrial:
+        storage = self._study._storage
+        return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number))
 
     def _parameters(self, cell: Cell, knobs: dict[str, Any]) -> dict[str, Any]:
         names = {f"{cell.method}.{knob}": value for knob, value in knobs.items()}
@@ -219,7 +219,7 @@ class Study:
         self._patiently(lambda: self._tell(number, row))
 
     def _tell(self, number: int, row: dict[str, Any]) -> None:
-        frozen = self._whole()[number][1]
+        frozen = self._record(self._whole[number][1])
         if frozen.state.is_finished():
             return
         values = [float(row.get(o.metric, float("nan"))) for o in self.spec.objectives]

@@ -198,6 +198,10 @@ class Feeder:
             views.append(chosen)
         return np.concatenate(rows)[self.rank :: self.world], np.concatenate(views)[self.rank :: self.world]
 
+    def even(self, parts: int) -> bool:
+        """Whether every rank has as many rows with a label, in each of so many parts of its batch."""
+        return all(amount % (self.world * parts) == 0 for _, amount in self.pools)
+
     def _read(self, step: int) -> Batch:
         rows, views = self.rows(step)
         outputs: dict[str, Tensor] = {}

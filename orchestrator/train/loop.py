@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from methods.contract import Batch, Learner, Recipe
-from methods.ranks import GlobalBatchNorm
+from methods.ranks import GlobalBatchNorm, even_labels
 from orchestrator.errors import WorkError
 from orchestrator.store.store import Mirror
 from orchestrator.train.feed import Feeder, StreamFeeder, TokenFeeder
@@ -294,12 +294,16 @@ def fit(
                 group["lr"] = learning_rate(recipe, step, steps) * group["scale"]
             batch = feeder(step, device)
             images = len(batch.images)
+            # Masks have as many labels as they have pixels that count.
+            masks = batch.labels is not None and batch.labels.ndim > 2
+            even = isinstance(feeder, Feeder) and not masks and feeder.even(accumulate)
             for number in range(accumulate):
                 last = number == accumulate - 1
                 # Gradients meet those of other ranks once a step.
                 alone = wrapped.no_sync() if world > 1 and not last else contextlib.nullcontext()  # type: ignore[operator]
                 with alone:
-                    with torch.autocast(device.split(":")[0], dtype=half, enabled=half is not None), norms:
+                    cast = torch.autocast(device.split(":")[0], dtype=half, enabled=half is not None)
+                    with cast, norms, even_labels(even):
                         parts = wrapped(part_of(batch, number, accumulate), step / steps)
                     scaler.scale(parts["loss"] / accumulate).backward()
                 for name, value in parts.items():
