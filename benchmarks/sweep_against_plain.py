@@ -161,6 +161,12 @@ def arguments(text: str | None, factor: int) -> argparse.ArgumentParser:
     return parser
 
 
+def command_of(name: str, setting: dict[str, Any]) -> str:
+    """What runs this comparison again."""
+    changed = [f"--{key.replace('_', '-')} {value}" for key, value in setting.items() if value != DEFAULTS[key]]
+    return " ".join([f"python -m benchmarks.{name}", *changed])
+
+
 def compared(
     module: str, setting: dict[str, Any], methods: dict[str, Any], rounds: int, label: str
 ) -> list[dict[str, Any]]:
@@ -241,7 +247,7 @@ def main() -> None:
         result["sizes"][str(trials)] = compared("plain_optuna", setting, methods, options.rounds, f"{trials} trials")
     result |= {
         "setting": about,
-        "command": "python -m benchmarks.sweep_against_plain",
+        "command": command_of("sweep_against_plain", setting),
         "machine": machine(PROCESSES),
         "versions": versions("torch", "timm", "ray", "optuna", "peft"),
         "mflop": costs,

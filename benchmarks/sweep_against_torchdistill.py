@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import machine, markdown, publish, versions
-from benchmarks.sweep_against_plain import DEFAULTS, PROCESSES, arguments, check_ratio, compared, spec_of, trials_of
+from benchmarks.sweep_against_plain import (
+    DEFAULTS,
+    PROCESSES,
+    arguments,
+    check_ratio,
+    command_of,
+    compared,
+    spec_of,
+    trials_of,
+)
 
 MARK = "sweep_against_torchdistill"
 
@@ -25,7 +34,7 @@ def main() -> None:
     methods = trials_of(8, options.factor, ("kd",))
     result: dict[str, Any] = {
         "setting": setting,
-        "command": "python -m benchmarks.sweep_against_torchdistill",
+        "command": command_of("sweep_against_torchdistill", setting),
         "machine": machine(PROCESSES),
         "versions": versions("torch", "timm", "torchdistill", "ray", "optuna"),
         "mflop": check_ratio(spec_of(setting, trials_of(2, options.factor), Path("runs")), options.factor),

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from small import small_spec
 from torch import Tensor
 
-from methods.contract import Batch, Deployed, Given, Learner, Recipe
+from methods.contract import Batch, Deployed, Feed, Given, Learner, Recipe
 from methods.finetune import FineTuneLearner
 from orchestrator.data import load_task
 from orchestrator.errors import WorkError
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store
+from orchestrator.train.feed import Feeder
 from orchestrator.train.job import TrainJob, run_job
 from orchestrator.train.loop import fit
 from orchestrator.trial.context import SweepContext
@@ -59,6 +60,32 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(colours: Path,
         found.append(weights(spec))
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
     assert any(not torch.equal(found[0][k], found[2][k]) for k in found[0])
+
+
+@pytest.mark.parametrize(
+    ("labelled", "batch", "world", "parts"),
+    [(24, 16, 2, 1), (24, 16, 2, 2), (5, 12, 2, 1), (5, 20, 4, 1), (24, 6, 3, 2)],
+)
+def test_ranks_that_are_said_to_have_as_many_labels_have(labelled: int, batch: int, world: int, parts: int) -> None:
+    def counts(rank: int) -> tuple[bool, list[list[int]]]:
+        feeder = Feeder(
+            Feed("all", labels=True, labelled_fraction=0.4),
+            40,
+            None,  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]
+            labelled=range(labelled),
+            batch=batch,
+            views=2,
+            seed=0,
+            rank=rank,
+            world=world,
+        )
+        rows = [feeder.rows(step)[0] for step in range(5)]
+        return feeder.even(parts), [[int((r[p::parts] < labelled).sum()) for p in range(parts)] for r in rows]
+
+    said, seen = zip(*(counts(rank) for rank in range(world)), strict=True)
+    alike = all(len({n for rank in seen for n in rank[step]}) == 1 for step in range(5))
+    assert set(said) == {alike}
 
 
 def test_a_killed_and_resumed_stage_ends_with_the_same_weights_bit_for_bit(colours: Path, tmp_path: Path) -> None:
