@@ -94,7 +94,7 @@ def nested(config: dict[str, Any], trials: int) -> list[float]:
     from ray import tune
 
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 0}),
+        tune.with_resources(trial, {"CPU": 0, "memory": 1}),  # it only waits
         param_space=config | {"number": tune.grid_search(list(range(trials)))},
         tune_config=tune.TuneConfig(max_concurrent_trials=1),
         run_config=tune.RunConfig(name=f"nested-{time.time_ns()}", storage_path=config["storage"], verbose=0),
@@ -158,7 +158,7 @@ def main() -> None:
         ray.shutdown()
         costs["swept"] = swept(folder / "jobs", options, options.trials)
     result = {
-        "command": f"python -m benchmarks.groups --steps {options.steps} --rounds {options.rounds}",
+        "command": f"python -m benchmarks.groups --rounds {options.rounds} --trials {options.trials}",
         "machine": machine(2),
         "versions": versions("torch", "ray"),
         "outside_loop_s": costs,
