@@ -28,10 +28,11 @@ from orchestrator.models.load import Preprocessing, load_student
 from orchestrator.select.export import FORMATS, Evidence
 from orchestrator.select.export.config import STRUCTURE_FILE
 from orchestrator.select.export.folder import TOLERANCE
+from orchestrator.select.results import read_trials
 from orchestrator.spec import Model, Task
 from orchestrator.store import store_at
 from orchestrator.sweep.board import export_trial
-from orchestrator.sweep.ledger import open_sweep, read_trials
+from orchestrator.sweep.ledger import open_sweep
 
 IMAGES = 8
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "safetensors", "onnxruntime", "numpy", "pillow")
