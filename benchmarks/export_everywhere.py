@@ -52,6 +52,7 @@ def environment(folder: Path) -> Path:
 def exported(sweep: Path, under: Path) -> list[dict[str, Any]]:
     """Exports the best trial of each method in every format, with the student's own logits beside them."""
     spec, frame = open_sweep(sweep), read_trials(sweep)
+    store = store_at(spec.store_address)
     objective = spec.objectives[0]
     frame = frame[frame["student_path"].astype(bool)]
     frame = frame.sort_values(objective.metric, ascending=objective.direction == "minimize").drop_duplicates("method")
@@ -60,7 +61,6 @@ def exported(sweep: Path, under: Path) -> list[dict[str, Any]]:
         case = under / f"{sweep.name}-{row['method']}"
         case.mkdir()
         network, meta = load_student(sweep / row["student_path"])
-        store = store_at(spec.store_address)
         task = load_task(Task.model_validate(meta["task"]), store)
         images = Evidence(task, store, Preprocessing.from_json(meta["preprocessing"])).val(IMAGES)
         with torch.inference_mode():

@@ -27,7 +27,7 @@ import ray
 import yaml
 
 from benchmarks.peers.plain_ddp import MODEL, SIZE, fit, trial
-from benchmarks.record import machine, publish, versions
+from benchmarks.record import command_of, machine, publish, versions
 
 MARK = "groups"
 LATER = 2  # jobs of a group after its first
@@ -158,7 +158,7 @@ def main() -> None:
         ray.shutdown()
         costs["swept"] = swept(folder / "jobs", options, options.trials)
     result = {
-        "command": f"python -m benchmarks.groups --rounds {options.rounds} --trials {options.trials}",
+        "command": command_of(MARK, parser, options),
         "machine": machine(2),
         "versions": versions("torch", "ray"),
         "outside_loop_s": costs,

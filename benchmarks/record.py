@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -31,6 +32,13 @@ def machine(processes: int, threads: int = 1) -> str:
 def versions(*packages: str) -> str:
     """Of Python and of the packages that a figure depends on."""
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+
+
+def command_of(name: str, parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """What runs `python -m benchmarks.NAME` again: every option with a value that is not its default."""
+    changed = [(key, value) for key, value in vars(options).items() if value != parser.get_default(key)]
+    words = [f"--{key.replace('_', '-')} {' '.join(map(str, v if isinstance(v, list) else [v]))}" for key, v in changed]
+    return " ".join([f"python -m benchmarks.{name}", *words])
 
 
 def quiet_environment() -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.record import RESULTS, machine, markdown, publish, versions, watched
+from benchmarks.record import RESULTS, command_of, machine, markdown, publish, versions, watched
 
 MARK = "sweep_against_plain"
 PROCESSES = 2
@@ -161,12 +161,6 @@ def arguments(text: str | None, factor: int) -> argparse.ArgumentParser:
     return parser
 
 
-def command_of(name: str, setting: dict[str, Any]) -> str:
-    """What runs this comparison again."""
-    changed = [f"--{key.replace('_', '-')} {value}" for key, value in setting.items() if value != DEFAULTS[key]]
-    return " ".join([f"python -m benchmarks.{name}", *changed])
-
-
 def compared(
     module: str, setting: dict[str, Any], methods: dict[str, Any], rounds: int, label: str
 ) -> list[dict[str, Any]]:
@@ -247,7 +241,7 @@ def main() -> None:
         result["sizes"][str(trials)] = compared("plain_optuna", setting, methods, options.rounds, f"{trials} trials")
     result |= {
         "setting": about,
-        "command": command_of("sweep_against_plain", setting),
+        "command": command_of(MARK, parser, options),
         "machine": machine(PROCESSES),
         "versions": versions("torch", "timm", "ray", "optuna", "peft"),
         "mflop": costs,

@@ -12,29 +12,21 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import machine, markdown, publish, versions
-from benchmarks.sweep_against_plain import (
-    DEFAULTS,
-    PROCESSES,
-    arguments,
-    check_ratio,
-    command_of,
-    compared,
-    spec_of,
-    trials_of,
-)
+from benchmarks.record import command_of, machine, markdown, publish, versions
+from benchmarks.sweep_against_plain import DEFAULTS, PROCESSES, arguments, check_ratio, compared, spec_of, trials_of
 
 MARK = "sweep_against_torchdistill"
 
 
 def main() -> None:
     """Runs the rounds, prints the table, writes it."""
-    options = arguments(__doc__, 12).parse_args()
+    parser = arguments(__doc__, 12)
+    options = parser.parse_args()
     setting = {name: getattr(options, name) for name in DEFAULTS}
     methods = trials_of(8, options.factor, ("kd",))
     result: dict[str, Any] = {
         "setting": setting,
-        "command": command_of("sweep_against_torchdistill", setting),
+        "command": command_of(MARK, parser, options),
         "machine": machine(PROCESSES),
         "versions": versions("torch", "timm", "torchdistill", "ray", "optuna"),
         "mflop": check_ratio(spec_of(setting, trials_of(2, options.factor), Path("runs")), options.factor),

@@ -67,13 +67,11 @@ class Study:
 
     def _open(self) -> None:
         self._study = self._place.open()
-        known = {number: config for config, number in self._whole}
-        self._whole = []
-        for trial in self._study.get_trials(deepcopy=False):
-            if "config" in trial.user_attrs:
-                config = known.get(trial.number) or TrialConfig.from_json(trial.user_attrs["config"])
-                self._whole.append((config, trial.number))
-            elif trial.state is TrialState.RUNNING:
+        trials = self._study.get_trials(deepcopy=False)
+        whole = [trial for trial in trials if "config" in trial.user_attrs]
+        self._whole = [(TrialConfig.from_json(trial.user_attrs["config"]), trial.number) for trial in whole]
+        for trial in trials:
+            if trial.state is TrialState.RUNNING and "config" not in trial.user_attrs:
                 self._study.tell(trial.number, state=TrialState.FAIL)
 
     def _patiently(self, work: Callable[[], Result]) -> Result:
@@ -165,7 +163,7 @@ class Study:
             self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
         else:
             self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
-        if number < len(self._fixed) and not self._waiting():
+        if number < len(self._fixed) and not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             self._study.enqueue_trial(self._parameters(*self._fixed[number]))
         trial = self._study.ask()
         method = trial.suggest_categorical("method", self._methods)
@@ -175,9 +173,6 @@ class Study:
         trial.set_user_attr("config", config.to_json())
         self._whole.append((config, trial.number))
         return config
-
-    def _waiting(self) -> bool:
-        return bool(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     def _record(self, number: int) -> FrozenTrial:
         storage = self._study._storage
