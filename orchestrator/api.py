@@ -216,11 +216,15 @@ class Sweep:
         return write_report(self._folder, Path(out) if out is not None else None, None, images)
 
 
-def compare(sweeps: Sequence[Sweep | str | os.PathLike[str]]) -> pd.DataFrame:
+def compare(
+    sweeps: Sequence[Sweep | str | os.PathLike[str]], limits: Mapping[str, float] | None = None
+) -> pd.DataFrame:
     """Sweeps side by side, from what is recorded, as `orchestrator compare` has them.
 
     Args:
         sweeps: two or more, or their folders.
+        limits: only trials that keep them are looked at, as in `{"latency_ms": 5.0}`: the most of each metric, or of
+            one that is better when larger the least; in place of the sweeps' own.
 
     Returns:
         A row for each method (and `all methods`, see `among`) in each sweep: its best trial by the val metric, trials,
@@ -229,11 +233,11 @@ def compare(sweeps: Sequence[Sweep | str | os.PathLike[str]]) -> pd.DataFrame:
         (`certain`). `attrs` has `keys` (what differs in the files), `groups` and `sentences`.
 
     Raises:
-        UserError: if they do not compare, naming the key that differs.
+        UserError: if they do not compare, naming the key that differs, or no trial keeps the limits.
     """
     from orchestrator.sweep.compare import compare_sweeps
 
-    found = compare_sweeps([s.folder if isinstance(s, Sweep) else Path(s) for s in sweeps])
+    found = compare_sweeps([s.folder if isinstance(s, Sweep) else Path(s) for s in sweeps], limits)
     of_groups = ["mean", "sd", "difference", "low", "high", "certain"]
     joined = found.sweeps.merge(found.table[["among", "group", *of_groups]], on=["among", "group"], how="left")
     joined.attrs = {"keys": found.keys, "groups": found.groups, "sentences": found.sentences}

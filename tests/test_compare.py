@@ -139,6 +139,24 @@ def test_the_command_prints_writes_and_refuses(colours: Path, tmp_path: Path) ->
             run(app, ["compare", *given], catch_exceptions=False)
 
 
+def test_under_a_limit_the_best_is_one_that_keeps_it(colours: Path, tmp_path: Path) -> None:
+    """The third trial of `b`, the largest network, is its best; 1,001 parameters leave it and its kd aside."""
+    trials = [("finetune", outcomes(0.5)), ("kd", outcomes(0.6)), ("kd", outcomes(0.8))]
+    a = hand_made(colours, tmp_path, "a", trials[:2])
+    b = hand_made(colours, tmp_path, "b", trials, train=STEPS)
+    free = compare([a, b]).set_index(["among", "sweep"])
+    kept = compare([a, b], {"params_total": 1001}).set_index(["among", "sweep"])
+    assert (free.loc["all methods", "b"]["val_metric"], kept.loc["all methods", "b"]["val_metric"]) == (0.8, 0.6)
+    assert kept.loc["kd", "b"]["difference"] == pytest.approx(0.0)
+    assert kept.loc["all methods", "b"]["complete"] == 2
+    done = CliRunner().invoke(app, ["compare", str(a), str(b), "--max-params", "1000"])
+    assert "Only trials with at most 1,000 parameters are looked at." in done.stdout
+    with pytest.raises(UserError, match=r"at most 900 parameters; the smallest has 1,000 \(a:t0000\)"):
+        compare([a, b], {"params_total": 900})
+    with pytest.raises(UserError, match="Unknown metric 'latency'"):
+        compare([a, b], {"latency": 900})
+
+
 def test_a_sweep_without_a_complete_trial_stands_beside_the_others(colours: Path, tmp_path: Path) -> None:
     a = hand_made(colours, tmp_path, "a", [])
     with pytest.raises(UserError, match="None of the sweeps a and b has a complete trial"):

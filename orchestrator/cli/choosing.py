@@ -11,8 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.face import JsonFlag, SweepDir, app, err, out, print_table
-from orchestrator.errors import UserError, listed, nearest
+from orchestrator.cli.face import (
+    JsonFlag,
+    Limits,
+    MaxLatency,
+    MaxParams,
+    SweepDir,
+    app,
+    err,
+    out,
+    print_table,
+    read_limits,
+)
 
 
 class Format(str, Enum):
@@ -29,12 +39,9 @@ def best(
     metric: Annotated[
         str | None, typer.Option(help="What to choose by; the sweep's first objective if not given.")
     ] = None,
-    max_params: Annotated[int | None, typer.Option(help="At most this many parameters.")] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(help="At most this median latency.")] = None,
-    limit: Annotated[
-        list[str] | None,
-        typer.Option(metavar="METRIC=VALUE", help="At most (val_metric: at least) that; in place of the sweep's own."),
-    ] = None,
+    max_params: MaxParams = None,
+    max_latency_ms: MaxLatency = None,
+    limit: Limits = None,
     promote: Annotated[
         int | None, typer.Option(min=1, max=100, help="Run this many of the best once more, in a sweep of their own.")
     ] = None,
@@ -80,24 +87,6 @@ def _promote(folder: Path, count: int, seeds: int, metric: str | None, limits: d
 
 def _mean(fact: dict[str, Any]) -> str:
     return f"{fact['val_metric']:.4f} ± {fact['val_sd']:.4f}" if fact["rank"] is not None else ""
-
-
-def read_limits(given: list[str] | None, **named: float | None) -> dict[str, float]:
-    """Limits by metric, from `METRIC=VALUE` and from options of their own."""
-    from orchestrator.spec import METRICS, is_metric
-
-    limits = {metric: float(value) for metric, value in named.items() if value is not None}
-    for text in given or []:
-        metric, _, value = text.partition("=")
-        if not is_metric(metric):
-            raise UserError(
-                f"--limit: unknown metric {metric!r}; allowed: {listed(METRICS)}.{nearest(metric, METRICS)}"
-            )
-        try:
-            limits[metric] = float(value)
-        except ValueError:
-            raise UserError(f"--limit {text!r} is not of the form METRIC=NUMBER, as in {metric}=5.") from None
-    return limits
 
 
 @app.command()

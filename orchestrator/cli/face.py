@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.errors import UserError, listed, nearest
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -19,6 +21,12 @@ app = typer.Typer(
 out = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+MaxParams = Annotated[int | None, typer.Option(help="At most this many parameters.")]
+MaxLatency = Annotated[float | None, typer.Option(help="At most this median latency.")]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option(metavar="METRIC=VALUE", help="At most (val_metric: at least) that; in place of the sweep's own."),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 SetFlag = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the file.")
@@ -38,3 +46,21 @@ def print_table(columns: list[str], rows: list[list[Any]]) -> None:
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     out.print(table, markup=False)
+
+
+def read_limits(given: list[str] | None, **named: float | None) -> dict[str, float]:
+    """Limits by metric, from `METRIC=VALUE` and from options of their own."""
+    from orchestrator.spec import METRICS, is_metric
+
+    limits = {metric: float(value) for metric, value in named.items() if value is not None}
+    for text in given or []:
+        metric, _, value = text.partition("=")
+        if not is_metric(metric):
+            raise UserError(
+                f"--limit: unknown metric {metric!r}; allowed: {listed(METRICS)}.{nearest(metric, METRICS)}"
+            )
+        try:
+            limits[metric] = float(value)
+        except ValueError:
+            raise UserError(f"--limit {text!r} is not of the form METRIC=NUMBER, as in {metric}=5.") from None
+    return limits

@@ -15,7 +15,7 @@ import pandas as pd
 from orchestrator.errors import UserError, listed
 from orchestrator.evaluate.details import FILE
 from orchestrator.evaluate.outcomes import compare_groups
-from orchestrator.select.results import numbers, ranked, read_trials
+from orchestrator.select.results import clause_of, known_metric, nearest_miss, numbers, ranked, read_trials, within
 from orchestrator.select.uncertainty import Lead, T, paired_gains
 from orchestrator.spec import METRIC_NAMES, SweepSpec, read_spec
 
@@ -65,6 +65,7 @@ class Comparison:
         keys: keys of the sweep files that differ, each with its value in every sweep.
         sweeps: a row for each method (and `all methods`) in each sweep.
         table: a row for each method in each group: mean and sd of the sweeps' bests, and the difference.
+        limits: that each best one keeps: the most of each metric, or the least of one that is better when larger.
         sentences: what a person should read.
     """
 
@@ -73,6 +74,7 @@ class Comparison:
     keys: dict[str, list[Any]]
     sweeps: pd.DataFrame
     table: pd.DataFrame
+    limits: dict[str, float]
     sentences: list[str]
 
     @property
@@ -190,13 +192,20 @@ def _letter(at: int) -> str:
     return ("" if at < 26 else _letter(at // 26 - 1)) + chr(ord("A") + at % 26)
 
 
-def compare(members: Sequence[Member]) -> Comparison:
+def compare(members: Sequence[Member], limits: Mapping[str, float] | None = None) -> Comparison:
     """The sweeps side by side. The best trial of a sweep, or of a method in it, is its complete one with the best val
     metric.
 
+    Args:
+        members: the sweeps.
+        limits: only trials that keep them are looked at, in place of the sweeps' own: those that were infeasible under
+            these may be a sweep's best.
+
     Raises:
-        UserError: if they do not compare, or none has a complete trial.
+        UserError: if they do not compare, none has a complete trial that keeps the limits, or a limit is of a metric
+            that a sweep does not have.
     """
+    limits = {known_metric(name, m.frame): value for m in members for name, value in (limits or {}).items()}
     same = check_comparable(members)
     groups = seeds_of_one(members)
     letters = {m.name: letter for letter, group in groups.items() for m in group}
@@ -204,12 +213,12 @@ def compare(members: Sequence[Member]) -> Comparison:
     rows, bests = [], {}
     for among in (ALL, *methods):
         for member in members:
-            row, best = _row(member, among)
+            row, best = _row(member, among, limits)
             rows.append({"among": among, "group": letters[member.name], "sweep": member.name, **row})
             bests[among, member.name] = best
     sweeps = pd.DataFrame(rows)
     if sweeps["val_metric"].isna().all():
-        raise UserError(f"None of the sweeps {listed(m.name for m in members)} has a complete trial.")
+        raise UserError(_why_none(members, limits))
     for column in ("repeats", "params_total", "flops"):
         sweeps[column] = sweeps[column].astype("Int64")
     table = []
@@ -225,19 +234,33 @@ def compare(members: Sequence[Member]) -> Comparison:
             lead = None if mine is reference else difference(mine, reference, same)
             table.append({"among": among, "group": letter, **_summary(mine, lead, sweeps, among, letter)})
     names = {letter: [m.name for m in group] for letter, group in groups.items()}
-    result = Comparison(list(members), names, differing(members), sweeps, pd.DataFrame(table), [])
+    result = Comparison(list(members), names, differing(members), sweeps, pd.DataFrame(table), limits, [])
     return Comparison(**{**vars(result), "sentences": _sentences(result, same)})
 
 
-def _row(member: Member, among: str) -> tuple[dict[str, Any], pd.Series | None]:
+def _row(member: Member, among: str, limits: Mapping[str, float]) -> tuple[dict[str, Any], pd.Series | None]:
     mine = member.frame if among == ALL else member.frame[member.frame["method"] == among]
-    complete = mine[(mine["status"] == "complete").to_numpy() & ~pd.isna(numbers(mine, "val_metric"))]
+    complete = within(_scored(mine, limits), limits)
     best = ranked(complete, "val_metric", "max").iloc[0] if len(complete) else None
     facts: dict[str, Any] = {"trials": len(mine), "complete": len(complete)}
     for name in FACTS:
         value = None if best is None or pd.isna(best[name]) else best[name]
         facts[name] = math.nan if value is None and name in ("val_metric", "val_sd", "latency_ms") else value
     return facts | {name: float(numbers(mine, name)[~pd.isna(numbers(mine, name))].sum()) for name in COSTS}, best
+
+
+def _scored(frame: pd.DataFrame, limits: Mapping[str, float]) -> pd.DataFrame:
+    """Rows with a student and a val metric; those beyond a sweep's own limits too where others are given."""
+    statuses = ["complete", "infeasible"] if limits else ["complete"]
+    return frame[frame["status"].isin(statuses).to_numpy() & ~pd.isna(numbers(frame, "val_metric"))]
+
+
+def _why_none(members: Sequence[Member], limits: Mapping[str, float]) -> str:
+    rows = [_scored(m.frame, limits).assign(sweep=m.name) for m in members]
+    scored = pd.concat([r.assign(trial_id=r["sweep"] + ":" + r["trial_id"]) for r in rows])
+    if scored.empty:
+        return f"None of the sweeps {listed(m.name for m in members)} has a complete trial."
+    return nearest_miss(scored, limits)
 
 
 Run = tuple[Member, pd.Series]
@@ -354,6 +377,9 @@ def _plain(value: Any) -> str:
 
 def _sentences(found: Comparison, same: bool) -> list[str]:
     said = []
+    if found.limits:
+        clauses = listed(clause_of(metric, value) for metric, value in found.limits.items())
+        said.append(f"Only trials with {clauses} are looked at.")
     whole = found.table[found.table["among"] == ALL]
     best = whole.loc[whole["best"].idxmax()]
     said.append(
@@ -373,9 +399,10 @@ def _sentences(found: Comparison, same: bool) -> list[str]:
         said.append("Each sweep is one seed: how much another seed would change is not in the intervals.")
     counts = found.sweeps.loc[found.sweeps["among"] == ALL, "complete"]
     if counts.max() > counts.min():
+        kept = " within the limits" if found.limits else ""
         said.append(
-            f"They have {listed(counts)} complete trials: the best of more is better by luck alone, which no interval "
-            "here takes off."
+            f"They have {listed(counts)} complete trials{kept}: the best of more is better by luck alone, which no "
+            "interval here takes off."
         )
     return said
 

@@ -105,7 +105,12 @@ def latencies(frame: pd.DataFrame) -> list[str]:
     return [LATENCY, *(c for c in frame.columns if str(c).startswith(f"{LATENCY}_"))]
 
 
-def _known(metric: str, frame: pd.DataFrame) -> str:
+def known_metric(metric: str, frame: pd.DataFrame) -> str:
+    """The metric, if trials of the frame can have it.
+
+    Raises:
+        UserError: for one that is unknown.
+    """
     if metric not in METRICS and metric not in latencies(frame):
         known = list(dict.fromkeys([*METRICS, *latencies(frame)]))
         raise UserError(f"Unknown metric {metric!r}; allowed: {listed(known)}.{nearest(metric, known)}")
@@ -117,7 +122,7 @@ def ranked(frame: pd.DataFrame, metric: str, direction: Direction) -> pd.DataFra
     sign = -1.0 if direction == "max" else 1.0
     keys = pd.DataFrame(
         {
-            "value": sign * numbers(frame, _known(metric, frame)),
+            "value": sign * numbers(frame, known_metric(metric, frame)),
             "params": numbers(frame, "params_total"),
             "latency": numbers(frame, "latency_ms"),
             "id": frame["trial_id"].to_numpy(),
@@ -155,7 +160,7 @@ def pareto(frame: pd.DataFrame, objectives: Sequence[Objective]) -> list[str]:
     complete = ranked(frame[frame["status"] == "complete"], objectives[0].metric, objectives[0].direction)
     signs = [1.0 if o.direction == "min" else -1.0 for o in objectives]
     points = np.stack(
-        [s * numbers(complete, _known(o.metric, frame)) for s, o in zip(signs, objectives, strict=True)], axis=1
+        [s * numbers(complete, known_metric(o.metric, frame)) for s, o in zip(signs, objectives, strict=True)], axis=1
     )
     keep = []
     for trial, point in zip(complete["trial_id"], points, strict=True):
@@ -193,12 +198,12 @@ def top(
     Raises:
         UserError: as `choose`.
     """
-    _known(metric, frame)
-    limits = {_known(name, frame): value for name, value in (limits or {}).items()}
+    known_metric(metric, frame)
+    limits = {known_metric(name, frame): value for name, value in (limits or {}).items()}
     candidates = candidates_of(frame, bool(limits))
     fits = within(candidates, limits)
     if fits.empty:
-        raise UserError(_nearest_miss(candidates, limits))
+        raise UserError(nearest_miss(candidates, limits))
     fits = fits[~np.isnan(numbers(fits, metric))]
     if fits.empty:
         raise UserError(f"No complete trial that fits has a value of {metric}.")
@@ -243,21 +248,23 @@ def within(frame: pd.DataFrame, limits: Mapping[str, float]) -> pd.DataFrame:
     return frame[ok]
 
 
-def _nearest_miss(frame: pd.DataFrame, limits: Mapping[str, float]) -> str:
+def nearest_miss(frame: pd.DataFrame, limits: Mapping[str, float]) -> str:
+    """Why no row keeps the limits, with what comes nearest."""
     for metric, limit in limits.items():
         if within(frame, {metric: limit}).empty:
-            return f"No complete trial has {_clause(metric, limit)}; {_extreme(frame, metric)}."
+            return f"No complete trial has {clause_of(metric, limit)}; {_extreme(frame, metric)}."
     ends = [
         f"of those that keep the others, {_extreme(others, metric)}"
         for metric in limits
         if not (others := within(frame, {m: v for m, v in limits.items() if m != metric})).empty
     ]
-    clauses = listed(_clause(m, v) for m, v in limits.items())
+    clauses = listed(clause_of(m, v) for m, v in limits.items())
     both = "both " if len(limits) == 2 else ""
     return f"No complete trial has {both}{clauses}{': ' if ends else ''}{'; '.join(ends)}."
 
 
-def _clause(metric: str, limit: float) -> str:
+def clause_of(metric: str, limit: float) -> str:
+    """`a latency of at most 5 ms`."""
     most = "at least" if better(metric) == "max" else "at most"
     if metric == "params_total":
         return f"{most} {limit:,.0f} parameters"
@@ -297,7 +304,7 @@ def margin_note(
         limits: that the other trial must keep too.
         kind: of the task; the metric of another kind has no such simple error, and is treated as an accuracy.
     """
-    if _known(metric, frame) != "val_metric" or images < 1:
+    if known_metric(metric, frame) != "val_metric" or images < 1:
         return None
     others = within(candidates_of(frame, bool(limits)), limits or {})
     others = others[(others["method"] != row["method"]).to_numpy() & ~np.isnan(numbers(others, metric))]

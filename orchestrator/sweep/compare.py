@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,19 @@ WRITERS: dict[str, Callable[[Comparison, Path], Any]] = {
 }
 
 
-def compare_sweeps(folders: Sequence[Path]) -> Comparison:
+def compare_sweeps(folders: Sequence[Path], limits: Mapping[str, float] | None = None) -> Comparison:
     """Sweeps side by side, from their recorded results alone, at any time.
 
+    Args:
+        folders: the sweeps'.
+        limits: as `compare` takes them.
+
     Raises:
-        UserError: if a folder is no sweep, or they do not compare.
+        UserError: if a folder is no sweep, they do not compare, or no trial keeps the limits.
     """
     for folder in folders:
         up_to_date(folder)
-    return compare(read_members(folders))
+    return compare(read_members(folders), limits)
 
 
 def write_comparison(found: Comparison, out: Path, fmt: str | None) -> str:
@@ -94,6 +98,7 @@ def facts(found: Comparison) -> dict[str, Any]:
         "sweeps": {m.name: str(m.folder) for m in found.members},
         "groups": found.groups,
         "keys": keys,
+        "limits": found.limits,
         "rows": plain(found.sweeps),
         "table": plain(found.table),
         "sentences": found.sentences,
