@@ -46,7 +46,11 @@ def hand_made(
         student = folder / "students" / f"t{number:04d}"
         student.mkdir(parents=True)
         (student / "student.json").write_text(json.dumps({"val": val}))
-        details = {"images": IMAGES, "classes": [], "confusion": [], "worst": []}
+        halves = {"even": np.asarray(right)[::2], "odd": np.asarray(right)[1::2]}
+        classes = [
+            {"name": k, "images": len(v), "value": float(v.mean()), "precision": None} for k, v in halves.items()
+        ]
+        details = {"images": IMAGES, "classes": classes, "confusion": [], "worst": []}
         (student / "details.json").write_text(json.dumps(details))
         if kept:
             logits = torch.tensor(np.stack([~np.asarray(right), right], 1), dtype=torch.float32)

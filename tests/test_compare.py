@@ -212,6 +212,17 @@ def test_every_number_of_a_report_of_several_is_the_recorded_one(colours: Path, 
                 if not any((a >= v and b <= c) and (a > v or b < c) for a, b in points)
             }
             assert set(front) == want
+    for name, points in page.data["progress"].items():  # numbers are the order here: none has the time of its end
+        table = tables[name].sort_values("number")
+        spent, best = table["device_seconds"].cumsum(), table["val_metric"].cummax()
+        at = [i for i in range(len(table)) if table["val_metric"].iloc[i] > best.shift(fill_value=-1.0).iloc[i]]
+        want = [(spent.iloc[i], best.iloc[i]) for i in at] + [(spent.iloc[-1], best.max())]
+        assert [x for point in points for x in point] == pytest.approx([x for point in want for x in point])
+    for attributes, cells in page.tables["by-class"][1:]:
+        for folder, (shown, _) in zip(folders, cells[1:], strict=True):
+            details = json.loads((folder / "students" / "t0001" / "details.json").read_text())
+            (held,) = [c["value"] for c in details["classes"] if c["name"] == attributes["data-name"]]
+            assert float(shown["data-v"]) == held
     write_several(folders, tmp_path / "all.csv", None)
     joint = pd.read_csv(tmp_path / "all.csv")
     assert joint.groupby("sweep")["device_seconds"].sum().to_dict() == pytest.approx(

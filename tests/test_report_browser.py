@@ -245,6 +245,9 @@ def test_a_report_of_several_tells_sweeps_apart_filters_them_and_loads_nothing(
     assert marks["first"] != marks["longer"]  # shapes, so that greyscale tells them apart
     dashes = page.eval_on_selector_all("#front-chart path.own", "p => p.map(e => e.getAttribute('stroke-dasharray'))")
     assert len(set(dashes)) == 2
+    spent = page.eval_on_selector_all("#progress-chart path.own", "p => p.map(e => e.dataset.kind)")
+    assert spent == ["first", "longer"]
+    assert page.locator("#by-class tbody tr").count() == 2
     page.select_option("#of-sweep", "longer")
     assert {trial.split("/")[0] for trial in visible_trials(page)} == {"longer"}
     assert page.locator("#front-chart g.point").count() == 2

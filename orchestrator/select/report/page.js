@@ -201,6 +201,8 @@ const legend = (holder, names) => holder.replaceChildren(...names.map((name) => 
   return node("span", {}, shape, sample, name);
 }));
 
+const isBest = (row) => row.id === data.recommended || (data.bests || []).includes(row.id);
+
 /* The Pareto front */
 function drawFront() {
   const holder = $("#front-chart");
@@ -237,7 +239,7 @@ function drawFront() {
     if (front.has(r.id)) lines.push("on the front");
     const g = point(chart, r, x, y, lines, front.has(r.id));
     g.classList.toggle("dim", !front.has(r.id));
-    const ringed = r.id === data.recommended || (data.bests || []).includes(r.id);
+    const ringed = isBest(r);
     if (ringed) g.append(node("svg:circle", { r: 10, class: "ring" }));
     if (data.own ? ringed : front.has(r.id)) tags.push({ g, x, y, text: r.id, ringed });
   }
@@ -256,6 +258,26 @@ function drawFront() {
   legend($("#front-legend"), kinds.filter((kind) => shown.some((r) => r[by] === kind)));
 }
 
+/* Several sweeps: the best so far over what was spent */
+function drawProgress() {
+  const holder = $("#progress-chart");
+  if (!holder) return;
+  const lines = Object.entries(data.progress).filter(([, points]) => points.length);
+  const points = lines.flatMap(([, line]) => line), spent = points.map((p) => p[0]);
+  const log = wide(spent);
+  const x = { label: `device-seconds${log ? " (log scale)" : ""}`, values: spent, log };
+  const chart = axes(holder, x, { label: `${data.metric} on val`, values: points.map((p) => p[1]) }, 260);
+  for (const [kind, line] of lines) {
+    const d = line.map(([s, v], i) => (i ? `H${chart.x(s)}V${chart.y(v)}` : `M${chart.x(s)},${chart.y(v)}`)).join("");
+    chart.svg.append(node("svg:path", { d, class: "own", "data-kind": kind, stroke: colourOf(kind), "stroke-dasharray": dashesOf(kind) }));
+    const [s, v] = line[line.length - 1];
+    const end = node("svg:g", { transform: `translate(${chart.x(s)} ${chart.y(v)})` }, mark(kind));
+    end.append(node("svg:title", {}, `${kind}: ${short(v, 4)} after ${short(s)} device-seconds`));
+    chart.svg.append(end);
+  }
+  legend($("#progress-legend"), lines.map(([kind]) => kind));
+}
+
 /* Learning curves */
 function drawLines(holder, lines, xLabel, yLabel, height = 260) {
   if (!lines.length) {
@@ -269,6 +291,7 @@ function drawLines(holder, lines, xLabel, yLabel, height = 260) {
     const d = l.points.map((p, i) => `${i ? "L" : "M"}${chart.x(p[0])},${chart.y(p[1])}`).join("");
     const path = node("svg:path", { d, class: l.best ? "line best" : "line" });
     if (["pruned", "failed"].includes(l.row.status)) path.classList.add("stopped");
+    if (data.own) path.style.stroke = colourOf(l.row[by]);
     const wide = node("svg:path", { d, class: "catch" });
     const end = l.points[l.points.length - 1];
     const words = [`${l.row.id}: ${l.row.method}`, `${yLabel} ${short(end[1])} at the end`, `val ${say(l.row, "val_metric")}`];
@@ -278,8 +301,7 @@ function drawLines(holder, lines, xLabel, yLabel, height = 260) {
     chart.svg.append(path, wide);
     if (l.points.length === 1) chart.svg.append(node("svg:circle", { cx: chart.x(end[0]), cy: chart.y(end[1]), r: l.best ? 4 : 2.5, class: "dot" }));
   }
-  const best = lines.find((l) => l.best);
-  if (best) {
+  for (const best of lines.filter((l) => l.best)) {
     const end = best.points[best.points.length - 1];
     chart.svg.append(node("svg:text", { x: chart.x(end[0]), y: chart.y(end[1]) - 7, "text-anchor": "end", class: "tag" }, best.row.id));
   }
@@ -304,7 +326,7 @@ function drawVal() {
   const holder = $("#val-chart");
   if (!holder) return;
   const lines = rows.filter((r) => data.curves[r.id] && data.curves[r.id].val.length)
-    .map((row) => ({ row, best: row.id === data.recommended, points: data.curves[row.id].val.map((p) => [p[0] * 100, p[1]]) }));
+    .map((row) => ({ row, best: isBest(row), points: data.curves[row.id].val.map((p) => [p[0] * 100, p[1]]) }));
   drawLines(holder, lines.sort((a, b) => a.best - b.best), "% of the trial's budget", data.metric);
 }
 
@@ -377,7 +399,7 @@ let folded = [];
 addEventListener("beforeprint", () => { folded = $$("details:not([open])"); folded.forEach((d) => { d.open = true; }); });
 addEventListener("afterprint", () => { folded.forEach((d) => { d.open = false; }); });
 
-function drawAll() { drawFront(); drawVal(); drawCurves(); drawSlices(); }
+function drawAll() { drawFront(); drawProgress(); drawVal(); drawCurves(); drawSlices(); }
 const on = (id, what) => { const found = $(id); if (found) found.addEventListener("input", what); };
 on("#front-axis", drawFront);
 on("#curve-method", drawCurves);

@@ -69,7 +69,7 @@ def html(found: Gathered) -> str:
         statuses=list(dict.fromkeys(board["status"])),
         front_rows=_front_rows(found),
         best_rows=[_best(found, row) for row in found.best.to_dict("records")],
-        curve_methods=list(dict.fromkeys(board.loc[board["trial_id"].isin(_with_losses(found)), "method"])),
+        curve_methods=methods_with_losses(board, found.curves),
         has_val=any(c["val"] for c in found.curves.values()),
         slice_methods=list(dict.fromkeys(board["method"])),
         unreckoned=_unreckoned(found),
@@ -98,8 +98,10 @@ def rendered(template: str, data: Mapping[str, Any], **values: Any) -> str:
     )
 
 
-def _with_losses(found: Gathered) -> list[str]:
-    return [trial for trial, curve in found.curves.items() if curve["losses"]]
+def methods_with_losses(board: pd.DataFrame, curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Methods of which a trial's loss is known, in the board's order."""
+    known = [trial for trial, curve in curves.items() if curve["losses"]]
+    return list(dict.fromkeys(board.loc[board["trial_id"].isin(known), "method"]))
 
 
 def _json_in_html(value: Any) -> str:
@@ -257,7 +259,7 @@ def _cost_rows(found: Gathered) -> dict[str, list[dict[str, Any]]]:
                 "cells": [
                     cell(row["trials"], "trials"),
                     cell(row["device_seconds"], "device_seconds"),
-                    _percent(row["device_seconds"] / total if total else math.nan),
+                    percent(row["device_seconds"] / total if total else math.nan),
                     *(cell(row[name], name) for name in SUMS[1:]),
                 ],
             }
@@ -266,7 +268,8 @@ def _cost_rows(found: Gathered) -> dict[str, list[dict[str, Any]]]:
     return result
 
 
-def _percent(value: float) -> dict[str, Any]:
+def percent(value: float) -> dict[str, Any]:
+    """A share as a cell."""
     return cell(value, "share") | ({"text": f"{value:.0%}"} if math.isfinite(value) else {})
 
 

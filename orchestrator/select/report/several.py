@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from orchestrator.errors import listed
@@ -13,10 +14,19 @@ from orchestrator.select.comparison import ALL, Comparison
 from orchestrator.select.comparison_text import difference_cells, footnotes, key_rows
 from orchestrator.select.leaderboard import count
 from orchestrator.select.leaderboard import footnotes as board_notes
-from orchestrator.select.report.gather import Gathered, axis_title
-from orchestrator.select.report.page import TEXTS, cell, columns_of, rendered, table_row
+from orchestrator.select.report.gather import CLASSES, Gathered, axis_title
+from orchestrator.select.report.page import (
+    CLASS_TITLES,
+    TEXTS,
+    cell,
+    columns_of,
+    methods_with_losses,
+    percent,
+    rendered,
+    table_row,
+)
 from orchestrator.select.report.table import table
-from orchestrator.select.results import pareto, ranked
+from orchestrator.select.results import numbers, pareto, ranked
 from orchestrator.spec import Objective
 
 FACTS = ("val_metric", "val_sd", "params_total", "flops", "latency_ms", "device_seconds", "store_seconds_saved")
@@ -53,10 +63,13 @@ def several_html(found: Comparison, parts: Sequence[Gathered]) -> str:
         "kinds": names,
         "bests": [f"{r['sweep']}/{r['trial_id']}" for r in whole if r["trial_id"]],
         "curves": curves,
+        "progress": {name: progress(part.board) for name, part in zip(names, parts, strict=True)},
         "exports": {m.name: f"python -m orchestrator export {m.folder} OUT --trial {{trial}}" for m in found.members},
     }
     columns = {"sweep": "sweep", **columns_of(board)}
-    notes = board_notes(complete, [Objective()], parts[0].spec.task.kind)
+    kind = parts[0].spec.task.kind
+    notes = board_notes(complete, [Objective()], kind)
+    class_heads, class_rows = _class_rows({r["sweep"]: r["trial_id"] for r in whole}, names, parts)
     return rendered(
         "several.html.jinja",
         data,
@@ -75,10 +88,36 @@ def several_html(found: Comparison, parts: Sequence[Gathered]) -> str:
         columns=[{"key": k, "title": t, "number": k not in ("sweep", *TEXTS)} for k, t in columns.items()],
         rows=[_board_row(row, columns_of(board)) for row in board.to_dict("records")],
         methods=sorted(board["method"].unique()),
+        curve_methods=methods_with_losses(board, curves),
+        has_val=any(curve["val"] for curve in curves.values()),
+        share_rows=_share_rows(parts),
+        class_heads=class_heads,
+        class_rows=class_rows,
+        class_title=CLASS_TITLES[kind][0],
+        class_limit=CLASSES,
         statuses=list(dict.fromkeys(board["status"])),
         sweeps=names,
         parts=[{"name": name, "found": part} for name, part in zip(names, parts, strict=True)],
     )
+
+
+def progress(board: pd.DataFrame) -> list[tuple[float, float]]:
+    """(device-seconds of all trials until then, best val metric so far) at each trial that raised it, and at the end.
+
+    Trials count in the order in which they ended, where that is recorded, else in that of their numbers.
+    """
+    ended = numbers(board, "ended") if "ended" in board else np.full(len(board), math.nan)
+    order = np.lexsort((numbers(board, "number"), ended))
+    spent, best = 0.0, -math.inf
+    points: list[tuple[float, float]] = []
+    seconds, values = numbers(board, "device_seconds"), numbers(board, "val_metric")
+    complete = (board["status"] == "complete").to_numpy()
+    for at in order:
+        spent += float(np.nan_to_num(seconds[at]))
+        if complete[at] and values[at] > best:
+            best = float(values[at])
+            points.append((spent, best))
+    return [*points, (spent, best)] if points else []
 
 
 def joint_board(names: Sequence[str], parts: Sequence[Gathered]) -> pd.DataFrame:
@@ -123,6 +162,40 @@ def _front_rows(complete: pd.DataFrame, own: Mapping[str, Mapping[str, Sequence[
         for sweep, front in fronts.items()
         for trial in front
     ]
+
+
+def _share_rows(parts: Sequence[Gathered]) -> list[dict[str, Any]]:
+    """Of each choice, the share that it explains in each sweep; blank where a sweep does not know."""
+    known = [{(one.among, c): s for one in part.study.importances for c, s in one.shares.items()} for part in parts]
+    return [
+        {
+            "among": among,
+            "choice": choice,
+            "cells": [percent(shares.get((among, choice), math.nan)) for shares in known],
+        }
+        for among, choice in dict.fromkeys(key for shares in known for key in shares)
+    ]
+
+
+def _class_rows(
+    bests: Mapping[str, str | None], names: Sequence[str], parts: Sequence[Gathered]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The sweeps whose best has results by class, and their values of each class; none where fewer than two have."""
+    found = {
+        name: {c["name"]: c["value"] for c in details["classes"]}
+        for name, part in zip(names, parts, strict=True)
+        for details in part.details
+        if details["trial_id"] == bests[name] and details["classes"]
+    }
+    if len(found) < 2:
+        return [], []
+    rows = []
+    for name in dict.fromkeys(name for values in found.values() for name in values):
+        values = [values.get(name) for values in found.values()]
+        held = [value for value in values if value is not None]
+        spread = max(held) - min(held) if held else 0.0
+        rows.append({"name": name, "spread": spread, "cells": [cell(value, "value") for value in values]})
+    return list(found), sorted(rows, key=lambda row: -row["spread"])
 
 
 def _sweep_row(row: Mapping[Any, Any]) -> dict[str, Any]:
