@@ -240,6 +240,7 @@ def _epochs(params: Mapping[str, Any], given: Given, features: Tensor, labels: T
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": params["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
         lr=params["lr"],
+        fused=True,
     )
     generator = torch.Generator().manual_seed(0)
     parts = math.ceil(len(features) / BATCH)  # of almost equal size, so that none is a single row
