@@ -11,9 +11,11 @@ import pytest
 from optuna.trial import TrialState
 from small import small_spec
 
+from methods.knobs import Choice
 from orchestrator.errors import UserError
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.run import prepare
+from orchestrator.sweep.space import scale_of
 from orchestrator.sweep.study import Study
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -90,6 +92,62 @@ def test_grid_is_every_combination_once_and_refuses_ranges(colours: Path, tmp_pa
     spec = small_spec(colours, tmp_path, methods={"finetune": {"lr": {"low": 0.001, "high": 0.1}}}, search=search)
     with pytest.raises(UserError, match=r"methods\.finetune\.lr: search\.sampler grid needs a list"):
         prepare(spec)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_no_configuration_is_proposed_twice_while_there_are_others(colours: Path, tmp_path: Path, sampler: str) -> None:
+    """10 configurations of a flat landscape, whose best one is always the first: a search likes to repeat it."""
+    methods = {"finetune": {"lr": [0.001, 0.01]}, "wecolora": {"rank": [4, 8, 16, 32], "factor": [2, 3]}}
+    search = {"sampler": sampler, "trials": 12, "defaults_first": False}
+    study = study_of(small_spec(colours, tmp_path, methods=methods, search=search), tmp_path / "s")
+    seen = []
+    for number in range(12):
+        config = study.ask()
+        seen.append((config.cell, tuple(sorted(config.knobs.items()))))
+        study.tell(number, row("complete", val_metric=0.9 if number == 0 else 0.1))
+    assert len(set(seen[:10])) == 10
+    assert set(seen[10:]) <= set(seen[:10])  # where all were tried, one comes again
+
+
+def test_what_optuna_records_is_what_is_trained(colours: Path, tmp_path: Path) -> None:
+    """Of numbers to choose from it records the number, not the place that was drawn beside it."""
+    methods = {"kd": {"lr": [0.001, 0.003, 0.01], "temperature": {"low": 1.0, "high": 8.0}, "weight": [0.5, 0.9]}}
+    study = study_of(small_spec(colours, tmp_path, methods=methods), tmp_path / "s")
+    for number in range(12):
+        config = study.ask()
+        recorded = study._study.trials[number].params
+        assert {k.partition(".")[2]: v for k, v in recorded.items() if k.startswith("kd.") and k != "kd.networks"} == {
+            k: v for k, v in config.knobs.items() if f"kd.{k}" in recorded
+        }
+        assert config.knobs["lr"] in (0.001, 0.003, 0.01)
+        assert {"kd.lr", "kd.temperature", "kd.weight"} <= recorded.keys()
+        study.tell(number, row("complete", val_metric=config.knobs["lr"]))
+
+
+@pytest.mark.parametrize(
+    ("values", "log", "low", "high"),
+    [
+        ((8, 32, 16), True, 8 / 2**0.5, 32 * 2**0.5),
+        ((1, 2, 3), False, 0.5, 3.5),
+        ((0.0, 1e-3), False, -5e-4, 1.5e-3),
+        ((1e-4, 1e-3, 3e-3), True, 1e-4 / 10**0.5, 3e-3 * 3**0.5),
+    ],
+)
+def test_numbers_to_choose_from_are_places_along_a_line(
+    values: tuple[float, ...], log: bool, low: float, high: float
+) -> None:
+    scale = scale_of(Choice(values=values))
+    assert scale is not None
+    assert scale.log is log
+    assert (scale.low, scale.high) == pytest.approx((low, high))
+    assert [scale.nearest(value) for value in values] == list(values)
+    assert all(type(scale.nearest(float(v))) is type(v) for v in values)
+    assert {scale.nearest(scale.low), scale.nearest(scale.high)} == {min(values), max(values)}
+
+
+@pytest.mark.parametrize("values", [("a", "b"), (True, False), (None, 1), (3,)])
+def test_words_and_lone_values_are_no_line(values: tuple[object, ...]) -> None:
+    assert scale_of(Choice(values=values)) is None
 
 
 def test_a_last_line_that_a_dying_driver_left_unfinished_is_dropped(colours: Path, tmp_path: Path) -> None:

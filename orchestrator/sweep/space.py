@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -92,12 +94,75 @@ def _check_value(config: Any, method: str, knob: str, value: Any) -> None:
             raise UserError(explain(error, config, f"methods.{method}")) from None
 
 
-def sample(space: Space, method: str, trial: Suggests) -> dict[str, Any]:
-    """Draws one value for each knob, named `method.knob`."""
+@dataclass(frozen=True)
+class Scale:
+    """Numbers to choose from as places along a line, for a search that learns from neighbours.
+
+    Attributes:
+        values: rising.
+        low, high: ends of the line, half a step beyond its last values, so that each has a stretch of its own.
+        log: whether steps are ratios.
+    """
+
+    values: tuple[float, ...]
+    low: float
+    high: float
+    log: bool
+
+    def nearest(self, place: float) -> Any:
+        """The value whose stretch a place is in."""
+        if self.log:
+            return min(self.values, key=lambda value: abs(math.log(value / place)))
+        return min(self.values, key=lambda value: abs(value - place))
+
+
+def scale_of(domain: Any) -> Scale | None:
+    """The line of a choice among two numbers or more, by ratios where these are more even than differences."""
+    if not isinstance(domain, Choice):
+        return None
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in domain.values):
+        return None
+    values = tuple(sorted(set(domain.values)))
+    if len(values) < 2:
+        return None
+
+    def uneven(places: Sequence[float]) -> float:
+        steps = [b - a for a, b in itertools.pairwise(places)]
+        return max(steps) / min(steps)
+
+    logs = [math.log(v) for v in values] if values[0] > 0 else []
+    if logs and uneven(logs) <= uneven(values):
+        below, above = (math.sqrt(values[at + 1] / values[at]) for at in (0, len(values) - 2))
+        return Scale(values, values[0] / below, values[-1] * above, True)
+    below, above = ((values[at + 1] - values[at]) / 2 for at in (0, len(values) - 2))
+    return Scale(values, values[0] - below, values[-1] + above, False)
+
+
+def count(space: Space) -> float:
+    """How many configurations there are; infinite with a range of real numbers."""
+    sizes = [
+        len(domain.values)
+        if isinstance(domain, Choice)
+        else (domain.high - domain.low + 1 if domain.int else math.inf)
+        if isinstance(domain, Range)
+        else 1
+        for domain in space.values()
+    ]
+    return math.prod(sizes)
+
+
+def sample(space: Space, method: str, trial: Suggests, along: bool = False) -> dict[str, Any]:
+    """Draws one value for each knob, named `method.knob`.
+
+    Args:
+        along: whether numbers to choose from are drawn as places along their `Scale`.
+    """
     knobs: dict[str, Any] = {}
     for knob, domain in space.items():
         name = f"{method}.{knob}"
-        if isinstance(domain, Choice):
+        if along and (scale := scale_of(domain)) is not None:
+            knobs[knob] = scale.nearest(trial.suggest_float(name, scale.low, scale.high, log=scale.log))
+        elif isinstance(domain, Choice):
             knobs[knob] = trial.suggest_categorical(name, list(domain.values))
         elif isinstance(domain, Range) and domain.int:
             knobs[knob] = trial.suggest_int(name, int(domain.low), int(domain.high), log=domain.log)

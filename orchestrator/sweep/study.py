@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from optuna.trial import FrozenTrial, TrialState
 from methods.knobs import Choice, Range
 from orchestrator.spec import METRICS, SweepSpec
 from orchestrator.sweep.earlier import earlier, first_trials, trials_in_all
-from orchestrator.sweep.space import Space, sample
+from orchestrator.sweep.space import Space, Suggests, count, grid, sample, scale_of
 from orchestrator.sweep.study_storage import Result, StudyPlace
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 REPORTED = (TrialState.COMPLETE, TrialState.PRUNED)
-REDRAWS = 50
+REDRAWS = 50  # of a configuration that cannot run, or was proposed before
+LEARNED = 40  # of them, before chance alone draws
+STARTUP = 4  # results before TPE draws; the methods' defaults are among them
 
 
 def _seed(*parts: Any) -> int:
@@ -37,6 +39,9 @@ class Study:
     depend on nothing but the results told so far, and continuing does not replay old draws. A proposal that a killed
     driver left half made is void: Optuna hears that it failed, and its number is proposed again. So our numbers have no
     holes, and may differ from Optuna's.
+
+    Of numbers to choose from, TPE is told their places along a line (`Scale`), so that it learns from neighbours; what
+    it then proposes, and Optuna records, is one of them. No configuration is proposed twice while there are others.
 
     Args:
         spec: the sweep file; `search.study` says where the study lies.
@@ -70,6 +75,7 @@ class Study:
         trials = self._study.get_trials(deepcopy=False)
         whole = [trial for trial in trials if "config" in trial.user_attrs]
         self._whole = [(TrialConfig.from_json(trial.user_attrs["config"]), trial.number) for trial in whole]
+        self._seen = {_key(config.cell, config.knobs) for config, _ in self._whole}
         for trial in trials:
             if trial.state is TrialState.RUNNING and "config" not in trial.user_attrs:
                 self._study.tell(trial.number, state=TrialState.FAIL)
@@ -108,7 +114,9 @@ class Study:
             found[f"{cell.method}.networks"] = CategoricalDistribution(networks)
         for knob, domain in self.spaces[cell.method].items():
             name = f"{cell.method}.{knob}"
-            if isinstance(domain, Choice):
+            if self._along and (scale := scale_of(domain)) is not None:
+                found[name] = FloatDistribution(scale.low, scale.high, log=scale.log)
+            elif isinstance(domain, Choice):
                 found[name] = CategoricalDistribution(list(domain.values))
             elif isinstance(domain, Range) and domain.int:
                 found[name] = IntDistribution(int(domain.low), int(domain.high), log=domain.log)
@@ -158,21 +166,63 @@ class Study:
         return self._patiently(propose)
 
     def _propose(self, number: int) -> TrialConfig:
-        seed = _seed(self.spec.search.seed, number)
-        if self.spec.search.sampler == "tpe":
-            self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
-        else:
-            self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
-        if number < len(self._fixed) and not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            self._study.enqueue_trial(self._parameters(*self._fixed[number]))
+        if not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # a dead driver's may wait
+            self._study.enqueue_trial(self._parameters(*self._drawn(number)))
         trial = self._study.ask()
-        method = trial.suggest_categorical("method", self._methods)
-        cell = self._cell(trial, method, [c for c in self.cells if c.method == method])
-        knobs = sample(self.spaces[method], method, trial)
-        config = self._valid(TrialConfig(f"t{number:04d}", number, cell, knobs, self.spec.search.seed))
+        config = TrialConfig(f"t{number:04d}", number, *self._choose(trial), self.spec.search.seed)
         trial.set_user_attr("config", config.to_json())
         self._whole.append((config, trial.number))
+        self._seen.add(_key(config.cell, config.knobs))
         return config
+
+    def _choose(self, trial: Suggests, cell: Cell | None = None) -> tuple[Cell, dict[str, Any]]:
+        if cell is None:
+            method = trial.suggest_categorical("method", self._methods)
+            cell = self._cell(trial, method, [c for c in self.cells if c.method == method])
+        return cell, sample(self.spaces[cell.method], cell.method, trial, self._along)
+
+    def _drawn(self, number: int) -> tuple[Cell, dict[str, Any]]:
+        """The configuration of that number, by what was told until now: one that can run and was not proposed before,
+        where there is one.
+        """
+        first, given = self._fixed[number] if number < len(self._fixed) else (None, {})
+        fresh = first is None and len(self._seen) < sum(count(self.spaces[cell.method]) for cell in self.cells)
+        fallback = None
+        for attempt in range(REDRAWS):
+            cell, knobs = self._choose(_Draw(self._study, self._sampler(number, attempt)), first)
+            if attempt < LEARNED:
+                knobs |= given
+            if not self._runs(cell, knobs):
+                fallback = fallback or (cell, knobs)
+            elif fresh and _key(cell, knobs) in self._seen:
+                fallback = (cell, knobs)
+            else:
+                return cell, knobs
+        assert fallback is not None
+        return next(self._left(), fallback) if fresh else fallback
+
+    def _runs(self, cell: Cell, knobs: dict[str, Any]) -> bool:
+        config = configure(self.spec, TrialConfig("", 0, cell, knobs, 0))
+        return method_named(cell.method).invalid(config, setting_of(self.spec, self.task, cell)) is None
+
+    def _left(self) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """What was not proposed yet of the cells without ranges: chance takes long to find the last of them."""
+        for cell in self.cells:
+            space = self.spaces[cell.method]
+            if not any(isinstance(domain, Range) for domain in space.values()):
+                for knobs in grid(space, cell.method):
+                    if _key(cell, knobs) not in self._seen and self._runs(cell, knobs):
+                        yield cell, knobs
+
+    def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
+        seed = _seed(self.spec.search.seed, number, *([attempt] if attempt else []))
+        if self._along and attempt < LEARNED:
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    @property
+    def _along(self) -> bool:
+        return self.spec.search.sampler == "tpe"
 
     def _record(self, number: int) -> FrozenTrial:
         storage = self._study._storage
@@ -182,25 +232,11 @@ class Study:
         names = {f"{cell.method}.{knob}": value for knob, value in knobs.items()}
         return {"method": cell.method, f"{cell.method}.networks": _cell_name(self.spec, cell), **names}
 
-    def _cell(self, trial: Any, method: str, cells: list[Cell]) -> Cell:
+    def _cell(self, trial: Suggests, method: str, cells: list[Cell]) -> Cell:
         options = {_cell_name(self.spec, c): c for c in cells}
         if len(options) == 1:
             return cells[0]
         return options[trial.suggest_categorical(f"{method}.networks", list(options))]
-
-    def _valid(self, config: TrialConfig) -> TrialConfig:
-        """The configuration, or where it cannot run, its knobs drawn again (by number, so repeatably)."""
-        method = method_named(config.cell.method)
-        setting = setting_of(self.spec, self.task, config.cell)
-        space = self.spaces[config.cell.method]
-        for attempt in range(REDRAWS):
-            if method.invalid(configure(self.spec, config), setting) is None:
-                return config
-            dice = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=_seed(config.number, attempt))).ask()
-            config = TrialConfig(
-                config.trial_id, config.number, config.cell, sample(space, config.cell.method, dice), config.seed
-            )
-        return config
 
     def tell(self, number: int, row: dict[str, Any]) -> None:
         """Tells how a trial ended, in Optuna's own states: complete with its values, pruned, or failed.
@@ -233,6 +269,30 @@ class Study:
         for metric in (*METRICS, *(m for m in self.spec.latencies if m not in METRICS)):
             storage.set_trial_user_attr(trial_id, metric, json.loads(json.dumps(row.get(metric))))
         self._study.tell(frozen.number, values if state is TrialState.COMPLETE else None, state=state)
+
+
+def _key(cell: Cell, knobs: dict[str, Any]) -> str:
+    return json.dumps([cell.method, cell.teacher, cell.student, sorted(knobs.items())])
+
+
+class _Draw:
+    """What a sampler would propose next, without a trial that records it."""
+
+    def __init__(self, study: optuna.Study, sampler: optuna.samplers.BaseSampler) -> None:
+        self._study, self._sampler = study, sampler
+        self._trial = optuna.trial.create_trial(state=TrialState.RUNNING)
+
+    def _value(self, name: str, domain: BaseDistribution) -> Any:
+        return self._sampler.sample_independent(self._study, self._trial, name, domain)
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return self._value(name, CategoricalDistribution(choices))
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return float(self._value(name, FloatDistribution(low, high, log=log)))
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return int(self._value(name, IntDistribution(low, high, log=log)))
 
 
 def _cell_name(spec: SweepSpec, cell: Cell) -> str:
