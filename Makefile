@@ -56,7 +56,7 @@ $(VENV)/.bench: $(VENV)/.test
 	$(PY) -m pip install --quiet --editable '.[bench]'
 	@touch $@
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench quickstart
 	@echo "An hour or two on two quiet cores; each line can be run alone, and none needs another."
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.sweep_against_plain
@@ -66,6 +66,10 @@ bench: $(VENV)/.bench
 	$(PY) -m benchmarks.streaming
 	$(PY) -m benchmarks.scale
 	$(PY) -m benchmarks.driver
+	$(PY) -m benchmarks.groups
+	$(PY) -m benchmarks.layout
+	$(PY) -m benchmarks.profile
+	$(PY) -m benchmarks.commands $(RUNS)/quickstart
 
 clean:
 	rm -rf $(VENV) $(RUNS) exported build *.egg-info

@@ -1,6 +1,6 @@
 """How long the commands that people type often take, from the shell.
 
-    python -m benchmarks.commands [SWEEP]      # writes benchmarks/results/; SWEEP: the folder of a sweep that has ended
+    python -m benchmarks.commands [SWEEP]    # published; SWEEP: the folder of a sweep that has ended
 
 `best` is timed at its second call: the first one scores the test images.
 """
@@ -8,18 +8,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "commands.json"
+from benchmarks.record import ROOT, machine, markdown, publish
+
+MARK = "commands"
 SPEC = ROOT / "search_spaces" / "quickstart.yaml"
 ROUNDS = 5
 
@@ -38,7 +37,7 @@ def timed(words: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the table and writes the JSON."""
+    """Times, prints and publishes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sweep", nargs="?", type=Path, help="The folder of a sweep that has ended.")
     options = parser.parse_args()
@@ -48,13 +47,25 @@ def main() -> None:
         commands["best"] = [*command, "best", str(options.sweep.absolute())]
     commands["python -c 'import torch, timm', beside them"] = ["-c", "import torch, timm"]
     rows = {name: timed(words) for name, words in commands.items()}
-    print("| command | wall seconds, median (worst) | CPU seconds |")
-    print("| --- | --- | --- |")
-    for name, row in rows.items():
-        print(f"| `{name}` | {row['wall_s']:.2f} ({row['wall_worst_s']:.2f}) | {row['cpu_s']:.2f} |")
-    RESULTS.parent.mkdir(exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    RESULTS.write_text(json.dumps({"machine": machine, "rounds": ROUNDS, "commands": rows}, indent=1), encoding="utf-8")
+    swept = " SWEEP" if options.sweep is not None else ""
+    result = {
+        "command": f"python -m benchmarks.{MARK}{swept}",
+        "machine": machine(1),
+        "rounds": ROUNDS,
+        "commands": rows,
+    }
+    print(table(result))
+    publish(MARK, result, table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    rows = [
+        [f"`{name}`", f"{row['wall_s']:.2f} ({row['wall_worst_s']:.2f})", f"{row['cpu_s']:.2f}"]
+        for name, row in result["commands"].items()
+    ]
+    head = ["command", "wall seconds, median (worst)", "CPU seconds"]
+    return f"`{result['command']}`: {result['rounds']} rounds; {result['machine']}.\n\n{markdown(head, rows)}"
 
 
 if __name__ == "__main__":

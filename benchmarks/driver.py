@@ -1,6 +1,6 @@
 """What the driver of a sweep costs for each trial, and whether that grows: sweeps of instantaneous trials.
 
-    python -m benchmarks.driver                       # 10, 100 and 1,000 trials; writes benchmarks/results/
+    python -m benchmarks.driver                       # 10, 100 and 1,000 trials; published
     python -m benchmarks.driver --sizes 10 100        # minutes
 
 Each trial is one configuration that the store holds already, so that it takes milliseconds; proposals come from the
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,9 @@ from typing import Any
 
 import yaml
 
-RESULTS = Path(__file__).parent / "results" / "driver.json"
+from benchmarks.record import command_of, machine, markdown, publish, quiet_environment, versions
+
+MARK = "driver"
 TICK = os.sysconf("SC_CLK_TCK")
 SPEC: dict[str, Any] = {
     "name": "driver",
@@ -47,9 +47,8 @@ def watched(folder: Path, trials: int, sampler: str) -> dict[str, Any]:
     spec = SPEC | {"search": search, "storage": str(folder), "name": f"driver-{trials}"}
     path = folder / f"{trials}.yaml"
     path.write_text(yaml.safe_dump(spec))
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "orchestrator", "sweep", str(path), "--json"]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=quiet_environment())
     rows = folder / f"driver-{trials}" / "trials"
     points: list[dict[str, float]] = []
     while driver.poll() is None:
@@ -86,17 +85,29 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         found = [watched(Path(name), trials, options.sampler) for trials in options.sizes]
-    print("| trials | CPU ms a trial, first and last tenth | wall ms a trial | driver's memory, MB |")
-    print("| --- | --- | --- | --- |")
-    for row in found:
-        print(
-            f"| {row['trials']:,} | {row['cpu_ms_first']:.0f}, {row['cpu_ms_last']:.0f} | "
-            f"{row['wall_ms_first']:.0f}, {row['wall_ms_last']:.0f} | {row['mb_first']:.0f} to {row['mb_last']:.0f} |"
-        )
-    command = f"python -m benchmarks.driver --sizes {' '.join(map(str, options.sizes))} --sampler {options.sampler}"
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"command": command, "machine": machine, "sizes": found}, indent=1), encoding="utf-8")
+    result = {
+        "command": command_of(MARK, parser, options),
+        "machine": machine(1),
+        "versions": versions("ray", "optuna"),
+        "sizes": found,
+    }
+    print(table(result))
+    publish(MARK, result, table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    rows = [
+        [
+            f"{row['trials']:,}",
+            f"{row['cpu_ms_first']:.0f}, {row['cpu_ms_last']:.0f}",
+            f"{row['wall_ms_first']:.0f}, {row['wall_ms_last']:.0f}",
+            f"{row['mb_first']:.0f} to {row['mb_last']:.0f}",
+        ]
+        for row in result["sizes"]
+    ]
+    head = ["trials", "CPU ms a trial, first and last tenth", "wall ms a trial", "driver's memory, MB"]
+    return f"`{result['command']}`: {result['machine']}; {result['versions']}.\n\n{markdown(head, rows)}"
 
 
 if __name__ == "__main__":

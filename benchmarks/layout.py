@@ -1,25 +1,23 @@
 """A training step and a pass of evaluation on images whose channels lie last in memory, against channels first.
 
-    python -m benchmarks.layout        # a minute on one core; writes benchmarks/results/
+    python -m benchmarks.layout        # a minute on one core; writes benchmarks/results/ and docs/performance.md
 
 Counted in CPU seconds of one thread, by turns.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch.nn import functional as F
 
-RESULTS = Path(__file__).parent / "results" / "layout.json"
+from benchmarks.record import machine, markdown, publish, versions
+
 NETWORKS = (
     ("resnet18", {}),
     ("mobilenetv3_small_050", {}),
@@ -68,18 +66,26 @@ def compared(name: str, options: dict[str, int]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the table and writes the JSON."""
+    """Measures, prints and publishes."""
     torch.set_num_threads(1)
     rows = {name: compared(name, options) for name, options in NETWORKS}
-    print("| network | training step | evaluation |")
-    print("| --- | --- | --- |")
-    for name, row in rows.items():
-        train, look = (row[f"{what}_first_s"] / row[f"{what}_last_s"] for what in ("train", "eval"))
-        print(f"| {name} | {train:.2f} x | {look:.2f} x |")
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, timm {timm.__version__}"
-    RESULTS.parent.mkdir(exist_ok=True)
-    about = {"machine": machine, "batch": BATCH, "size": SIZE, "rounds": ROUNDS, "networks": rows}
-    RESULTS.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    about = {"command": "python -m benchmarks.layout", "machine": machine(1), "versions": versions("torch", "timm")}
+    result = {**about, "batch": BATCH, "size": SIZE, "rounds": ROUNDS, "networks": rows}
+    print(table(result))
+    publish("layout", result, table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    rows = [
+        [name, *(f"{row[f'{what}_first_s'] / row[f'{what}_last_s']:.2f} x" for what in ("train", "eval"))]
+        for name, row in result["networks"].items()
+    ]
+    return (
+        f"`{result['command']}`: batch {result['batch']} of {result['size']} px, median of {result['rounds']} by "
+        f"turns, CPU time with channels first over that with channels last; {result['machine']}; {result['versions']}.\n\n"
+        f"{markdown(['network', 'training step', 'evaluation'], rows)}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where a sweep's time goes, by py-spy over its driver and every process that it starts.
 
-    python -m benchmarks.profile                               # KD, TDMR and WeCoLoRA on packaged data: 2 minutes
+    python -m benchmarks.profile                               # KD, TDMR and WeCoLoRA; published: 2 minutes
     python -m benchmarks.profile SPEC.yaml --set train.steps=200
     python -m benchmarks.profile SPEC.yaml --stacks stacks.txt  # raw stacks, for a flame graph
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.record import markdown, quiet_environment
+from benchmarks.record import machine, markdown, publish, quiet_environment, versions
 from benchmarks.sweep_against_plain import DEFAULTS, spec_of, trials_of
 
 RATE = 50  # samples a second
@@ -85,7 +85,15 @@ def main() -> None:
             seconds[part_of(stack)] += int(count)
     total = sum(seconds.values()) or 1
     rows = [[name, f"{count / RATE:.1f}", f"{100 * count / total:.0f} %"] for name, count in seconds.most_common()]
-    print(markdown(["part", "CPU seconds", "share"], rows))
+    print(text := markdown(["part", "CPU seconds", "share"], rows))
+    if options.spec is None and not options.set:
+        result = {
+            "command": "python -m benchmarks.profile",
+            "machine": machine(2),
+            "versions": versions("torch", "ray"),
+        }
+        about = f"`{result['command']}`: six trials; {result['machine']}; {result['versions']}."
+        publish("profile", {**result, "rate": RATE, "samples": dict(seconds)}, f"{about}\n\n{text}")
 
 
 if __name__ == "__main__":
