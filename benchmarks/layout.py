@@ -83,8 +83,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     return (
         f"`{result['command']}`: batch {result['batch']} of {result['size']} px, median of {result['rounds']} by "
-        f"turns, CPU time with channels first over that with channels last; {result['machine']}; {result['versions']}.\n\n"
-        f"{markdown(['network', 'training step', 'evaluation'], rows)}"
+        "turns, CPU time with channels first over that with channels last; "
+        f"{result['machine']}; {result['versions']}.\n\n{markdown(['network', 'training step', 'evaluation'], rows)}"
     )
 
 

@@ -173,8 +173,8 @@ class _Trial:
 SEARCHES: dict[str, tuple[str, Search]] = {
     "random": ("random search", at_random),
     "tpe": ("here by default: Optuna (TPE), no early stopping", product("none")),
-    "late": ("here: the same and ASHA from 60 % of a budget on", product("asha", grace=0.6)),
-    "ours": ("here: the same and ASHA as it is by default (from 25 %)", product("asha")),
+    "ours": ("here: the same and ASHA as it is by default, from half of a budget on", product("asha")),
+    "early": ("here: the same and ASHA from a quarter of a budget on", product("asha", grace=0.25)),
 }
 
 

@@ -40,7 +40,7 @@ class Search(Section):
     )
     scheduler: Literal["asha", "median", "none"] = Field(default="none", description="Early stopping of weak trials.")
     grace: float = Field(
-        default=0.25, gt=0, lt=1, description="Share of its budget that a trial gets before it may stop."
+        default=0.5, gt=0, lt=1, description="Share of its budget that a trial gets before it may stop."
     )
     reduction: int = Field(default=3, ge=2, le=10, description="ASHA keeps one in this many at each rung.")
     concurrency: int | None = Field(
