@@ -28,7 +28,8 @@ from orchestrator.spec import SweepSpec, parse_spec, read_spec
 from orchestrator.store import Store, key_of
 from orchestrator.sweep.costs import BACKWARD, Costs, costs_of, loss_flops
 from orchestrator.sweep.run import prepare
-from orchestrator.train.job import TrainJob, run_job
+from orchestrator.train.job import TrainJob
+from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
 from orchestrator.trial.run import run_trial

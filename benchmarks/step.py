@@ -38,7 +38,8 @@ from orchestrator.errors import WorkError
 from orchestrator.spec import parse_spec
 from orchestrator.sweep.run import resolved
 from orchestrator.sweep.space import method_space, wanted_outputs
-from orchestrator.train.job import TrainJob, opened
+from orchestrator.train.batches import opened
+from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import Report, fit
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig

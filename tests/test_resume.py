@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from methods.contract import Batch, Deployed, Given, Learner, Recipe
 from methods.finetune import FineTuneLearner
 from orchestrator.store import Store
-from orchestrator.train.job import UnlikeError, check_alike
+from orchestrator.train.alike import UnlikeError, check_alike
 from orchestrator.train.loop import Checkpoint, fit
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig

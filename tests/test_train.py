@@ -24,8 +24,9 @@ from orchestrator.errors import WorkError
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store
 from orchestrator.train.feed import Feeder
-from orchestrator.train.job import TrainJob, run_job
+from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import fit
+from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.run import run_trial

@@ -30,9 +30,10 @@ from orchestrator.sweep.ledger import FINAL, Clock, Ledger
 from orchestrator.sweep.nodes import GONE_S
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.study_storage import StudyLostError
-from orchestrator.train.job import TrainJob, run_job
+from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import Reporter
 from orchestrator.train.notice import draining, watched
+from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
 from orchestrator.trial.repeat import run_repeats

@@ -25,7 +25,7 @@ from orchestrator.models.names import Role
 from orchestrator.models.onnx import onnx_runner, write_onnx
 from orchestrator.spec import Latency, Model, SweepSpec, latency_column
 from orchestrator.store import key_of
-from orchestrator.train.job import Networks, given_for
+from orchestrator.train.given import Networks, given_for
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.pool import Mapper, make_here
-from orchestrator.train.job import run_job
 from orchestrator.train.loop import Tell
+from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
 from orchestrator.trial.run import Runner, judged, run_trial

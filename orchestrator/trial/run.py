@@ -30,18 +30,12 @@ from orchestrator.models import Network
 from orchestrator.models.load import tuned_network
 from orchestrator.spec import SweepSpec, latency_column
 from orchestrator.store import Entry, key_of
-from orchestrator.train.job import (
-    Networks,
-    TrainJob,
-    entry_at,
-    given_for,
-    joined_records,
-    networks_of,
-    run_job,
-    stage_results,
-)
+from orchestrator.train.batches import joined_records
+from orchestrator.train.given import Networks, entry_at, given_for, networks_of, stage_results
+from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import DeviceMemoryError, Reporter
 from orchestrator.train.memory import release_memory
+from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import InfeasibleError, check_before
 from orchestrator.trial.plan import (

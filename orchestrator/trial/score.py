@@ -32,7 +32,7 @@ from orchestrator.models.load import describe
 from orchestrator.models.load import structure_of as stored_structure
 from orchestrator.models.texts import ABOUT, WEIGHTS, StudentTexts
 from orchestrator.store import Entry, Records, key_of
-from orchestrator.train.job import Networks, fresh_student, networks_of
+from orchestrator.train.given import Networks, fresh_student, networks_of
 from orchestrator.train.loop import Report
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import Blueprint, latency_of
