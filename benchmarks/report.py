@@ -20,7 +20,7 @@ from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.report import write_report
 from orchestrator.sweep.run import create
 from orchestrator.trial.plan import Cell, TrialConfig
-from orchestrator.trial.run import blank_row
+from orchestrator.trial.row import blank_row
 
 CELLS = (Cell("finetune", None, 0), Cell("kd", 0, 0), Cell("wecolora", 0, None))
 READY = "document.documentElement.dataset.ready === 'yes'"

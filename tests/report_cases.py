@@ -15,7 +15,8 @@ from orchestrator.sweep.run import create, prepare
 from orchestrator.sweep.study import Study
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
-from orchestrator.trial.run import blank_row, run_trial
+from orchestrator.trial.row import blank_row
+from orchestrator.trial.run import run_trial
 
 CELLS = (("finetune", Cell("finetune", None, 0)), ("kd", Cell("kd", 0, 0)), ("wecolora", Cell("wecolora", 0, None)))
 

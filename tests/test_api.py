@@ -20,7 +20,7 @@ from orchestrator.spec import Section
 from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.promote import promoted_spec
 from orchestrator.sweep.run import create
-from orchestrator.trial.run import blank_row
+from orchestrator.trial.row import blank_row
 
 ROOT = Path(__file__).parent.parent
 

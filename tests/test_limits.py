@@ -26,7 +26,7 @@ from orchestrator.sweep.run import prepare
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.repeat import run_repeats
-from orchestrator.trial.run import judged
+from orchestrator.trial.row import judged
 
 CONVNEXT, VIT = ({"model": f"timm/{name}", "image_size": 32} for name in ("test_convnext", "test_vit"))
 

@@ -18,7 +18,7 @@ from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.live import Estimate, LiveScreen, TrialLines, screen
 from orchestrator.sweep.run import prepare
 from orchestrator.trial.plan import Cell, TrialConfig
-from orchestrator.trial.run import blank_row
+from orchestrator.trial.row import blank_row
 
 
 def made_up(spec: SweepSpec, number: int, status: str, **values: Any) -> dict[str, Any]:

@@ -33,7 +33,8 @@ from orchestrator.sweep.run import create
 from orchestrator.sweep.study_importance import importances
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
-from orchestrator.trial.run import blank_row, run_trial
+from orchestrator.trial.row import blank_row
+from orchestrator.trial.run import run_trial
 
 
 class Page(HTMLParser):

@@ -37,7 +37,7 @@ from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
 from orchestrator.trial.repeat import run_repeats
-from orchestrator.trial.run import blank_row
+from orchestrator.trial.row import blank_row
 
 if TYPE_CHECKING:
     from orchestrator.train.group import GroupRunner

@@ -14,7 +14,8 @@ from orchestrator.train.loop import Tell
 from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
-from orchestrator.trial.run import Runner, judged, run_trial
+from orchestrator.trial.row import judged
+from orchestrator.trial.run import Runner, run_trial
 
 SUMS = (
     "loop_seconds",

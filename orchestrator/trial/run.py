@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 
-from methods.contract import TEACHER, FitStage, ImageStage, Stage, Texts, TrainStage
-from methods.outputs import Output
-from methods.vision_language import EMBEDDING
+from methods.contract import TEACHER, FitStage, ImageStage, Stage, TrainStage
 from orchestrator.data.contact import contact_sheet
-from orchestrator.data.embed import EmbedJob, embedded_prompts, ensure_embedded
-from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs, open_pool_outputs
-from orchestrator.data.pool import SHARD, Mapper, PoolJob, PoolShard, Sources, ensure_pool, make_here, pool_images
-from orchestrator.data.task import TaskData, load_task
-from orchestrator.data.tokens import TokenJob, ensure_tokenized, tokenized_prompts
+from orchestrator.data.outputs import Bill, open_outputs, open_pool_outputs
+from orchestrator.data.pool import Mapper, PoolJob, Sources, ensure_pool, make_here, pool_images
 from orchestrator.errors import FullDiskError, UserError, WorkError, disk_full
-from orchestrator.models import Network
-from orchestrator.models.load import tuned_network
-from orchestrator.spec import SweepSpec, latency_column
+from orchestrator.spec import SweepSpec
 from orchestrator.store import Entry, key_of
 from orchestrator.train.batches import joined_records
-from orchestrator.train.given import Networks, entry_at, given_for, networks_of, stage_results
+from orchestrator.train.given import given_for, stage_results
 from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import DeviceMemoryError, Reporter
 from orchestrator.train.memory import release_memory
 from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import InfeasibleError, check_before
+from orchestrator.trial.materials import Materials, address_of
 from orchestrator.trial.plan import (
     TEXT_SOURCES,
     TrialConfig,
@@ -48,6 +41,7 @@ from orchestrator.trial.plan import (
     stage_reads,
     stage_steps,
 )
+from orchestrator.trial.row import blank_latencies, blank_row, verdict
 from orchestrator.trial.score import ValGauge, evaluate
 
 
@@ -84,7 +78,7 @@ def run_trial(
     bill = Bill()
     try:
         row |= _Trial(context, config, bill, progress, runner, mapper).run() | {"status": "complete"}
-        row |= _verdict(context.spec, {name: row[name] for name in (*KNOWN_AT_ONCE, *blank_latencies(context.spec))})
+        row |= verdict(context.spec, {name: row[name] for name in (*KNOWN_AT_ONCE, *blank_latencies(context.spec))})
     except InfeasibleError as error:
         row |= error.facts | {"status": "infeasible", "reason": str(error)}
     except FullDiskError:
@@ -119,71 +113,9 @@ def run_trial(
     return row
 
 
-def _verdict(spec: SweepSpec, facts: dict[str, Any]) -> dict[str, Any]:
-    """Status and reason of a trial that has ended well but exceeds a limit; nothing of one that keeps all."""
-    broken = spec.limits.broken(facts)
-    return {"status": "infeasible", "reason": broken} if broken else {}
-
-
-def judged(spec: SweepSpec, row: dict[str, Any]) -> dict[str, Any]:
-    """The row, infeasible if it is complete and exceeds a limit; its student and its values stay."""
-    return row | _verdict(spec, row) if row["status"] == "complete" else row
-
-
 def _devices(context: SweepContext) -> float:
     train = context.spec.train
     return train.gpus_per_worker if context.device == "cuda" else float(train.threads)
-
-
-def blank_row(spec: SweepSpec, config: TrialConfig) -> dict[str, Any]:
-    """The leaderboard's row of a trial of which nothing is known yet."""
-    cell = config.cell
-    return {
-        "trial_id": config.trial_id,
-        "number": config.number,
-        "method": cell.method,
-        "teacher": spec.teachers[cell.teacher].model if cell.teacher is not None else None,
-        "student": spec.students[cell.student].model if cell.student is not None else None,
-        "status": "running",
-        "reason": "",
-        "config": config.to_json(),
-        "seed": config.seed,
-        "val_metric": float("nan"),
-        "val_sd": float("nan"),
-        "val_values": "",
-        "repeats": 1,
-        "params_total": 0,
-        "params_trained": 0,
-        "flops": 0,
-        **blank_latencies(spec),
-        "memory_mb": float("nan"),
-        "model_mb": float("nan"),
-        "optimizer_steps": 0,
-        "images_seen": 0,
-        "teacher_forwards": 0,
-        "teacher_forwards_shared": 0,
-        "device_seconds": 0.0,
-        "store_seconds_paid": 0.0,
-        "store_seconds_saved": 0.0,
-        "store_hits": 0,
-        "store_misses": 0,
-        "loop_seconds": 0.0,
-        "facts": "{}",
-        "student_path": "",
-        "started": 0.0,
-        "ended": 0.0,
-        "pid": 0,
-        "node": "",
-    }
-
-
-def blank_latencies(spec: SweepSpec) -> dict[str, Any]:
-    """Of a row, the columns of `latency_of`."""
-    found: dict[str, Any] = {}
-    for metric in spec.latencies:
-        names = (metric, *(latency_column(metric, part) for part in ("iqr", "low", "high")))
-        found |= dict.fromkeys(names, float("nan")) | {latency_column(metric, "setup"): ""}
-    return found
 
 
 @dataclass
@@ -191,8 +123,6 @@ class _Trial:
     """One run of one configuration.
 
     Attributes:
-        addresses: of finished stages, by name.
-        pools: shards of finished image stages, by name.
         texts: the text tower that a stage has trained; None where the teacher's is kept.
     """
 
@@ -202,17 +132,14 @@ class _Trial:
     progress: Progress | None
     runner: Runner
     mapper: Mapper
-    addresses: dict[str, str] = field(default_factory=dict)
-    pools: dict[str, list[Entry]] = field(default_factory=dict)
     texts: Entry | None = None
 
     def __post_init__(self) -> None:
-        spec, cell = self.context.spec, self.config.cell
-        torch.set_num_threads(spec.train.threads)
-        self.spec, self.store = spec, self.context.store
-        self.task: TaskData = load_task(spec.task, self.store)
-        self.method = method_named(cell.method)
-        self.networks: Networks = networks_of(spec, cell.teacher, cell.student)
+        torch.set_num_threads(self.context.spec.train.threads)
+        self.materials = Materials(self.context, self.config, self.bill, self.mapper)
+        self.spec, self.store, self.task = self.materials.spec, self.materials.store, self.materials.task
+        self.method, self.networks = method_named(self.config.cell.method), self.materials.networks
+        self.addresses, self.pools = self.materials.addresses, self.materials.pools
 
     def run(self) -> dict[str, Any]:
         """Every stage in order, then the evaluation; returns the facts of the row."""
@@ -258,94 +185,6 @@ class _Trial:
         facts["params_trained"] += scores.pop("probe_parameters")
         return facts | {"teacher_forwards": live, "facts": json.dumps(found)} | scores
 
-    def _teacher(self, of: str) -> Network:
-        """The teacher, or what an earlier stage made of it."""
-        base = self.networks.trained("teacher")
-        if of == TEACHER:
-            return base
-        address = self.addresses[of]
-        return tuned_network(entry_at(self.store, address).path, address, base)
-
-    def _outputs(self, outputs: tuple[Output, ...], of: str, views: int) -> dict[str, list[Entry]]:
-        """Entries of teacher outputs on train, by key, one for each view."""
-        if not outputs:
-            return {}
-        teacher = self.config.cell.teacher
-        also = self.context.prefetch.get(teacher, ()) if of == TEACHER and teacher is not None else ()
-        return ensure_outputs(
-            self.store,
-            self.task,
-            self.task.train,
-            self._teacher(of),
-            policy_of(self.spec),
-            range(views),
-            outputs,
-            also=also,
-            device=self.context.device,
-            bill=self.bill,
-        )
-
-    def _corpus_outputs(self, outputs: tuple[Output, ...]) -> dict[str, list[str]]:
-        """Addresses of teacher outputs on the corpus, by key, one for each shard; without a corpus on train."""
-        if self.spec.corpus.images is None:
-            return {key: [_address(one[0])] for key, one in self._outputs(outputs, TEACHER, 1).items()}
-        return {output.key: self._embedded("images", output) for output in outputs}
-
-    def _text_addresses(self, name: Texts) -> list[str]:
-        """Addresses of the teacher's embeddings of texts."""
-        if name != "prompts":
-            return self._embedded(name)
-        teacher = self.networks.trained("teacher").entry
-        entry = embedded_prompts(self.store, self.task, teacher, self.context.device)
-        return [_address(self.bill.add(entry))]
-
-    def _token_addresses(self, name: Texts) -> list[str]:
-        """Addresses of what the teacher's tokenizer makes of texts."""
-        teacher = self.config.cell.teacher
-        assert teacher is not None
-        if name == "prompts":
-            return [_address(self.bill.add(tokenized_prompts(self.store, self.task, self.spec.teachers[teacher])))]
-        job = TokenJob(self.spec, str(self.store.root), teacher, name)
-        return [_address(self.bill.add(entry)) for entry in ensure_tokenized(job, self.mapper)]
-
-    def _embedded(self, what: str, output: Output = EMBEDDING) -> list[str]:
-        """Addresses of what the teacher makes of every shard of a corpus, made where it is missing."""
-        cell = self.config.cell
-        assert cell.teacher is not None
-        job = EmbedJob(self.spec, self.store.address, cell.teacher, what, output, self.context.device)
-        return [_address(self.bill.add(entry)) for entry in ensure_embedded(job, self.mapper)]
-
-    def _pool_outputs(
-        self, pool: str, outputs: tuple[Output, ...], of: str, views: int, count: int = 0
-    ) -> dict[str, list[list[Entry]]]:
-        """Entries of teacher outputs on a pool, by key, for each view one for each shard."""
-        if not outputs:
-            return {}
-        result: dict[str, list[list[Entry]]] = {o.key: [[] for _ in range(views)] for o in outputs}
-        teacher = self._teacher(of)
-        for entry in self._shards(pool, count):
-            shard = PoolShard(entry)
-            policy = policy_of(self.spec)
-            found = ensure_outputs(
-                self.store,
-                shard,
-                shard.split,
-                teacher,
-                policy,
-                range(views),
-                outputs,
-                device=self.context.device,
-                bill=self.bill,
-            )
-            for key, entries in found.items():
-                for view, one in enumerate(entries):
-                    result[key][view].append(one)
-        return result
-
-    def _shards(self, pool: str, count: int) -> list[Entry]:
-        entries = self.pools[pool]
-        return entries[: math.ceil(count / SHARD)] if count else entries
-
     def _make(self, stage: ImageStage, key: str) -> list[Entry]:
         images = len(self.task.labelled) if stage.images == "labelled" else len(self.task.train)
         job = PoolJob(
@@ -364,18 +203,20 @@ class _Trial:
             rows = list(self.task.labelled) if stage.images == "labelled" else list(range(len(self.task.train)))
             outputs: dict[str, Any]
             if stage.images == "corpus":
-                addresses = self._corpus_outputs(stage.outputs)
+                addresses = self.materials.corpus_outputs(stage.outputs)
                 outputs = {name: joined_records(self.store, found) for name, found in addresses.items()}
             elif stage.pool:
-                made = self._pool_outputs(stage.pool, stage.outputs, stage.of, 1)
+                made = self.materials.pool_outputs(stage.pool, stage.outputs, stage.of, 1)
                 outputs = {n: open_pool_outputs(e)[0].rows(list(range(len(rows)))).float() for n, e in made.items()}
             else:
-                found = self._outputs(stage.outputs, stage.of, 1)
+                found = self.materials.outputs(stage.outputs, stage.of, 1)
                 outputs = {name: open_outputs(e)[0].rows(rows).float() for name, e in found.items()}
             began = time.perf_counter()
             inputs = stage_results(self.store, {name: self.addresses[name] for name in stage.inputs})
             texts: dict[str, Any] = {
-                n: joined_records(self.store, self._text_addresses(n)) for n in TEXT_SOURCES if n in stage.reads
+                n: joined_records(self.store, self.materials.text_addresses(n))
+                for n in TEXT_SOURCES
+                if n in stage.reads
             }
             given = given_for(
                 stage.reads, self.networks, self.task, self.store, self.config.seed, inputs, outputs, texts
@@ -415,19 +256,19 @@ class _Trial:
             entries: dict[str, list[Entry]] = {}
             generated: dict[str, list[list[Entry]]] = {}
             if not streamed and (feed.plain or not self.spec.train.fresh):
-                entries = self._outputs(feed.outputs, feed.of, 1 if feed.plain else views)
+                entries = self.materials.outputs(feed.outputs, feed.of, 1 if feed.plain else views)
             if feed.pool and not self.spec.train.fresh:
-                generated = self._pool_outputs(feed.pool, feed.pool_outputs, feed.of, views, feed.pool_size)
-            shards = self._shards(feed.pool, feed.pool_size) if feed.pool else []
+                generated = self.materials.pool_outputs(feed.pool, feed.pool_outputs, feed.of, views, feed.pool_size)
+            shards = self.materials.shards(feed.pool, feed.pool_size) if feed.pool else []
             job = TrainJob(
                 spec=spec,
                 store_root=self.store.address,
                 stage=stage,
                 teacher=cell.teacher,
                 student=cell.student,
-                outputs=self._corpus_outputs(feed.outputs)
+                outputs=self.materials.corpus_outputs(feed.outputs)
                 if streamed
-                else {name: [_address(e) for e in found] for name, found in entries.items()},
+                else {name: [address_of(e) for e in found] for name, found in entries.items()},
                 inputs={name: self.addresses[name] for name in stage.inputs},
                 steps=stage_steps(stage, self.spec, self.task),
                 seed=self.config.seed,
@@ -435,11 +276,14 @@ class _Trial:
                 scratch=str(self.store.scratch(stage.name, key)),
                 policy=policy_of(self.spec),
                 of=self.addresses[feed.of] if feed.of != TEACHER else None,
-                pool=[_address(e) for e in shards],
-                pool_outputs={n: [[_address(e) for e in view] for view in found] for n, found in generated.items()},
-                captions=self._text_addresses("captions") if feed.captions else [],
-                texts=self._text_addresses(feed.texts) if feed.texts else [],
-                tokens={name: (self._text_addresses(name), self._token_addresses(name)) for name in feed.tokens},
+                pool=[address_of(e) for e in shards],
+                pool_outputs={n: [[address_of(e) for e in view] for view in found] for n, found in generated.items()},
+                captions=self.materials.text_addresses("captions") if feed.captions else [],
+                texts=self.materials.text_addresses(feed.texts) if feed.texts else [],
+                tokens={
+                    name: (self.materials.text_addresses(name), self.materials.token_addresses(name))
+                    for name in feed.tokens
+                },
                 stream_here=self.mapper is make_here,
             )
             return self.runner(job, folder, report)
@@ -475,7 +319,3 @@ class _Trial:
                 title = f"{one.name} {copy + 1}" if copy else one.name
                 columns[title] = pool_images(self.pools[one.name], wanted)
         contact_sheet(columns, path)
-
-
-def _address(entry: Entry) -> str:
-    return f"{entry.stage}/{entry.key}"

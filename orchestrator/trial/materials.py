@@ -1,0 +1,139 @@
+"""What the stages of a trial read: teacher outputs, embeddings, tokens and pools, made where the store lacks them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from methods.contract import TEACHER, Texts
+from methods.outputs import Output
+from methods.vision_language import EMBEDDING
+from orchestrator.data.embed import EmbedJob, embedded_prompts, ensure_embedded
+from orchestrator.data.outputs import Bill, ensure_outputs
+from orchestrator.data.pool import SHARD, Mapper, PoolShard
+from orchestrator.data.task import TaskData, load_task
+from orchestrator.data.tokens import TokenJob, ensure_tokenized, tokenized_prompts
+from orchestrator.models import Network
+from orchestrator.models.load import tuned_network
+from orchestrator.store import Entry
+from orchestrator.train.given import Networks, entry_at, networks_of
+from orchestrator.trial.context import SweepContext
+from orchestrator.trial.plan import TrialConfig, policy_of
+
+
+def address_of(entry: Entry) -> str:
+    """Where an entry lies in the store."""
+    return f"{entry.stage}/{entry.key}"
+
+
+@dataclass
+class Materials:
+    """What one run of a configuration reads, with the bill for it.
+
+    Attributes:
+        mapper: embeds, tokenizes and generates.
+        addresses: of finished stages, by name.
+        pools: shards of finished image stages, by name.
+    """
+
+    context: SweepContext
+    config: TrialConfig
+    bill: Bill
+    mapper: Mapper
+    addresses: dict[str, str] = field(default_factory=dict)
+    pools: dict[str, list[Entry]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.spec, self.store = self.context.spec, self.context.store
+        self.task: TaskData = load_task(self.spec.task, self.store)
+        cell = self.config.cell
+        self.networks: Networks = networks_of(self.spec, cell.teacher, cell.student)
+
+    def teacher(self, of: str) -> Network:
+        """The teacher, or what an earlier stage made of it."""
+        base = self.networks.trained("teacher")
+        if of == TEACHER:
+            return base
+        address = self.addresses[of]
+        return tuned_network(entry_at(self.store, address).path, address, base)
+
+    def outputs(self, outputs: tuple[Output, ...], of: str, views: int) -> dict[str, list[Entry]]:
+        """Entries of teacher outputs on train, by key, one for each view."""
+        if not outputs:
+            return {}
+        teacher = self.config.cell.teacher
+        also = self.context.prefetch.get(teacher, ()) if of == TEACHER and teacher is not None else ()
+        return ensure_outputs(
+            self.store,
+            self.task,
+            self.task.train,
+            self.teacher(of),
+            policy_of(self.spec),
+            range(views),
+            outputs,
+            also=also,
+            device=self.context.device,
+            bill=self.bill,
+        )
+
+    def corpus_outputs(self, outputs: tuple[Output, ...]) -> dict[str, list[str]]:
+        """Addresses of teacher outputs on the corpus, by key, one for each shard; without a corpus on train."""
+        if self.spec.corpus.images is None:
+            return {key: [address_of(one[0])] for key, one in self.outputs(outputs, TEACHER, 1).items()}
+        return {output.key: self._embedded("images", output) for output in outputs}
+
+    def text_addresses(self, name: Texts) -> list[str]:
+        """Addresses of the teacher's embeddings of texts."""
+        if name != "prompts":
+            return self._embedded(name)
+        teacher = self.networks.trained("teacher").entry
+        entry = embedded_prompts(self.store, self.task, teacher, self.context.device)
+        return [address_of(self.bill.add(entry))]
+
+    def token_addresses(self, name: Texts) -> list[str]:
+        """Addresses of what the teacher's tokenizer makes of texts."""
+        teacher = self.config.cell.teacher
+        assert teacher is not None
+        if name == "prompts":
+            return [address_of(self.bill.add(tokenized_prompts(self.store, self.task, self.spec.teachers[teacher])))]
+        job = TokenJob(self.spec, str(self.store.root), teacher, name)
+        return [address_of(self.bill.add(entry)) for entry in ensure_tokenized(job, self.mapper)]
+
+    def _embedded(self, what: str, output: Output = EMBEDDING) -> list[str]:
+        """Addresses of what the teacher makes of every shard of a corpus, made where it is missing."""
+        cell = self.config.cell
+        assert cell.teacher is not None
+        job = EmbedJob(self.spec, self.store.address, cell.teacher, what, output, self.context.device)
+        return [address_of(self.bill.add(entry)) for entry in ensure_embedded(job, self.mapper)]
+
+    def pool_outputs(
+        self, pool: str, outputs: tuple[Output, ...], of: str, views: int, count: int = 0
+    ) -> dict[str, list[list[Entry]]]:
+        """Entries of teacher outputs on a pool, by key, for each view one for each shard."""
+        if not outputs:
+            return {}
+        result: dict[str, list[list[Entry]]] = {o.key: [[] for _ in range(views)] for o in outputs}
+        teacher = self.teacher(of)
+        for entry in self.shards(pool, count):
+            shard = PoolShard(entry)
+            policy = policy_of(self.spec)
+            found = ensure_outputs(
+                self.store,
+                shard,
+                shard.split,
+                teacher,
+                policy,
+                range(views),
+                outputs,
+                device=self.context.device,
+                bill=self.bill,
+            )
+            for key, entries in found.items():
+                for view, one in enumerate(entries):
+                    result[key][view].append(one)
+        return result
+
+    def shards(self, pool: str, count: int) -> list[Entry]:
+        """Those that hold the first `count` images of a pool; 0 for all."""
+        entries = self.pools[pool]
+        return entries[: math.ceil(count / SHARD)] if count else entries
