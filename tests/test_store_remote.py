@@ -20,6 +20,7 @@ from small import small_spec
 from orchestrator.errors import FullDiskError, UserError
 from orchestrator.store import Records, RemoteStore, bucket, key_of, lease, open_store, store_at, write_records
 from orchestrator.store.bucket import Bucket, RemoteError
+from orchestrator.store.remote import IN_USE_S
 from orchestrator.store.store import BusyError
 from orchestrator.train.loop import Checkpoint
 
@@ -306,6 +307,35 @@ def test_a_copy_that_would_fill_the_nodes_disk_is_refused(nodes: list[RemoteStor
     nodes[1].min_free_gb = 1e9
     with pytest.raises(FullDiskError, match=r"less than store\.min_free_gb = 1e\+09"):
         nodes[1].get("stage", KEY)
+
+
+def test_a_cache_keeps_its_limit_by_what_was_not_asked_for_lately(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three copies of 1 kB in 2.5 kB the longest unused goes; what was used within the hour stays, limit or not."""
+    address = s3.address(tmp_path.name)
+    first = Node(address, tmp_path / "a", monkeypatch).store
+    keys = [digit * 20 for digit in "123"]
+    for key in keys:
+        first.compute("stage", key, lambda folder: (folder / "data").write_bytes(b"x" * 1000) and None)
+    monkeypatch.setenv("ORCHESTRATOR_CACHE_GB", "2.5e-6")
+    second = Node(address, tmp_path / "b", monkeypatch).store
+
+    def kept() -> list[str]:
+        return sorted(path.parent.name for path in second.root.glob("stage/*/meta.json"))
+
+    for key in keys[:2]:
+        assert second.get("stage", key) is not None
+    long_ago = time.time() - 2 * IN_USE_S
+    os.utime(second.root / "stage" / keys[1] / "meta.json", (long_ago, long_ago))
+    assert second.get("stage", keys[2]) is not None
+    assert kept() == [keys[0], keys[2]]
+    assert second.get("stage", keys[1]) is not None  # it comes again, and none may go for it
+    assert kept() == keys
+    assert first.entries()  # nothing went from the storage
+    monkeypatch.setenv("ORCHESTRATOR_CACHE_GB", "lots")
+    with pytest.raises(UserError, match="ORCHESTRATOR_CACHE_GB is 'lots'; it takes GB, a number above 0"):
+        RemoteStore(address)
 
 
 def test_open_store_knows_addresses_and_sweeps_on_object_storage(colours: Path, tmp_path: Path, s3: S3) -> None:

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,25 +30,29 @@ from orchestrator.store.lease import Lease
 from orchestrator.store.store import META, BusyError, Entry, Store, file_hash
 
 VARIABLE = "ORCHESTRATOR_CACHE"
+LIMIT = "ORCHESTRATOR_CACHE_GB"
+IN_USE_S = 3600.0  # a copy that a process asked for so lately may still be opened by it
 COPIES = 3  # of a file whose copy does not match its hash
 
 
 class RemoteStore(Store):
     """A store at an address of object storage, with a cache on the disk of each node.
 
-    It is `$ORCHESTRATOR_CACHE`, or a folder of the user in the node's temporary one. A node's processes share it.
+    It is `$ORCHESTRATOR_CACHE`, or a folder of the user in the node's temporary one. A node's processes share it. Where
+    a copy would take it beyond `$ORCHESTRATOR_CACHE_GB`, or the disk below `min_free_gb`, those that were not asked for
+    during the last hour go first, the least recently used before others.
 
     Args:
         address: such as `s3://bucket/prefix`.
         min_free_gb: a computation or a copy is refused where less than this is free on the node.
 
     Raises:
-        UserError: if the address cannot be opened, or the cache belongs to somebody else.
+        UserError: if the address cannot be opened, the cache belongs to somebody else, or its limit is no number.
     """
 
     def __init__(self, address: str, *, min_free_gb: float = 0.0) -> None:
         super().__init__(cache_of(address), min_free_gb=min_free_gb)
-        self._address = address
+        self._address, self._limit = address, limit_of_cache()
 
     @property
     def address(self) -> str:
@@ -81,6 +86,7 @@ class RemoteStore(Store):
             shutil.rmtree(abandoned, ignore_errors=True)  # this process holds the lock, so its writer is dead
         try:
             temporary.mkdir(parents=True)
+            self._make_room(size)
             free = shutil.disk_usage(temporary).free - size
             if free < self.min_free_gb * 1e9:
                 raise FullDiskError(
@@ -102,6 +108,19 @@ class RemoteStore(Store):
         with contextlib.suppress(RemoteError):  # it only tells `gc` what is in use
             self.bucket.write(f".used/{stage}/{key}", b"x")
         return Entry(stage, key, target, meta)
+
+    def _make_room(self, size: int) -> None:
+        """Removes copies that nobody has asked for lately, as far as `size` bytes more need it."""
+        copies = sorted((((e.path / META).stat().st_mtime, e) for e in super().entries()), key=lambda one: one[0])
+        over = size - shutil.disk_usage(self.root).free + self.min_free_gb * 1e9
+        if self._limit is not None:
+            over = max(over, sum(e.bytes for _, e in copies) + size - self._limit)
+        for used, copy in copies:
+            if over <= 0 or time.time() - used < IN_USE_S:
+                break
+            with contextlib.suppress(BusyError, FileNotFoundError), super().lock("copy", copy.key, wait=False):
+                Store.remove(self, copy)
+                over -= copy.bytes
 
     def _copy(self, name: str, file: Path, sha256: str) -> bool:
         for _ in range(COPIES):
@@ -261,6 +280,24 @@ def cache_of(address: str) -> Path:
     if not given and base.stat().st_uid != os.getuid():
         raise UserError(f"The cache folder {str(base)!r} belongs to another user: set {VARIABLE} to one of yours.")
     return base / hashlib.sha256(address.partition("?")[0].encode()).hexdigest()[:16]
+
+
+def limit_of_cache() -> float | None:
+    """Bytes that a node's cache may take; None for no limit.
+
+    Raises:
+        UserError: if the variable is not a number above 0.
+    """
+    given = os.environ.get(LIMIT)
+    if given is None:
+        return None
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = 0.0
+    if not limit > 0:
+        raise UserError(f"{LIMIT} is {given!r}; it takes GB, a number above 0, as in {LIMIT}=200.")
+    return limit * 1e9
 
 
 def store_at(address: str | Path, *, min_free_gb: float = 0.0) -> Store:
