@@ -26,18 +26,21 @@ from typing import Any
 import ray
 import yaml
 
-from benchmarks.peers.plain_ddp import MODEL, SIZE, fit, trial
+from benchmarks.peers.plain_ddp import SIZE, fit, trial
 from benchmarks.record import command_of, machine, publish, versions
 
 MARK = "groups"
 LATER = 2  # jobs of a group after its first
 
 
-def spec_of(folder: Path, options: argparse.Namespace, trials: int) -> dict[str, Any]:
+NETWORKS = ("test_vit", "vit_tiny_patch16_224")  # the first one's jobs and trials are what the costs are of
+
+
+def spec_of(folder: Path, options: argparse.Namespace, trials: int, network: str = NETWORKS[0]) -> dict[str, Any]:
     return {
         "name": "ours",
         "task": {"data": "packaged/clipart"},
-        "students": [{"model": f"timm/{MODEL}", "image_size": SIZE, "pretrained": False}],
+        "students": [{"model": f"timm/{network}", "image_size": SIZE, "pretrained": False}],
         "methods": {"finetune": {}},
         "search": {"trials": trials, "sampler": "random", "concurrency": 1, "defaults_first": False},
         "train": {"steps": options.steps, "batch": options.batch, "views": 2, "workers": 2},
@@ -48,12 +51,12 @@ def spec_of(folder: Path, options: argparse.Namespace, trials: int) -> dict[str,
 class Ours:
     """Jobs of trials on the runner that a trial's process has."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+    def __init__(self, folder: Path, options: argparse.Namespace, network: str = NETWORKS[0]) -> None:
         from orchestrator.spec import parse_spec
         from orchestrator.train.group import GroupRunner
         from orchestrator.trial.context import SweepContext
 
-        spec = parse_spec(spec_of(folder, options, 1))
+        spec = parse_spec(spec_of(folder, options, 1, network))
         self.context = SweepContext(spec, str(folder / "ours"))
         self.runner, self.count = GroupRunner(self.context), itertools.count()
 
@@ -78,12 +81,12 @@ class Ours:
         return found
 
 
-def torchrun(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+def torchrun(folder: Path, options: argparse.Namespace, network: str = NETWORKS[0]) -> dict[str, float]:
     """The plain loop under torchrun."""
     out = folder / "torchrun.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "benchmarks.peers.plain_ddp", str(out)]
-    command += ["--steps", str(options.steps), "--batch", str(options.batch)]
+    command += ["--steps", str(options.steps), "--batch", str(options.batch), "--network", network]
     began = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     return {"wall": time.perf_counter() - began, **json.loads(out.read_text(encoding="utf-8"))}
@@ -131,7 +134,7 @@ def main() -> None:
         options.steps, options.rounds, options.trials = 50, 1, 2
     os.environ["OMP_NUM_THREADS"] = "1"
     costs: dict[str, list[float]] = {}
-    rates: dict[str, list[float]] = {"torchrun": [], "ours": []}
+    rates: dict[str, dict[str, list[float]]] = {name: {"torchrun": [], "ours": []} for name in NETWORKS}
 
     def add(name: str, one: dict[str, float]) -> None:
         costs.setdefault(name, []).append(one["wall"] - one["loop"])
@@ -140,7 +143,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start_ray(1)
-        config = {"steps": options.steps, "batch": options.batch, "storage": name, "out": f"{name}/plain.json"}
+        config = {
+            "network": NETWORKS[0],
+            "steps": options.steps,
+            "batch": options.batch,
+            "storage": name,
+            "out": f"{name}/plain.json",
+        }
         ours = Ours(folder / "jobs", options)
         ours.job()  # stores the pixels, which every later job reads
         ours.runner.end()
@@ -148,12 +157,19 @@ def main() -> None:
         for _ in range(options.rounds):
             add("plain", fit(config))
             add("torchrun", one := torchrun(folder, options))
-            rates["torchrun"].append(images / one["loop"])
+            rates[NETWORKS[0]]["torchrun"].append(images / one["loop"])
             add("first", ours.job())
             for _ in range(LATER):
                 add("later", one := ours.job())
-                rates["ours"].append(images / one["loop"])
+                rates[NETWORKS[0]]["ours"].append(images / one["loop"])
             ours.runner.end()
+        for network in NETWORKS[1:]:
+            larger = Ours(folder / network, options, network)
+            larger.job()
+            for _ in range(options.rounds):
+                rates[network]["torchrun"].append(images / torchrun(folder, options, network)["loop"])
+                rates[network]["ours"].append(images / larger.job()["loop"])
+            larger.runner.end()
         costs["nested"] = nested(config, options.trials)
         ray.shutdown()
         costs["swept"] = swept(folder / "jobs", options, options.trials)
@@ -192,14 +208,14 @@ def table(result: dict[str, Any]) -> str:
         "| --- | --- |",
         *(f"| {text} | {seen(costs[name])} |" for name, text in names.items()),
         "",
-        "| 2 workers | images/s inside the loop |",
-        "| --- | --- |",
-        f"| plain DDP under torchrun | {seen(result['images_per_s']['torchrun'], 0)} |",
-        f"| here | {seen(result['images_per_s']['ours'], 0)} |",
+        "| 2 workers, images/s inside the loop | plain DDP under torchrun | here | ratio |",
+        "| --- | --- | --- | --- |",
     ]
-    ratio = statistics.median(result["images_per_s"]["ours"]) / statistics.median(result["images_per_s"]["torchrun"])
+    for network, rates in result["images_per_s"].items():
+        ratio = statistics.median(rates["ours"]) / statistics.median(rates["torchrun"])
+        lines.append(f"| {network} | {seen(rates['torchrun'], 0)} | {seen(rates['ours'], 0)} | {ratio:.2f} |")
     share = statistics.median(costs["swept"]) / statistics.median(costs["nested"])
-    lines += ["", f"Throughput {ratio:.2f} of torchrun's; a trial costs {share:.2f} of the nested one's."]
+    lines += ["", f"A trial costs {share:.2f} of the nested one's."]
     return "\n".join(lines)
 
 

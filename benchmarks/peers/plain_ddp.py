@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-MODEL, SIZE, LR = "test_vit", 96, 1e-3
+SIZE, LR = 96, 1e-3
 
 
 def train(config: dict[str, Any]) -> None:
@@ -34,7 +34,9 @@ def train(config: dict[str, Any]) -> None:
     images, labels = load_data()["train"]
     pixels, classes = normalised(images, SIZE), torch.from_numpy(labels).long()
     torch.manual_seed(0)
-    network = DistributedDataParallel(timm.create_model(MODEL, img_size=SIZE, num_classes=int(classes.max()) + 1))
+    network = DistributedDataParallel(
+        timm.create_model(config["network"], img_size=SIZE, num_classes=int(classes.max()) + 1)
+    )
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.1)
     order = torch.Generator().manual_seed(0)
@@ -79,6 +81,7 @@ def main() -> None:
     """A rank of torchrun."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out")
+    parser.add_argument("--network", default="test_vit", help="a ViT of timm")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64)
     options = parser.parse_args()
