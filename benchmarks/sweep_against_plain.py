@@ -3,6 +3,7 @@
     python -m benchmarks.sweep_against_plain               # 6, 12 and 24 trials: 20 minutes, 24 alone takes 9
     python -m benchmarks.sweep_against_plain --trials 24   # one size; the others stay in results/ and in the table
     python -m benchmarks.sweep_against_plain --trials 6 --steps 20 --dry
+    python -m benchmarks.sweep_against_plain --trials 24 --steps 240 --block sweep_against_plain_longer
 
 One frozen ViT teacher of at least ten times each student's FLOPs, two processes of one thread, the same images, steps
 and batch. The peer (`peers/plain_optuna.py`) runs its teacher in every step. What is counted is wall time, all of it:
@@ -225,11 +226,12 @@ def main() -> None:
     """Runs the sizes, prints the table, writes it."""
     parser = arguments(__doc__, 12)
     parser.add_argument("--trials", type=int, nargs="+", default=[6, 12, 24], choices=[6, 12, 24])
+    parser.add_argument("--block", default=MARK, help="the block of docs/performance.md that is written")
     options = parser.parse_args()
     setting = {name: getattr(options, name) for name in DEFAULTS}
     spec = spec_of(setting, trials_of(2, options.factor), Path("runs"))
     costs = check_ratio(spec, options.factor)
-    path = RESULTS / f"{MARK}.json"
+    path = RESULTS / f"{options.block}.json"
     about = {**setting, "factor": options.factor}
     result: dict[str, Any] = {}
     if path.is_file():
@@ -248,7 +250,7 @@ def main() -> None:
     }
     print(text := table(result))
     if not options.dry:
-        publish(MARK, result, text)
+        publish(options.block, result, text)
 
 
 def table(result: dict[str, Any]) -> str:
