@@ -35,23 +35,29 @@ class RKDConfig(KDConfig):
 
 def distances(features: Tensor) -> Tensor:
     """[B, B] Euclidean distances of features [B, D], in units of their mean over different rows (Eq. 4, 5 [memory])."""
-    raw = torch.cdist(features.float(), features.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    raw = _lengths(features.float())
     pairs = len(raw) * (len(raw) - 1)
     return raw / (raw.sum() / max(pairs, 1)).clamp_min(1e-12)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def angles(features: Tensor) -> Tensor:
     """[B, B, B] of features [B, D]: entry (j, i, k) is the cosine of the angle at j between i and k (Eq. 8 [memory]).
 
-    0 where one of the sides has no length. Takes B² · D numbers.
+    0 where one of the sides has no length. Takes B³ numbers, whatever D: the product of two sides is that of four
+    products of rows.
     """
     rows = features.float()
-    sides = rows[None] - rows[:, None]
-    lengths = sides.norm(dim=-1, keepdim=True)
+    rows = rows - rows.detach().mean(0)  # which no angle sees, and the products then lose fewer digits
+    products, lengths = rows @ rows.T, _lengths(rows)
     # A side that is all but 0 has no direction: without a floor its gradient would be without bounds.
     floor = (1e-3 * lengths.detach().mean()).clamp_min(1e-12)
-    directions = sides / torch.maximum(lengths, floor)
-    return directions @ directions.transpose(1, 2)
+    lengths = torch.maximum(lengths, floor)
+    sides = products[None] - products[:, :, None] - products[:, None, :] + products.diagonal()[:, None, None]
+    return sides / (lengths[:, :, None] * lengths[:, None, :])
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -61,7 +67,7 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher: [B, D] and [B, E]; 0 with a graph for a single row.
     """
     different = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
-    return _huber(distances(student)[different], distances(teacher)[different], student)
+    return _huber(distances(student), distances(teacher), different)
 
 
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -72,11 +78,12 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     same = torch.eye(len(student), dtype=torch.bool, device=student.device)
     different = ~(same[:, :, None] | same[:, None, :] | same[None])
-    return _huber(angles(student)[different], angles(teacher)[different], student)
+    return _huber(angles(student), angles(teacher), different)
 
 
-def _huber(student: Tensor, teacher: Tensor, source: Tensor) -> Tensor:
-    return F.smooth_l1_loss(student, teacher.detach()) if student.numel() else source.float().sum() * 0.0
+def _huber(student: Tensor, teacher: Tensor, where: Tensor) -> Tensor:
+    apart = F.smooth_l1_loss(student, teacher.detach(), reduction="none")
+    return (apart * where).sum() / where.sum().clamp_min(1)
 
 
 class RKDLearner(KDLearner):
@@ -118,5 +125,5 @@ class RKD(KD):
         params = {**distil.params, "distance": config.distance, "angle": config.angle}
         return [
             *earlier,
-            replace(distil, version=2, learner=RKDLearner, params=params, feed=replace(distil.feed, outputs=outputs)),
+            replace(distil, version=3, learner=RKDLearner, params=params, feed=replace(distil.feed, outputs=outputs)),
         ]
