@@ -68,6 +68,7 @@ bench: $(VENV)/.bench quickstart
 	$(PY) -m benchmarks.driver
 	$(PY) -m benchmarks.groups
 	$(PY) -m benchmarks.layout
+	$(PY) -m benchmarks.compiled
 	$(PY) -m benchmarks.profile
 	$(PY) -m benchmarks.commands $(RUNS)/quickstart
 

@@ -46,6 +46,11 @@ class Train(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where the cluster has one.")
     gpus_per_worker: float = Field(default=1.0, gt=0, description="A fraction puts several trials on one GPU.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Autocast precision of training.")
+    compile: bool = Field(
+        default=False,
+        description="Compile the blocks of what is trained with torch.compile: a pause at the first step of each "
+        "training stage, then shorter steps, most of all on a GPU.",
+    )
     threads: int = Field(default=1, ge=1, description="Torch threads of each trial process; also the CPUs it reserves.")
     accumulate: int = Field(
         default=1,

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from methods.contract import Batch, Learner, Recipe
@@ -281,7 +282,9 @@ def fit(
         if world == 1:  # of several ranks only the first one's are known: the next means begin here
             counts = dict(state["counts"])
             sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
-    norms = GlobalBatchNorm() if world > 1 and sync_batchnorm else contextlib.nullcontext()
+    # It looks at every function that torch is asked for, so it is on only where there is something to find.
+    shared = world > 1 and sync_batchnorm and any(isinstance(m, _BatchNorm) for m in learner.modules())
+    norms = GlobalBatchNorm() if shared else contextlib.nullcontext()
     every = report_every or max(1, steps // 20)
     began = time.perf_counter()
     wrapped.train()

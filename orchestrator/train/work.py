@@ -18,6 +18,7 @@ from orchestrator.models.texts import save_text_tower
 from orchestrator.store import store_at
 from orchestrator.train.alike import check_alike, identity_of
 from orchestrator.train.batches import opened
+from orchestrator.train.compiled import compiled
 from orchestrator.train.given import networks_of
 from orchestrator.train.job import TrainJob, pool_batch
 from orchestrator.train.loop import Checkpoint, Report, fit
@@ -41,6 +42,7 @@ def run_job(
 
     Raises:
         UnlikeError: on every rank, if one of them has another job or other libraries.
+        CompileError: if `train.compile` cannot be had here.
         DivergedError, DeviceMemoryError: see `fit`.
     """
     began = time.perf_counter()
@@ -52,27 +54,28 @@ def run_job(
     learner, feeder = opened(job, rank=rank, world=world, device=device)
     store = store_at(job.store_root)
     trained = networks_of(spec, job.teacher, job.student).trained(stage.trains)
-    history = fit(
-        learner,
-        feeder,
-        stage.recipe,
-        job.steps,
-        device=device,
-        precision=spec.train.precision,
-        seed=job.seed,
-        rank=rank,
-        world=world,
-        sync_batchnorm=spec.train.sync_batchnorm,
-        accumulate=spec.train.accumulate,
-        checkpoint=Checkpoint(
-            Path(job.scratch) / "checkpoint.pt",
-            spec.train.checkpoint_s,
-            spec.train.checkpoint_steps,
-            store.mirror(Path(job.scratch)),
-        ),
-        notice=notice,
-        report=report,
-    )
+    with compiled(learner, spec.train.compile):
+        history = fit(
+            learner,
+            feeder,
+            stage.recipe,
+            job.steps,
+            device=device,
+            precision=spec.train.precision,
+            seed=job.seed,
+            rank=rank,
+            world=world,
+            sync_batchnorm=spec.train.sync_batchnorm,
+            accumulate=spec.train.accumulate,
+            checkpoint=Checkpoint(
+                Path(job.scratch) / "checkpoint.pt",
+                spec.train.checkpoint_s,
+                spec.train.checkpoint_steps,
+                store.mirror(Path(job.scratch)),
+            ),
+            notice=notice,
+            report=report,
+        )
     images = spec.train.batch + (pool_batch(spec.train, stage.feed) if job.pool else 0)
     images_seen = job.steps * images * (not stage.feed.tokens)
     about = {

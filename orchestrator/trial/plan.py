@@ -221,6 +221,8 @@ def stage_reads(
         reads["precision"] = train.precision
         # Batch norm over each worker's own part is another computation; without workers it makes no difference.
         reads["workers"] = 1 if train.workers == 1 or train.sync_batchnorm else train.workers
+        if train.compile:
+            reads["compile"] = True
         if train.accumulate > 1:  # rows are related, and normalised, within a micro batch
             reads["accumulate"] = train.accumulate
         if stage.feed.pool:
