@@ -324,9 +324,15 @@ class Learner(nn.Module, ABC):
 
     Subclasses take `(params, given)`, set `self.student`, and freeze what must not move with
     `requires_grad_(False)`. Whatever is frozen stays in evaluation mode: see `frozen`.
+
+    Attributes:
+        student: the network that is deployed.
+        steady: whether every loss reaches the same parameters, whatever the batch, its labels and the progress; then
+            the workers of a group need not look for those that a step has left out.
     """
 
     student: nn.Module
+    steady: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:

@@ -40,6 +40,8 @@ class FineTuneConfig(MethodConfig):
 class FineTuneLearner(Learner):
     """The student under the task's own loss with label smoothing; logits [B, C], or [B, C, S, S] of pixels."""
 
+    steady = True
+
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
         self.student = given.student

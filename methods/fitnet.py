@@ -46,6 +46,8 @@ class FitNetLearner(KDLearner):
     depend on the size of the map [inferred].
     """
 
+    steady = False  # hints reach the network up to one layer only, and later losses no regressor
+
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
         self.hint_share: float = params["hint_share"]

@@ -77,6 +77,8 @@ class KDLearner(Learner):
     pooled features [B, D] (of pixels: on its map [B, D, h, w]), or a tuned teacher's own.
     """
 
+    steady = True
+
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
         self.student = self.network(params, given)

@@ -155,6 +155,8 @@ class OTALearner(Learner):
     student never sees a generated image. Logits [B, C].
     """
 
+    steady = True
+
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
         self.student = given.student

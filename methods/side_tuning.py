@@ -60,6 +60,8 @@ class ImitationLearner(Learner):
     is about 1 [inferred].
     """
 
+    steady = True
+
     student: SideNetwork
 
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:

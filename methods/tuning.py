@@ -63,6 +63,8 @@ class TuningLearner(Learner):
     as the stage `head` of the parameters fitted it (`teacher_head` where they name none).
     """
 
+    steady = True
+
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
         self.kind = given.kind

@@ -42,6 +42,8 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
 class EmbeddingLearner(Learner):
     """A student whose head gives an embedding as wide as the teacher's: the projection of the paper's models."""
 
+    steady = True
+
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
         self.student: nn.Module = given.student

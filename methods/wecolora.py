@@ -186,6 +186,8 @@ class WeCoLoRALearner(Learner):
     before the norm; the averaging is ours [inferred]).
     """
 
+    steady = True
+
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
         teacher = given.teacher

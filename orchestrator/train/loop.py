@@ -263,8 +263,16 @@ def fit(
     wrapped: nn.Module = learner
     if world > 1:
         ids = [torch.cuda.current_device()] if device != "cpu" else None
-        # Which loss parts are active may change with progress, so a parameter may have no gradient in a step.
-        wrapped = DistributedDataParallel(learner, device_ids=ids, find_unused_parameters=True)
+        # A parameter may have no gradient in a step. To look for those takes time in each step; where they are always the
+        # same, the first step tells, unless gradients gather over several.
+        once = learner.steady and accumulate == 1
+        wrapped = DistributedDataParallel(
+            learner,
+            device_ids=ids,
+            find_unused_parameters=not once,
+            static_graph=once,
+            gradient_as_bucket_view=True,
+        )
     optimizer = build_optimizer(learner, recipe)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")

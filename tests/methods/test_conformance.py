@@ -342,6 +342,21 @@ def test_every_trained_tensor_learns_at_some_time(method):
             assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
+def test_a_steady_learner_reaches_the_same_parameters_whatever_the_batch_and_the_progress(method):
+    case = case_for(method)
+    for config in (method.Config(), sampled(method, case, 1)):
+        for one in (one for one in built(method, config, case) if one.learner.steady):
+            batch = batch_for(one, case)
+            bare = replace(batch, labels=torch.full_like(batch.labels, -1)) if batch.labels is not None else batch
+            reached = set()
+            for given in (batch, bare):
+                for progress in (0.0, 0.5, 0.95):
+                    one.learner.train().zero_grad(set_to_none=True)
+                    one.learner(given, progress)["loss"].backward()
+                    reached.add(frozenset(n for n, p in one.learner.named_parameters() if p.grad is not None))
+            assert len(reached) == 1
+
+
 def test_training_leaves_the_teacher_and_the_frozen_alone(method):
     case = case_for(method)
     before = tensor_hash(case.teacher), tensor_hash(case.student)
