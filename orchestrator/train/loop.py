@@ -263,8 +263,8 @@ def fit(
     wrapped: nn.Module = learner
     if world > 1:
         ids = [torch.cuda.current_device()] if device != "cpu" else None
-        # A parameter may have no gradient in a step. To look for those takes time in each step; where they are always the
-        # same, the first step tells, unless gradients gather over several.
+        # A parameter may have no gradient in a step. To look for those takes time in each step; where they are always
+        # the same, the first step tells, unless gradients gather over several.
         once = learner.steady and accumulate == 1
         wrapped = DistributedDataParallel(
             learner,
