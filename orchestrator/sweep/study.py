@@ -73,6 +73,7 @@ class Study:
     def _open(self) -> None:
         self._study = self._place.open()
         trials = self._study.get_trials(deepcopy=False)
+        self._waits = any(trial.state is TrialState.WAITING for trial in trials)  # a dead driver's proposal
         whole = [trial for trial in trials if "config" in trial.user_attrs]
         self._whole = [(TrialConfig.from_json(trial.user_attrs["config"]), trial.number) for trial in whole]
         self._seen = {_key(config.cell, config.knobs) for config, _ in self._whole}
@@ -166,9 +167,10 @@ class Study:
         return self._patiently(propose)
 
     def _propose(self, number: int) -> TrialConfig:
-        if not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # a dead driver's may wait
+        if not self._waits:
             self._study.enqueue_trial(self._parameters(*self._drawn(number)))
         trial = self._study.ask()
+        self._waits = False
         config = TrialConfig(f"t{number:04d}", number, *self._choose(trial), self.spec.search.seed)
         trial.set_user_attr("config", config.to_json())
         self._whole.append((config, trial.number))
