@@ -28,6 +28,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def answers(port: int) -> bool:
+    """Whether something on loopback takes connections there."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
 def wait_until(ready: Any, process: subprocess.Popen[Any], what: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
@@ -154,13 +161,7 @@ class S3:
         words = ["-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen([sys.executable, *words], **quiet)
-
-        def ready() -> bool:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return True
-            return False
-
-        wait_until(ready, self.process, "moto")
+        wait_until(lambda: answers(self.port), self.process, "moto")
 
     def stop(self) -> None:
         if self.process is not None:
@@ -172,6 +173,25 @@ class S3:
         self.stop()
         self.proxy.shutdown()
         self.proxy.server_close()
+
+
+class GCS:
+    """A server of Google's storage protocol on loopback (gcp-storage-emulator), with one bucket, in memory."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        words = ["-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        words += ["--in-memory", "--quiet", "--default-bucket", "bucket"]
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([sys.executable, *words], **quiet)
+        wait_until(lambda: answers(self.port), self.process, "gcp-storage-emulator")
+
+    def address(self, prefix: str) -> str:
+        return f"gs://anonymous@bucket/{prefix}?scheme=http&endpoint_override=127.0.0.1:{self.port}"
+
+    def remove(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
 
 
 def _handler(server: S3) -> type[http.server.BaseHTTPRequestHandler]:

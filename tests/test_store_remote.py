@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import S3
+from servers import GCS, S3
 from small import small_spec
 
 from orchestrator.errors import FullDiskError, UserError
@@ -69,6 +69,26 @@ def nodes(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Remot
     return [Node(address, tmp_path / name, monkeypatch).store for name in "ab"]
 
 
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def anywhere(request: pytest.FixtureRequest) -> Iterator[S3 | GCS]:
+    """Each kind of object storage."""
+    if request.param == "s3":
+        yield request.getfixturevalue("s3")
+        return
+    server = GCS()
+    try:
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture
+def pair(anywhere: S3 | GCS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RemoteStore]:
+    """Two nodes on each kind of object storage."""
+    address = anywhere.address(tmp_path.name)
+    return [Node(address, tmp_path / name, monkeypatch).store for name in "ab"]
+
+
 def refuse(folder: Path) -> None:
     pytest.fail("computed twice")
 
@@ -120,11 +140,11 @@ def test_what_one_node_published_is_copied_once_to_another_and_read_by_memory_ma
     assert not any(name.startswith(".leases") for name in objects(one))
 
 
-def test_nodes_and_processes_that_ask_at_once_compute_once(s3: S3, tmp_path: Path) -> None:
+def test_nodes_and_processes_that_ask_at_once_compute_once(anywhere: S3 | GCS, tmp_path: Path) -> None:
     barrier, answers, log = PROCESSES.Barrier(6), PROCESSES.Queue(), tmp_path / "log"
     caches = [str(tmp_path / f"node{i % 3}") for i in range(6)]  # two processes on each of three nodes
     words = (barrier, answers, str(log), 1.0)
-    processes = [PROCESSES.Process(target=on_a_node, args=(s3.address(tmp_path.name), c, *words)) for c in caches]
+    processes = [PROCESSES.Process(target=on_a_node, args=(anywhere.address(tmp_path.name), c, *words)) for c in caches]
     for process in processes:
         process.start()
     found = [answers.get(timeout=120) for _ in processes]
@@ -137,9 +157,9 @@ def test_nodes_and_processes_that_ask_at_once_compute_once(s3: S3, tmp_path: Pat
 
 @pytest.mark.parametrize("same_node", [True, False])
 def test_when_a_node_dies_while_it_computes_another_takes_over(
-    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_node: bool
+    anywhere: S3 | GCS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_node: bool
 ) -> None:
-    address, log = s3.address(tmp_path.name), tmp_path / "log"
+    address, log = anywhere.address(tmp_path.name), tmp_path / "log"
     barrier, answers = PROCESSES.Barrier(2), PROCESSES.Queue()
     words = (address, str(tmp_path / "dies"), barrier, answers, str(log), 600.0)
     process = PROCESSES.Process(target=on_a_node, args=words)
@@ -227,6 +247,19 @@ def test_a_server_that_stays_away_is_one_sentence_and_nothing_is_published(nodes
     assert nodes[1].compute("stage", KEY, lambda f: None).computed  # after the lost lease's time
 
 
+def test_googles_server_that_stays_away_is_one_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "REQUEST_S", 1.0)
+    server = GCS()
+    try:
+        there = Bucket(server.address("away"))
+        there.write("name", b"content")
+        assert there.read("name") == b"content"
+    finally:
+        server.remove()
+    with pytest.raises(RemoteError, match=r"^The object storage gs://\S+ could not read name in \d+ s"):
+        there.read("name")
+
+
 def test_a_trial_whose_object_storage_stays_away_fails_with_that_reason(
     colours: Path, tmp_path: Path, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,18 +287,18 @@ def test_a_trial_whose_object_storage_stays_away_fails_with_that_reason(
     assert (again["val_metric"], again["store_misses"]) == (row["val_metric"], 0)
 
 
-def test_a_changed_object_is_never_read_and_is_named_by_verify(nodes: list[RemoteStore]) -> None:
-    entry = nodes[0].compute("stage", KEY, lambda folder: (folder / "data").write_text("result") and None)
+def test_a_changed_object_is_never_read_and_is_named_by_verify(pair: list[RemoteStore]) -> None:
+    entry = pair[0].compute("stage", KEY, lambda folder: (folder / "data").write_text("result") and None)
     name = f"stage/{KEY}/{entry.meta['attempt']}/data"
-    nodes[0].bucket.write(name, b"resulT")
+    pair[0].bucket.write(name, b"resulT")
     with pytest.raises(RemoteError, match="differs from what was published"):
-        nodes[1].get("stage", KEY)
-    assert not nodes[1]._folder("stage", KEY).exists()
-    assert nodes[1].damaged(entry) == ["data"]
+        pair[1].get("stage", KEY)
+    assert not pair[1]._folder("stage", KEY).exists()
+    assert pair[1].damaged(entry) == ["data"]
 
 
-def test_without_its_meta_nothing_is_there_and_gc_takes_the_rest(nodes: list[RemoteStore]) -> None:
-    one, two = nodes
+def test_without_its_meta_nothing_is_there_and_gc_takes_the_rest(pair: list[RemoteStore]) -> None:
+    one, two = pair
     kept = one.compute("stage", key_of("kept"), lambda folder: (folder / "data").write_bytes(b"x" * 10) and None)
     one.bucket.write(f"stage/{KEY}/0123456789ab/data", b"x" * 7)  # its writer died before it wrote meta.json
     one.bucket.write(f".partial/stage-{KEY}/checkpoint.pt", b"x" * 5)
@@ -278,28 +311,28 @@ def test_without_its_meta_nothing_is_there_and_gc_takes_the_rest(nodes: list[Rem
     assert [name for name in objects(two) if not name.startswith(".leases")] == []
 
 
-def test_gc_spares_what_a_node_works_on(nodes: list[RemoteStore]) -> None:
-    one, two = nodes
+def test_gc_spares_what_a_node_works_on(pair: list[RemoteStore]) -> None:
+    one, two = pair
     with one.lock("stage", KEY):
         one.bucket.write(f".partial/stage-{KEY}/checkpoint.pt", b"x" * 5)
         assert two.collect() == (0, 0)
     assert two.collect() == (5, 0)
 
 
-def test_partial_work_goes_on_on_another_node_and_goes_when_the_entry_is_published(nodes: list[RemoteStore]) -> None:
+def test_partial_work_goes_on_on_another_node_and_goes_when_the_entry_is_published(pair: list[RemoteStore]) -> None:
     def checkpoint(store: RemoteStore) -> Checkpoint:
         folder = store.scratch("stage", KEY)
         return Checkpoint(folder / "checkpoint.pt", 0.0, mirror=store.mirror(folder))
 
-    one, two = (checkpoint(node) for node in nodes)
+    one, two = (checkpoint(node) for node in pair)
     assert one.load() is None
     one.save({"step": 5})
     assert two.load() == {"step": 5}
     two.save({"step": 9})
     assert one.load() == {"step": 9}  # and not what it left itself
-    nodes[1].compute("stage", KEY, lambda folder: None)
-    assert checkpoint(nodes[1]).load() is None
-    assert not any(name.startswith(".partial") for name in objects(nodes[0]))
+    pair[1].compute("stage", KEY, lambda folder: None)
+    assert checkpoint(pair[1]).load() is None
+    assert not any(name.startswith(".partial") for name in objects(pair[0]))
 
 
 def test_a_copy_that_would_fill_the_nodes_disk_is_refused(nodes: list[RemoteStore]) -> None:
@@ -366,12 +399,16 @@ def test_an_address_with_a_key_or_of_another_kind_is_refused(
     assert "hunter2" not in str(refused.value)
 
 
-def test_a_bucket_that_is_not_there_is_refused_before_anything_runs(colours: Path, tmp_path: Path, s3: S3) -> None:
+def test_a_bucket_that_is_not_there_is_refused_before_anything_runs(
+    colours: Path, tmp_path: Path, anywhere: S3 | GCS
+) -> None:
     from orchestrator.sweep.run import check_storage
 
-    check_storage(small_spec(colours, tmp_path, store={"remote": s3.address("x")}))
-    address = s3.address("x").replace("//bucket/", "//elsewhere/")
-    with pytest.raises(UserError, match=r"^store\.remote: The object storage s3://elsewhere/x"):
+    check_storage(small_spec(colours, tmp_path, store={"remote": anywhere.address("x")}))
+    address = anywhere.address("x").replace("bucket/", "elsewhere/")
+    with pytest.raises(
+        UserError, match=r"^store\.remote: The object storage \w+://(anonymous@)?elsewhere/x refuses to"
+    ):
         check_storage(small_spec(colours, tmp_path, store={"remote": address}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import random
@@ -10,12 +11,12 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
-from orchestrator.errors import UserError, WorkError, disk_full
+from orchestrator.errors import UserError, WorkError, disk_full, listed
 
 CHUNK = 8 << 20
 FIRST_WAIT_S = 0.5
@@ -23,7 +24,9 @@ LONGEST_WAIT_S = 10.0
 CONNECT_S = 5.0
 REQUEST_S = 20.0
 PATIENCE_S = 60.0  # of one request and its repetitions
-NO_CURE = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_BUCKET", "Permission denied")
+S3_REFUSES = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_BUCKET", "Permission denied")
+GCS_REFUSES = ("Status(NOT_FOUND", "Status(PERMISSION_DENIED", "Status(UNAUTHENTICATED")
+NO_CURE = (*S3_REFUSES, *GCS_REFUSES)
 Result = TypeVar("Result")
 
 
@@ -187,25 +190,31 @@ def bucket_at(address: str) -> Bucket:
 
 
 def _open(address: str) -> tuple[fs.FileSystem, str]:
+    """As `from_uri` reads it; but on S3 a small object is one request and a slow server is waited for, and Google's
+    client does not try a request again for a quarter of an hour.
+    """
     parts = urllib.parse.urlsplit(address)
-    if parts.scheme != "s3":
+    if parts.scheme not in ("s3", "gs", "gcs"):
         return fs.FileSystem.from_uri(address)
-    # As `from_uri` reads it, but a small object is one request, and a slow server is waited for.
     options = dict(urllib.parse.parse_qsl(parts.query))
-    region, endpoint = options.pop("region", None), options.pop("endpoint_override", None)
-    scheme = options.pop("scheme", "https")
-    if options:
-        raise ValueError(f"unknown option {next(iter(options))!r}; allowed are region, endpoint_override and scheme")
-    system = fs.S3FileSystem(
-        region=region or (None if endpoint else fs.resolve_s3_region(parts.netloc.rpartition("@")[2])),
-        endpoint_override=endpoint,
-        scheme=scheme,
-        anonymous=parts.username == "anonymous",
-        allow_delayed_open=True,
-        connect_timeout=CONNECT_S,
-        request_timeout=REQUEST_S,
-    )
-    return system, parts.netloc.rpartition("@")[2] + parts.path
+    allowed = ["region"] * (parts.scheme == "s3") + ["endpoint_override", "scheme"]
+    unknown = next((name for name in options if name not in allowed), None)
+    if unknown is not None:
+        raise ValueError(f"unknown option {unknown!r}; allowed are {listed(allowed)}")
+    bucket, endpoint = parts.netloc.rpartition("@")[2], options.get("endpoint_override")
+    common: dict[str, Any] = {
+        "endpoint_override": endpoint,
+        "scheme": options.get("scheme", "https"),
+        "anonymous": parts.username == "anonymous",
+    }
+    system: fs.FileSystem
+    if parts.scheme == "s3":
+        region = options.get("region") or (None if endpoint else fs.resolve_s3_region(bucket))
+        waits = {"connect_timeout": CONNECT_S, "request_timeout": REQUEST_S}
+        system = fs.S3FileSystem(region=region, allow_delayed_open=True, **waits, **common)
+    else:
+        system = fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=REQUEST_S), **common)
+    return system, bucket + parts.path
 
 
 def _first_line(error: BaseException) -> str:
