@@ -44,11 +44,11 @@ test: lint
 nightly: lint
 	$(call both,)
 
-# Tests without a cluster in two processes; those that start one have the machine to themselves.
+# In two processes; first the tests without a cluster, then those that start one.
 define both
 	@failed=0; \
 	$(PY) -m pytest --numprocesses 2 --dist loadfile -m "not ray $(1)" || failed=1; \
-	$(PY) -m pytest -m "ray $(1)" || failed=1; \
+	$(PY) -m pytest --numprocesses 2 --dist loadfile -m "ray $(1)" || failed=1; \
 	exit $$failed
 endef
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -31,12 +31,19 @@ def listed(words: Iterable[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "none"
 
 
+def behind(error: BaseException | None, *, contexts: bool = True) -> Iterator[BaseException]:
+    """An error and what it was raised from (or while, with `contexts`), each once: a chain can lead into itself."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (error.__context__ if contexts else None)
+
+
 def disk_full(error: BaseException | None) -> bool:
     """Whether a full disk (or a used-up quota) is behind an error; safetensors and torch tell it by text only."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error) for words in ("No space left on device", "os error 28", "file write failed")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        (isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT))
+        or any(words in str(one) for words in ("No space left on device", "os error 28", "file write failed"))
+        for one in behind(error)
+    )

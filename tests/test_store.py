@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.errors import WorkError
+from orchestrator.errors import WorkError, behind, disk_full
 from orchestrator.store import Records, Store, key_of, write_records
 from orchestrator.store.store import BusyError
 
@@ -327,6 +327,18 @@ def test_a_disk_that_fills_up_while_writing_is_one_sentence_and_leaves_nothing(t
         store.compute("stage", KEY, write)
     assert store.get("stage", KEY) is None
     assert leftovers(store) == []
+
+
+def test_a_full_disk_is_found_behind_other_errors_and_a_chain_that_leads_into_itself_has_an_end():
+    full = OSError(errno.ENOSPC, "full")
+    last = RuntimeError("last")
+    last.__context__ = full
+    assert disk_full(last)
+    one, two = RuntimeError("one"), RuntimeError("two")
+    one.__cause__, two.__context__ = two, one
+    assert not disk_full(one)
+    assert list(behind(one)) == [one, two]
+    assert list(behind(two, contexts=False)) == [two]
 
 
 def test_another_error_of_the_disk_is_not_called_a_full_disk(tmp_path):

@@ -25,7 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
-from orchestrator.errors import UserError, WorkError
+from orchestrator.errors import UserError, WorkError, behind
 from orchestrator.spec import STUDY_SCHEMES, SweepSpec
 from orchestrator.sweep.ledger import once
 from orchestrator.sweep.study_lock import StudyLock
@@ -66,9 +66,7 @@ class Database:
 
     def scrubbed(self, error: BaseException) -> str:
         """The first line of what is behind an error, without any secret that this process knows."""
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        *_, cause = behind(error, contexts=False)
         text = (str(getattr(cause, "orig", None) or cause).strip().splitlines() or [type(cause).__name__])[0]
         for secret in filter(None, (self.password, os.environ.get("PGPASSWORD"))):
             for form in (secret, urllib.parse.quote(secret, safe=""), urllib.parse.quote_plus(secret)):
