@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.record import ROOT, machine, markdown, publish, versions
+from benchmarks.record import RESULTS, ROOT, machine, markdown, publish, versions
 from orchestrator.data.task import load_task
 from orchestrator.errors import UserError, WorkError
 from orchestrator.models.clip import is_clip
@@ -34,6 +34,7 @@ from orchestrator.store import store_at
 from orchestrator.sweep.board import export_trial
 from orchestrator.sweep.ledger import open_sweep
 
+MARK = "export_everywhere"
 IMAGES = 8
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "safetensors", "onnxruntime", "numpy", "pillow")
 PAGE = ROOT / "docs" / "export.md"
@@ -85,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Path)
     parser.add_argument("--python", type=Path, help="of an environment with the packages, without ours; else a new one")
+    parser.add_argument("--keep", action="store_true", help="leave the rows of other sweeps in the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -97,16 +99,22 @@ def main() -> None:
     for line in map(json.loads, done.stdout.splitlines()):
         case = next(case for case in cases if case["case"] == line["case"])
         case[line["format"]] = line.get("difference", line.get("error"))
-    cells = [[case["sweep"], case["method"], case["loads"], *(_cell(case[form]) for form in FORMATS)] for case in cases]
+    shown = [*(_kept({sweep.name for sweep in options.sweeps}) if options.keep else []), *cases]
+    cells = [[case["sweep"], case["method"], case["loads"], *(_cell(case[form]) for form in FORMATS)] for case in shown]
     head = ("sweep", "method", "loaded with", *(f"{form}, at most {TOLERANCE[form]:g}" for form in FORMATS))
     text = (
         f"`python -m benchmarks.export_everywhere`: largest difference of a logit over {IMAGES} val images; "
         f"{machine(1)}; {versions(*PACKAGES)}.\n\n{markdown(head, cells)}"
     )
-    publish("export_everywhere", {"cases": cases}, text, PAGE)
+    publish(MARK, {"cases": shown}, text, PAGE)
     wrong = [case for case in cases if not all(_fits(form, case[form]) for form in FORMATS)]
     print(text)
     sys.exit(f"{len(wrong)} of {len(cases)} students are not the same outside." if wrong else 0)
+
+
+def _kept(but: set[str]) -> list[dict[str, Any]]:
+    cases = json.loads((RESULTS / f"{MARK}.json").read_text(encoding="utf-8"))["cases"]
+    return [case for case in cases if case["sweep"] not in but]
 
 
 def _fits(form: str, found: float | str) -> bool:

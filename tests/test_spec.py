@@ -95,6 +95,8 @@ def one_budget(train: dict[str, Any]) -> dict[str, Any]:
     train["batch"] = train.get("batch", 64) * workers * train.get("accumulate", 1)
     if train.get("min_workers") is not None:
         train["min_workers"] = min(train["min_workers"], workers) if train.get("sync_batchnorm", True) else workers
+    if workers > 1 and train.get("sync_batchnorm", True):
+        train.pop("compile", None)
     return train
 
 

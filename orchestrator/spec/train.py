@@ -49,7 +49,7 @@ class Train(Section):
     compile: bool = Field(
         default=False,
         description="Compile the blocks of what is trained with torch.compile: a pause at the first step of each "
-        "training stage, then shorter steps, most of all on a GPU.",
+        "training stage, then shorter steps, most of all on a GPU. With several workers sync_batchnorm must be false.",
     )
     threads: int = Field(default=1, ge=1, description="Torch threads of each trial process; also the CPUs it reserves.")
     accumulate: int = Field(
@@ -77,6 +77,11 @@ class Train(Section):
             raise ValueError(f"batch: {self.batch} is not divisible by {parts}")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers: {self.min_workers} is more than workers: {self.workers}")
+        if self.compile and self.workers > 1 and self.sync_batchnorm:
+            raise ValueError(
+                f"compile: true and workers: {self.workers}: batch norm over the global batch is not compiled; set "
+                "sync_batchnorm: false, or leave compile out"
+            )
         if self.fewest < self.workers and not self.sync_batchnorm:
             raise ValueError(
                 f"min_workers: {self.min_workers} and sync_batchnorm: false: batch norm over each worker's own rows "
