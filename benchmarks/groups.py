@@ -31,6 +31,7 @@ from benchmarks.record import command_of, machine, publish, versions
 
 MARK = "groups"
 LATER = 2  # jobs of a group after its first
+LARGER = 8  # steps of a larger network are so many times fewer
 
 
 NETWORKS = ("test_vit", "vit_tiny_patch16_224")  # the first one's jobs and trials are what the costs are of
@@ -163,11 +164,12 @@ def main() -> None:
                 add("later", one := ours.job())
                 rates[NETWORKS[0]]["ours"].append(images / one["loop"])
             ours.runner.end()
+        fewer = argparse.Namespace(**{**vars(options), "steps": max(10, options.steps // LARGER)})
         for network in NETWORKS[1:]:
-            larger = Ours(folder / network, options, network)
+            larger, images = Ours(folder / network, fewer, network), fewer.steps * fewer.batch
             larger.job()
             for _ in range(options.rounds):
-                rates[network]["torchrun"].append(images / torchrun(folder, options, network)["loop"])
+                rates[network]["torchrun"].append(images / torchrun(folder, fewer, network)["loop"])
                 rates[network]["ours"].append(images / larger.job()["loop"])
             larger.runner.end()
         costs["nested"] = nested(config, options.trials)
