@@ -46,7 +46,7 @@ def test_without_a_compiler_the_error_is_a_sentence_that_names_the_key(monkeypat
         raise error("No compiler found\nmore")
 
     network = timm.create_model("test_vit", img_size=32)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", fails))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "_compiled_call_impl", fails))
     words = r"train\.compile: true, and torch\.compile has failed: No compiler found$"
     with pytest.raises(CompileError, match=words), compiled(network, True):
         network(torch.randn(1, 3, 32, 32))

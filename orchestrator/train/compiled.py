@@ -39,7 +39,7 @@ def compiled(network: nn.Module, on: bool) -> Iterator[None]:
     """
     blocks = blocks_of(network) if on else []
     for block in blocks:
-        block.compile()
+        block.compile(dynamic=False)  # of one kind in several sizes, inductor cannot compile some for all sizes at once
     try:
         yield
     except Exception as error:
