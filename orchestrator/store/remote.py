@@ -111,8 +111,14 @@ class RemoteStore(Store):
 
     def _make_room(self, size: int) -> None:
         """Removes copies that nobody has asked for lately, as far as `size` bytes more need it."""
-        copies = sorted((((e.path / META).stat().st_mtime, e) for e in super().entries()), key=lambda one: one[0])
         over = size - shutil.disk_usage(self.root).free + self.min_free_gb * 1e9
+        if self._limit is None and over <= 0:
+            return  # without looking at every copy
+        copies: list[tuple[float, Entry]] = []
+        for entry in super().entries():
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                copies.append(((entry.path / META).stat().st_mtime, entry))
+        copies.sort(key=lambda one: one[0])
         if self._limit is not None:
             over = max(over, sum(e.bytes for _, e in copies) + size - self._limit)
         for used, copy in copies:

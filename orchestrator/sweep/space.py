@@ -140,15 +140,13 @@ def scale_of(domain: Any) -> Scale | None:
 
 def count(space: Space) -> float:
     """How many configurations there are; infinite with a range of real numbers."""
-    sizes = [
-        len(domain.values)
-        if isinstance(domain, Choice)
-        else (domain.high - domain.low + 1 if domain.int else math.inf)
-        if isinstance(domain, Range)
-        else 1
-        for domain in space.values()
-    ]
-    return math.prod(sizes)
+    found = 1.0
+    for domain in space.values():
+        if isinstance(domain, Choice):
+            found *= len(domain.values)
+        elif isinstance(domain, Range):
+            found *= domain.high - domain.low + 1 if domain.int else math.inf
+    return found
 
 
 def sample(space: Space, method: str, trial: Suggests, along: bool = False) -> dict[str, Any]:
