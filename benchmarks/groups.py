@@ -122,7 +122,7 @@ def swept(folder: Path, options: argparse.Namespace, trials: int) -> list[float]
 
 def main() -> None:
     """Runs the rounds, prints the table, writes the JSON."""
-    from orchestrator.sweep.tune import start_ray
+    from orchestrator.sweep.cluster import start_ray
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)

@@ -224,7 +224,7 @@ def memory_child(corpus: Path, reader: str, window: int) -> dict[str, Any]:
     """Streams an epoch with teacher outputs and texts beside it; the consumer rests at times."""
     torch.set_num_threads(1)
     if reader == "ray":
-        from orchestrator.sweep.tune import start_ray
+        from orchestrator.sweep.cluster import start_ray
 
         start_ray(1)
     shards = corpus_at(str(corpus)).shards
@@ -347,7 +347,7 @@ def both_throughputs(folder: Path, quick: bool, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: {} for name in corpora}
     for reader in ["threads"] if quick else ["threads", "ray"]:
         if reader == "ray":
-            from orchestrator.sweep.tune import start_ray
+            from orchestrator.sweep.cluster import start_ray
 
             start_ray(1)
         for name, size, images, window, consumers in (

@@ -19,6 +19,7 @@ import pytest
 import torch
 from browser import Watched, chromium
 from report_cases import real_sweep
+from servers import free_port
 from small import small_spec
 
 from orchestrator.errors import UserError
@@ -27,12 +28,6 @@ from orchestrator.sweep.pictures import confusion_picture
 from orchestrator.sweep.run import RAY_DASHBOARD, create
 
 pytest.importorskip("optuna_dashboard", reason="there is no optuna-dashboard here: pip install '.[dashboard]'")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

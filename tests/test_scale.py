@@ -443,7 +443,7 @@ class LoggedJob(EmbedJob):
 def cluster() -> Iterator[None]:
     import ray
 
-    from orchestrator.sweep.tune import start_ray
+    from orchestrator.sweep.cluster import start_ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     start_ray(1)
@@ -584,7 +584,7 @@ def embed_logged(spec_file: str, log: str) -> None:
     import ray
 
     from orchestrator.data.actors import make_on_actors
-    from orchestrator.sweep.tune import start_ray
+    from orchestrator.sweep.cluster import start_ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     start_ray(1)

@@ -33,7 +33,7 @@ FINETUNE = {"finetune": {"lr": {"low": 1e-4, "high": 1e-2, "log": True}}}
 def cluster() -> Iterator[None]:
     import ray
 
-    from orchestrator.sweep.tune import start_ray
+    from orchestrator.sweep.cluster import start_ray
 
     start_ray(1)
     yield

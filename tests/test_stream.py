@@ -322,7 +322,7 @@ def test_a_dual_encoder_also_teaches_by_its_pooled_feature_and_its_tower_is_a_st
 def cluster() -> Iterator[None]:
     import ray
 
-    from orchestrator.sweep.tune import start_ray
+    from orchestrator.sweep.cluster import start_ray
 
     start_ray(1)
     yield

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -28,6 +29,13 @@ needs_postgres = pytest.mark.skipif(
     postgres_binaries() is None, reason="no PostgreSQL on this machine (initdb); .ci/run installs one"
 )
 VARIABLES = ("ORCHESTRATOR_STUDY_URL", "PGHOST", "PGSERVICE", "PGDATABASE", "PGPASSWORD", "PGUSER", "PGPASSFILE")
+
+
+@pytest.fixture
+def logs() -> Iterator[Path]:
+    """A folder for Ray's files; its path is short, as those of Ray's sockets must be."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
@@ -314,12 +322,12 @@ def test_whatever_is_behind_an_error_the_password_is_taken_out(
 @needs_postgres
 @pytest.mark.ray
 def test_a_sweep_whose_database_dies_ends_with_a_sentence_resumes_and_writes_the_password_nowhere(
-    colours: Path, tmp_path: Path, postgres: Postgres
+    colours: Path, tmp_path: Path, postgres: Postgres, logs: Path
 ) -> None:
     spec = spec_of(colours, tmp_path / "runs", "postgresql", study_patience_s=1, concurrency=1)
     spec = parse_spec(spec.model_dump(mode="json") | {"methods": {"finetune": {}}, "train": {"steps": 40, "batch": 12}})
     (tmp_path / "spec.yaml").write_text(spec.to_yaml())
-    folder, logs = tmp_path / "runs" / "small", Path(os.path.realpath(tmp_path)).parent / "r"
+    folder = tmp_path / "runs" / "small"
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment |= {"ORCHESTRATOR_STUDY_URL": postgres.url(), "RAY_TMPDIR": str(logs)}
 

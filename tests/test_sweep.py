@@ -141,8 +141,8 @@ def test_a_group_that_is_stopped_early_is_pruned_and_gives_everything_back(colou
     import ray
     from ray.util import placement_group_table
 
+    from orchestrator.sweep.cluster import start_ray
     from orchestrator.sweep.run import create, prepare, run
-    from orchestrator.sweep.tune import start_ray
 
     spec = small_spec(
         colours,

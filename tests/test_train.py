@@ -195,7 +195,7 @@ def test_a_learner_decides_by_parameter_how_fast_it_moves_and_whether_it_decays(
 def cluster() -> Iterator[None]:
     import ray
 
-    from orchestrator.sweep.tune import start_ray
+    from orchestrator.sweep.cluster import start_ray
 
     start_ray(1)
     yield

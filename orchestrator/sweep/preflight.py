@@ -220,7 +220,7 @@ def _disk(spec: SweepSpec, there: dict[str, dict[str, Any]]) -> Line:
 
 def from_inside(spec: SweepSpec) -> list[Line]:
     """The lines of the cluster that RAY_ADDRESS names; this process joins it."""
-    from orchestrator.sweep.tune import start_ray
+    from orchestrator.sweep.cluster import start_ray
 
     start_ray(spec.train.threads)
     return inside(spec)

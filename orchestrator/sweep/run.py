@@ -295,10 +295,11 @@ def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
 
 
 def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
+    from orchestrator.sweep.cluster import start_ray
     from orchestrator.sweep.nodes import check_nodes
     from orchestrator.sweep.study import Study
     from orchestrator.sweep.study_storage import check_study
-    from orchestrator.sweep.tune import run_search, start_ray
+    from orchestrator.sweep.tune import run_search
 
     spec = prepared.spec
     for entry in spec.teachers:

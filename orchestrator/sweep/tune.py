@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -278,47 +277,6 @@ def scheduler_of(context: SweepContext) -> TrialScheduler:
         grace = int(search.grace * 100)
         return MedianStoppingRule(time_attr="progress", grace_period=grace, metric="val_metric", mode="max")
     return FIFOScheduler()
-
-
-def start_ray(threads: int) -> str | None:
-    """Joins the cluster that RAY_ADDRESS names (a submitted job has it), or starts one on this machine.
-
-    Returns:
-        Where its dashboard is, `host:port`; None: not known, or this process had joined already.
-    """
-    if ray.is_initialized():
-        return None
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # rows and event files are our own
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # all trials so far, again and again, for nobody to read
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    variables = {
-        "OMP_NUM_THREADS": str(threads),
-        # A stopped trial leaves its function by itself, a worker group in seconds; then its process takes the next.
-        "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",
-    }
-    if address == "local":
-        # The dashboard must be on: without it, worker groups whose trial has died are never freed. Nor are they with
-        # two clusters on a machine, if Ray is left to guess in which of them it is; so the port is chosen here.
-        options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
-        port = str(_free_port())
-        os.environ["RAY_GCS_SERVER_PORT"] = port
-        variables["RAY_ADDRESS"] = f"127.0.0.1:{port}"
-    elif ":" in address and "://" not in address:
-        variables["RAY_ADDRESS"] = address
-    try:
-        context = ray.init(address=address, runtime_env={"env_vars": variables}, **options)
-    finally:
-        os.environ.pop("RAY_GCS_SERVER_PORT", None)
-    return getattr(context, "dashboard_url", None) or None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_search(context: SweepContext, study: Study, on_event: Any = None) -> None:

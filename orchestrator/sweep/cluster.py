@@ -1,0 +1,80 @@
+"""The Ray cluster that a sweep runs on: joined where there is one, else started on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from datetime import datetime
+from typing import Any
+
+import ray
+
+from orchestrator.errors import UserError
+
+# A socket's path has an end: 108 bytes with the closing zero on Linux, 104 on macOS. Ray's longest name is this one.
+LONGEST_SOCKET = "dash_TaskEventsHead"
+SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
+
+
+def start_ray(threads: int) -> str | None:
+    """Joins the cluster that RAY_ADDRESS names (a submitted job has it), or starts one on this machine.
+
+    Returns:
+        Where its dashboard is, `host:port`; None: not known, or this process had joined already.
+    """
+    if ray.is_initialized():
+        return None
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # rows and event files are our own
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # all trials so far, again and again, for nobody to read
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        # A stopped trial leaves its function by itself, a worker group in seconds; then its process takes the next.
+        "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",
+    }
+    if address == "local":
+        check_ray_folder()
+        # The dashboard must be on: without it, worker groups whose trial has died are never freed. Nor are they with
+        # two clusters on a machine, if Ray is left to guess in which of them it is; so the port is chosen here.
+        options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        port = str(_free_port())
+        os.environ["RAY_GCS_SERVER_PORT"] = port
+        variables["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+    elif ":" in address and "://" not in address:
+        variables["RAY_ADDRESS"] = address
+    try:
+        context = ray.init(address=address, runtime_env={"env_vars": variables}, **options)
+    finally:
+        os.environ.pop("RAY_GCS_SERVER_PORT", None)
+    return getattr(context, "dashboard_url", None) or None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_ray_folder() -> None:
+    """Refuses a folder for Ray's files whose sockets would have longer paths than the system allows.
+
+    Ray itself would start, and then say that a part of its dashboard has failed.
+
+    Raises:
+        UserError: with how long the folder may be.
+    """
+    named = [name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)]
+    if not named or (named[0] == "TMPDIR" and sys.platform == "darwin"):
+        return
+    folder = os.environ[named[0]]
+    session = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+    rest = len(os.fsencode(os.path.join("/ray", session, "sockets", LONGEST_SOCKET)))
+    if len(os.fsencode(folder)) + rest > SOCKET_PATH_BYTES:
+        raise UserError(
+            f"{named[0]}: Ray keeps its sockets below {folder!r}, whose path may have {SOCKET_PATH_BYTES - rest} bytes "
+            f"and has {len(os.fsencode(folder))}; set RAY_TMPDIR to a shorter one, such as /tmp."
+        )
