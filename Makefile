@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   a first sweep on packaged data: offline after installation, minutes on two cores"
 	@echo "make test         lint, types, tests"
 	@echo "make nightly      the tests that make test leaves out, too"
-	@echo "make bench        every comparison of docs/performance.md, anew: about 90 minutes on two cores"
+	@echo "make bench        every comparison of docs/performance.md, anew: about two hours on two cores"
 
 $(VENV)/.quickstart: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed, and none was found."; exit 1; }
@@ -57,11 +57,13 @@ $(VENV)/.bench: $(VENV)/.test
 	@touch $@
 
 bench: $(VENV)/.bench quickstart
-	@echo "An hour or two on two quiet cores; each line can be run alone, and none needs another."
+	@echo "Two hours on two quiet cores; each line can be run alone, and none needs another."
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.sweep_against_plain
-	$(PY) -m benchmarks.sweep_against_torchdistill
+	$(PY) -m benchmarks.sweep_against_plain --steps 240 --trials 24 --block sweep_against_plain_longer
+	$(PY) -m benchmarks.sweep_against_torchdistill --steps 240
 	$(PY) -m benchmarks.search_cost --storage $(RUNS)
+	$(PY) -m benchmarks.search_cost --storage $(RUNS) --task icons
 	$(PY) -m benchmarks.views --storage $(RUNS)
 	$(PY) -m benchmarks.streaming
 	$(PY) -m benchmarks.scale

@@ -1,22 +1,26 @@
-"""Where a sweep's time goes, by py-spy over its driver and every process that it starts.
+"""Where a sweep's time goes, by py-spy over its driver and every process that trials run in.
 
     python -m benchmarks.profile                               # KD, TDMR and WeCoLoRA; published: 2 minutes
     python -m benchmarks.profile SPEC.yaml --set train.steps=200
     python -m benchmarks.profile SPEC.yaml --stacks stacks.txt  # raw stacks, for a flame graph
 
 Samples of threads that are on a processor, 50 a second; each counts for the innermost part of the sweep that its stack
-is in. py-spy comes with ray[default] and needs the right to read other processes' memory (ptrace).
+is in. Of Ray's own processes, what the system says they used. py-spy comes with ray[default] and needs the right to
+read other processes' memory (ptrace).
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import yaml
 
 from benchmarks.record import machine, markdown, publish, quiet_environment, versions
@@ -33,17 +37,25 @@ PARTS: list[tuple[str, tuple[str, ...]]] = [
     ("FLOPs and memory", ("costs (orchestrator/evaluate/cost.py",)),
     ("latency", ("latency_of (", "latency (orchestrator/evaluate/cost.py")),
     ("evaluation, the rest", ("evaluate (orchestrator/trial/score.py",)),
+    (
+        "reading images",
+        ("open_rgb (orchestrator/data/images.py", "decode (orchestrator/data/images.py", "_scan.<locals>.look ("),
+    ),
     ("rendering views", ("rendered_view (", "render (orchestrator/data/views.py", "one (orchestrator/data/pixels.py")),
     ("teacher's forward passes", ("live_outputs (",)),
     ("teacher's pass, the rest", ("_pass (orchestrator/data/outputs.py",)),
     ("training loop, the rest", ("fit (orchestrator/train/loop.py",)),
     ("loading data and networks", ("load_task (", "load_network (", "_load (orchestrator/models/load.py")),
     ("small solves", ("_fit (orchestrator/trial/run.py",)),
+    ("giving memory back", ("release_memory (",)),
     ("imports", ("<frozen importlib", "_find_and_load")),
     ("trials, the rest", ("run_trial (",)),
     ("driver: proposals and ledger", ("orchestrator/sweep/",)),
-    ("Ray and the dashboard", ("(ray/", "dashboard")),
+    ("Ray in the driver and in trials", ("(ray/",)),
 ]
+SERVICES = "Ray's own processes"
+# Frames of threads that wait, which py-spy may take for busy.
+WAITING = ("Condition.wait (threading.py", "_worker (concurrent/futures/thread.py", "_poll_until_acquired (filelock/")
 
 
 def part_of(stack: str) -> str:
@@ -54,6 +66,40 @@ def part_of(stack: str) -> str:
             if any(mark in frame for mark in marks):
                 return name
     return next((name for name, marks in PARTS[-3:] if any(mark in stack for mark in marks)), "other")
+
+
+def sampled(command: list[str], folder: Path) -> tuple[Path, float]:
+    """Runs a sweep: (the stacks of its driver and its trials' processes, CPU seconds of all others that it started).
+
+    py-spy finds children by itself, but a worker of Ray replaces its program once after it was started, and what py-spy
+    has learnt of it is void then. So each is sampled from when it has its name.
+    """
+    record = ["py-spy", "record", "--rate", str(RATE), "--format", "raw"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen([*record, "-o", str(folder / "driver"), "--", *command], env=quiet_environment(), **pipes)
+    samplers: dict[int, subprocess.Popen[str]] = {}
+    others: dict[int, float] = {}
+    while run.poll() is None:
+        (driver,) = psutil.Process(run.pid).children() or (None,)
+        for process in driver.children(recursive=True) if driver else []:
+            try:
+                name = (process.cmdline() or [""])[0]
+                if name.startswith("ray::") and not name.endswith("Agent"):
+                    if process.pid not in samplers:
+                        words = [*record, "-o", str(folder / str(process.pid)), "--pid", str(process.pid)]
+                        samplers[process.pid] = subprocess.Popen(words, **pipes)
+                else:
+                    others[process.pid] = sum(process.cpu_times()[:2])
+            except psutil.Error:
+                continue
+        time.sleep(0.2)
+    for sampler in samplers.values():
+        sampler.communicate()
+    if not (folder / "driver").is_file() or len(list(folder.iterdir())) == 1:
+        raise SystemExit(f"py-spy has seen no driver, or no trial: {run.communicate()[1].strip()[-500:]}")
+    together = folder / "stacks"
+    together.write_text("".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())))
+    return together, sum(seconds for pid, seconds in others.items() if pid not in samplers)
 
 
 def main() -> None:
@@ -69,20 +115,17 @@ def main() -> None:
         if spec is None:
             spec = folder / "profile.yaml"
             spec.write_text(yaml.safe_dump(spec_of({**DEFAULTS, "steps": 60}, trials_of(2, 12), folder)))
-        stacks = options.stacks or folder / "stacks.txt"
         changes = [word for change in options.set for word in ("--set", change)]
+        (folder / "stacks").mkdir()
         sweep = ["orchestrator", "sweep", str(spec), "--storage", str(folder), "--json", *changes]
-        record = ["py-spy", "record", "--subprocesses", "--rate", str(RATE), "--format", "raw", "-o", str(stacks)]
-        command = [*record, "--", sys.executable, "-m", *sweep]
-        done = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=quiet_environment(), text=True
-        )
-        if not stacks.is_file():
-            raise SystemExit(f"py-spy has written nothing: {done.stderr.strip()[-500:]}")
-        seconds: Counter[str] = Counter()
+        stacks, services = sampled([sys.executable, "-m", *sweep], folder / "stacks")
+        seconds: Counter[str] = Counter({SERVICES: round(services * RATE)})
         for line in stacks.read_text(encoding="utf-8").splitlines():
             stack, _, count = line.rpartition(" ")
-            seconds[part_of(stack)] += int(count)
+            if not stack.rpartition(";")[2].startswith(WAITING):
+                seconds[part_of(stack)] += int(count)
+        if options.stacks:
+            shutil.copyfile(stacks, options.stacks)
     total = sum(seconds.values()) or 1
     rows = [[name, f"{count / RATE:.1f}", f"{100 * count / total:.0f} %"] for name, count in seconds.most_common()]
     print(text := markdown(["part", "CPU seconds", "share"], rows))

@@ -1,7 +1,8 @@
-"""Device-seconds until a search has found the exhaustive grid's best, less one percent, on packaged clip art.
+"""Device-seconds until a search has found the exhaustive grid's best, less one percent, on a packaged task.
 
-    python -m benchmarks.search_cost            # trains the grid: 10 minutes; goes on where it was stopped
-    python -m benchmarks.search_cost --replay   # from benchmarks/results/search_cost_grid.json alone: seconds
+    python -m benchmarks.search_cost                 # trains the grid: 10 minutes; goes on where it was stopped
+    python -m benchmarks.search_cost --task icons    # another task, teacher, kind of student and other methods
+    python -m benchmarks.search_cost --replay        # from benchmarks/results/search_cost_grid_TASK.json alone: seconds
 
 The grid is trained once, through the product's own trials; what is written down of each is its val metric at every
 eighth of its budget and the CPU seconds until then. Searches are then replayed against that table, one trial at a
@@ -27,31 +28,50 @@ from typing import Any
 
 from benchmarks.record import RESULTS, machine, markdown, publish, versions
 
-GRID = RESULTS / "search_cost_grid.json"
 MARGIN = 0.01
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
-SPEC: dict[str, Any] = {
-    "name": "search-cost",
-    "task": {"data": "packaged/clipart", "shots": 20},
-    "teachers": ["packaged/vit_clipart"],
-    "students": [{"model": "timm/test_resnet", "image_size": 48}],
-    "methods": {
-        "kd": {"lr": RATES, "temperature": [1.0, 2.0, 4.0, 8.0], "weight": [0.5, 0.9]},
-        "tdmr": {"lr": RATES, "proxy_dim": [32, 128], "lambda_end": [0.5, 0.8], "temperature": [2.0, 4.0]},
-        "rkd": {"lr": RATES},
-        "finetune": {"lr": RATES},
+SPECS: dict[str, dict[str, Any]] = {
+    "clipart": {
+        "name": "search-cost",
+        "task": {"data": "packaged/clipart", "shots": 20},
+        "teachers": ["packaged/vit_clipart"],
+        "students": [{"model": "timm/test_resnet", "image_size": 48}],
+        "methods": {
+            "kd": {"lr": RATES, "temperature": [1.0, 2.0, 4.0, 8.0], "weight": [0.5, 0.9]},
+            "tdmr": {"lr": RATES, "proxy_dim": [32, 128], "lambda_end": [0.5, 0.8], "temperature": [2.0, 4.0]},
+            "rkd": {"lr": RATES},
+            "finetune": {"lr": RATES},
+        },
+        "train": {"steps": 100, "batch": 64, "views": 3},
     },
-    "train": {"steps": 100, "batch": 64, "views": 3},
+    "icons": {
+        "name": "search-cost-icons",
+        "task": {"data": "packaged/icons", "shots": None},
+        "teachers": [{"model": "packaged/efficientnet_lite0", "image_size": 96}],
+        "students": [{"model": "timm/test_efficientnet", "image_size": 48}],
+        "methods": {
+            "kd": {"lr": RATES, "temperature": [1.0, 2.0, 4.0, 8.0], "weight": [0.5, 0.9]},
+            "fitnet": {"lr": RATES, "hint_layer": [0.5, 1.0], "hint_share": [0.1, 0.3], "weight": [0.5, 0.9]},
+            "attention_transfer": {"lr": RATES, "strength": [3.0, 30.0]},
+            "finetune": {"lr": RATES},
+        },
+        "train": {"steps": 100, "batch": 64, "views": 3},
+    },
 }
 
 
-def spec_of(folder: Path, sampler: str, scheduler: str, seed: int, trials: int = 1000) -> Any:
+def grid_file(task: str) -> Path:
+    """Where the trained grid of a task is written down."""
+    return RESULTS / f"search_cost_grid_{task}.json"
+
+
+def spec_of(task: str, folder: Path, sampler: str, scheduler: str, seed: int, trials: int = 1000) -> Any:
     """The sweep, parsed."""
     from orchestrator.spec import parse_spec
     from orchestrator.sweep.run import resolved
 
     search = {"sampler": sampler, "scheduler": scheduler, "seed": seed, "trials": trials, "concurrency": 1}
-    return resolved(parse_spec({**SPEC, "search": search, "storage": str(folder)}))
+    return resolved(parse_spec({**SPECS[task], "search": search, "storage": str(folder)}))
 
 
 def key_of(method: str, knobs: dict[str, Any]) -> str:
@@ -59,7 +79,7 @@ def key_of(method: str, knobs: dict[str, Any]) -> str:
     return json.dumps([method, sorted(knobs.items())])
 
 
-def record(folder: Path) -> dict[str, Any]:
+def record(task: str, folder: Path) -> dict[str, Any]:
     """Trains what the table lacks of the grid, and writes the table after each trial."""
     from orchestrator.sweep.run import prepare
     from orchestrator.sweep.space import grid, wanted_outputs
@@ -67,14 +87,15 @@ def record(folder: Path) -> dict[str, Any]:
     from orchestrator.trial.plan import TrialConfig
     from orchestrator.trial.run import run_trial
 
-    spec = spec_of(folder, "grid", "asha", 0)
+    spec = spec_of(task, folder, "grid", "asha", 0)
     prepared = prepare(spec)
     wanted = wanted_outputs(spec, prepared.spaces, prepared.cells, prepared.task.info)
     context = SweepContext(spec, f"{folder}/{spec.name}", prefetch=wanted)
-    table: dict[str, Any] = {"spec": SPEC, "machine": machine(1), "versions": versions("torch", "timm"), "trials": {}}
-    if GRID.is_file():
-        known = json.loads(GRID.read_text(encoding="utf-8"))
-        if known["spec"] == json.loads(json.dumps(SPEC)):
+    table: dict[str, Any] = {"task": task, "spec": SPECS[task], "machine": machine(1)}
+    table |= {"versions": versions("torch", "timm"), "trials": {}}
+    if grid_file(task).is_file():
+        known = json.loads(grid_file(task).read_text(encoding="utf-8"))
+        if known["spec"] == json.loads(json.dumps(SPECS[task])):
             table = known
     todo = [(cell, knobs) for cell in prepared.cells for knobs in grid(prepared.spaces[cell.method], cell.method)]
     warm: set[str] = set()
@@ -98,7 +119,7 @@ def record(folder: Path) -> dict[str, Any]:
             raise SystemExit(f"{key}: {row['reason']}")
         seconds = time.process_time() - began
         table["trials"][key] = {"curve": [*curve, (1.0, row["val_metric"], seconds)], "seconds": seconds}
-        GRID.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        grid_file(task).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         print(f"{number + 1} of {len(todo)}: {row['val_metric']:.3f}, {seconds:.1f} s", file=sys.stderr, flush=True)
     return table
 
@@ -115,12 +136,12 @@ def at_random(table: dict[str, Any], seed: int) -> Iterator[tuple[float, float]]
 
 
 @functools.lru_cache
-def checked() -> Any:
-    """The cells and spaces of the sweep, which no seed changes."""
+def checked(task: str) -> Any:
+    """The cells and spaces of a task's sweep, which no seed changes."""
     from orchestrator.sweep.run import prepare
 
     with tempfile.TemporaryDirectory() as folder:
-        return prepare(spec_of(Path(folder), "tpe", "none", 0))
+        return prepare(spec_of(task, Path(folder), "tpe", "none", 0))
 
 
 def product(scheduler: str, **changes: Any) -> Search:
@@ -134,8 +155,8 @@ def product(scheduler: str, **changes: Any) -> Search:
         from orchestrator.trial.context import SweepContext
 
         with tempfile.TemporaryDirectory() as folder:
-            prepared = checked()
-            spec = spec_of(Path(folder), "tpe", scheduler, seed)
+            prepared = checked(table["task"])
+            spec = spec_of(table["task"], Path(folder), "tpe", scheduler, seed)
             spec = spec.model_copy(update={"search": spec.search.model_copy(update=changes)})
             study = Study(spec, Path(folder), prepared.cells, prepared.spaces, prepared.task.info)
             judge = scheduler_of(SweepContext(spec, folder))
@@ -195,17 +216,21 @@ def reached(table: dict[str, Any], search: Search, seed: int, goal: float) -> tu
 def main() -> None:
     """Records, replays, prints the table, writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=SPECS, default="clipart")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--replay", action="store_true", help="train nothing")
     parser.add_argument("--storage", type=Path, default=Path("runs"), help="where the grid's store lies")
     parser.add_argument("--dry", action="store_true", help="write no table")
     options = parser.parse_args()
-    table = json.loads(GRID.read_text(encoding="utf-8")) if options.replay else record(options.storage.absolute())
+    if options.replay:
+        table = json.loads(grid_file(options.task).read_text(encoding="utf-8"))
+    else:
+        table = record(options.task, options.storage.absolute())
     whole = sum(trial["seconds"] for trial in table["trials"].values())
     values = sorted((trial["curve"][-1][1] for trial in table["trials"].values()), reverse=True)
     goal = values[0] - MARGIN
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.search_cost",
+        "command": f"python -m benchmarks.search_cost --task {options.task}",
         "machine": table["machine"],
         "versions": versions("torch", "timm", "ray", "optuna"),
         "grid": {"trials": len(values), "seconds": whole, "best": values[0], "good": sum(v >= goal for v in values)},
@@ -219,7 +244,7 @@ def main() -> None:
         print(f"{name}: reached in {sum(hits)} of {len(hits)} seeds", file=sys.stderr, flush=True)
     print(text := as_table(result))
     if not options.dry:
-        publish("search_cost", result, text)
+        publish(f"search_cost_{options.task}", result, text)
 
 
 def as_table(result: dict[str, Any]) -> str:

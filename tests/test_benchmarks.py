@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 
 from benchmarks.profile import part_of
-from benchmarks.search_cost import GRID, at_random, checked, key_of, product, reached
+from benchmarks.search_cost import SPECS, at_random, checked, grid_file, key_of, product, reached
 from orchestrator.sweep.space import grid
 
 
 @pytest.fixture(scope="module")
 def table() -> dict[str, Any]:
     """Trials of 8 seconds that score what they end with all along; one of them is good."""
-    prepared = checked()
+    prepared = checked("clipart")
     keys = [key_of(c.method, knobs) for c in prepared.cells for knobs in grid(prepared.spaces[c.method], c.method)]
     trials = {}
     for number, key in enumerate(keys):
         value = 0.9 if number == 40 else (number * 37 % 101) / 200
         trials[key] = {"seconds": 8.0, "curve": [(s / 8, value, float(s)) for s in range(1, 9)]}
-    return {"trials": trials}
+    return {"task": "clipart", "trials": trials}
 
 
 def distinct(search: Iterator[tuple[float, float]], count: int) -> int:
@@ -40,9 +40,10 @@ def test_a_replayed_search_pays_for_what_it_trains_and_for_that_once(table: dict
     assert (nothing, trials) == (8.0 * len(table["trials"]), len(table["trials"]))
 
 
-def test_the_recorded_grid_is_whole() -> None:
-    known = json.loads(GRID.read_text(encoding="utf-8"))["trials"]
-    prepared = checked()
+@pytest.mark.parametrize("task", SPECS)
+def test_the_recorded_grid_is_whole(task: str) -> None:
+    known = json.loads(grid_file(task).read_text(encoding="utf-8"))["trials"]
+    prepared = checked(task)
     keys = {key_of(c.method, knobs) for c in prepared.cells for knobs in grid(prepared.spaces[c.method], c.method)}
     assert set(known) == keys
     assert all(trial["curve"][-1][2] == trial["seconds"] for trial in known.values())
@@ -58,7 +59,7 @@ PASS = "run_trial (orchestrator/trial/run.py:1);_pass (orchestrator/data/outputs
         (TRIAL + "learning_rate (orchestrator/train/loop.py:9)", "training loop, the rest"),
         (TRIAL + "step (torch/optim/adamw.py:1)", "optimiser"),
         (PASS + "live_outputs (orchestrator/data/outputs.py:9);forward (timm/x.py:1)", "teacher's forward passes"),
-        ("main (x.py:1);poll (ray/_private/worker.py:1)", "Ray and the dashboard"),
+        ("main (x.py:1);poll (ray/_private/worker.py:1)", "Ray in the driver and in trials"),
     ],
 )
 def test_a_stack_counts_for_its_innermost_part(stack: str, part: str) -> None:
