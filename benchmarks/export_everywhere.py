@@ -31,7 +31,7 @@ from orchestrator.select.export.folder import TOLERANCE
 from orchestrator.select.results import read_trials
 from orchestrator.spec import Model, Task
 from orchestrator.store import store_at
-from orchestrator.sweep.board import export_trial
+from orchestrator.sweep.export import export_trial
 from orchestrator.sweep.ledger import open_sweep
 
 MARK = "export_everywhere"

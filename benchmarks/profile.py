@@ -68,28 +68,34 @@ def part_of(stack: str) -> str:
     return next((name for name, marks in PARTS[-3:] if any(mark in stack for mark in marks)), "other")
 
 
+def started_by(pid: int) -> list[psutil.Process]:
+    """What the child of a process has started, and what that has; empty where one of the two is gone."""
+    try:
+        return [process for driver in psutil.Process(pid).children() for process in driver.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
 def sampled(command: list[str], folder: Path) -> tuple[Path, float]:
     """Runs a sweep: (the stacks of its driver and its trials' processes, CPU seconds of all others that it started).
 
     py-spy finds children by itself, but a worker of Ray replaces its program once after it was started, and what py-spy
     has learnt of it is void then. So each is sampled from when it has its name.
     """
-    record = ["py-spy", "record", "--rate", str(RATE), "--format", "raw"]
+    record = [str(Path(sys.executable).with_name("py-spy")), "record", "--rate", str(RATE), "--format", "raw"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen([*record, "-o", str(folder / "driver"), "--", *command], env=quiet_environment(), **pipes)
     samplers: dict[int, subprocess.Popen[str]] = {}
     others: dict[int, float] = {}
     while run.poll() is None:
-        (driver,) = psutil.Process(run.pid).children() or (None,)
-        for process in driver.children(recursive=True) if driver else []:
+        for process in started_by(run.pid):
             try:
                 name = (process.cmdline() or [""])[0]
-                if name.startswith("ray::") and not name.endswith("Agent"):
-                    if process.pid not in samplers:
-                        words = [*record, "-o", str(folder / str(process.pid)), "--pid", str(process.pid)]
-                        samplers[process.pid] = subprocess.Popen(words, **pipes)
-                else:
+                if not name.startswith("ray::") or name.endswith("Agent"):
                     others[process.pid] = sum(process.cpu_times()[:2])
+                elif process.pid not in samplers:
+                    words = [*record, "-o", str(folder / str(process.pid)), "--pid", str(process.pid)]
+                    samplers[process.pid] = subprocess.Popen(words, **pipes)
             except psutil.Error:
                 continue
         time.sleep(0.2)

@@ -16,9 +16,9 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from orchestrator.spec import parse_spec
+from orchestrator.sweep.folder import create
 from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.report import write_report
-from orchestrator.sweep.run import create
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.row import blank_row
 

@@ -68,7 +68,7 @@ def grid_file(task: str) -> Path:
 def spec_of(task: str, folder: Path, sampler: str, scheduler: str, seed: int, trials: int = 1000) -> Any:
     """The sweep, parsed."""
     from orchestrator.spec import parse_spec
-    from orchestrator.sweep.run import resolved
+    from orchestrator.sweep.folder import resolved
 
     search = {"sampler": sampler, "scheduler": scheduler, "seed": seed, "trials": trials, "concurrency": 1}
     return resolved(parse_spec({**SPECS[task], "search": search, "storage": str(folder)}))

@@ -36,7 +36,7 @@ from methods.contract import Batch, Deployed, Given, Learner, TrainStage, superv
 from orchestrator.data.task import load_task
 from orchestrator.errors import WorkError
 from orchestrator.spec import parse_spec
-from orchestrator.sweep.run import resolved
+from orchestrator.sweep.folder import resolved
 from orchestrator.sweep.space import method_space, wanted_outputs
 from orchestrator.train.batches import opened
 from orchestrator.train.job import TrainJob

@@ -43,14 +43,15 @@ class Sweep:
             UserError: the first thing that is wrong with it; or if there is a sweep of that name.
         """
         from orchestrator.spec import parse_spec, read_mapping
-        from orchestrator.sweep.run import check_storage, create, prepare, resolved
+        from orchestrator.sweep.folder import check_places, create, resolved
+        from orchestrator.sweep.run import prepare
 
         raw = dict(spec) if isinstance(spec, Mapping) else read_mapping(Path(spec), "sweep file")
         for key, value in changes.items():
             raw = _replaced(raw, key.split("__"), value)
         where = "the mapping" if isinstance(spec, Mapping) else str(spec)
         parsed = resolved(parse_spec(raw, where))
-        check_storage(parsed)
+        check_places(parsed)
         prepare(parsed)
         return cls(create(parsed))
 
@@ -82,13 +83,13 @@ class Sweep:
             UserError: if it cannot run here, or another process runs it.
             WorkError: if the work fails as a whole; a failed trial is a row of the leaderboard.
         """
-        from orchestrator.sweep.board import finish
+        from orchestrator.sweep.event_files import write_event_files
         from orchestrator.sweep.live import TrialLines
         from orchestrator.sweep.run import prepare, run
 
         prepared = prepare(self._spec)
         run(prepared, self._folder, TrialLines(self._folder, self._spec, tell, prepared.trials))
-        finish(self._folder)
+        write_event_files(self._folder)
         return self
 
     resume = run
@@ -136,8 +137,8 @@ class Sweep:
         Returns:
             That sweep. `ranks` tells what changed.
         """
+        from orchestrator.sweep.folder import create
         from orchestrator.sweep.promote import check_promoted, promoted_spec
-        from orchestrator.sweep.run import create
 
         spec = promoted_spec(self._folder, count, seeds, **choice)
         folder = Path(spec.storage) / spec.name
@@ -181,7 +182,7 @@ class Sweep:
             UserError: if there is no such trial, or an option does not fit the format.
             WorkError: if what was written does not do what the student does, or int8 loses more than is accepted.
         """
-        from orchestrator.sweep.board import export_trial
+        from orchestrator.sweep.export import export_trial
 
         options: dict[str, Any] = {"with_preprocessing": with_preprocessing, "int8": int8, "max_loss": max_loss}
         options |= {"licence": licence, "data_licence": data_licence}

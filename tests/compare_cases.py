@@ -13,8 +13,8 @@ from report_cases import made_up
 from small import small_spec
 
 from orchestrator.evaluate.outcomes import write_outcomes
+from orchestrator.sweep.folder import create
 from orchestrator.sweep.ledger import Ledger
-from orchestrator.sweep.run import create
 
 IMAGES = 400
 

@@ -10,8 +10,9 @@ from typing import Any
 from small import small_spec
 
 from orchestrator.spec import SweepSpec
+from orchestrator.sweep.folder import create
 from orchestrator.sweep.ledger import Ledger
-from orchestrator.sweep.run import create, prepare
+from orchestrator.sweep.run import prepare
 from orchestrator.sweep.study import Study
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig

@@ -17,9 +17,9 @@ from test_study import row, study_of
 from orchestrator import Sweep
 from orchestrator.errors import UserError
 from orchestrator.spec import Section
+from orchestrator.sweep.folder import create
 from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.promote import promoted_spec
-from orchestrator.sweep.run import create
 from orchestrator.trial.row import blank_row
 
 ROOT = Path(__file__).parent.parent

@@ -16,8 +16,9 @@ from PIL import Image
 from orchestrator.errors import UserError
 from orchestrator.models import load_network
 from orchestrator.spec import Model, parse_spec, read_spec
+from orchestrator.sweep.folder import check_storage, create, resolved
 from orchestrator.sweep.ledger import open_sweep
-from orchestrator.sweep.run import Prepared, check_storage, create, prepare, resolved
+from orchestrator.sweep.run import Prepared, prepare
 
 STUDENT = {"model": "timm/test_resnet", "image_size": 32}
 TEACHER = {"model": "timm/test_vit", "pretrained": False, "image_size": 32}

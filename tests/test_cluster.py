@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
+import ray
 from ray.dashboard.subprocesses.module import SubprocessModule
 from ray.dashboard.utils import get_all_modules
 
 from orchestrator.errors import UserError
-from orchestrator.sweep.cluster import LONGEST_SOCKET, SOCKET_PATH_BYTES, check_ray_folder, start_ray
+from orchestrator.sweep.cluster import LONGEST_SOCKET, SOCKET_PATH_BYTES, check_ray_folder, start_ray, start_ray_beside
 
 
 def test_no_socket_of_ray_has_a_longer_name_than_the_check_reckons_with() -> None:
@@ -38,3 +40,18 @@ def test_ray_s_own_variable_goes_before_the_system_s(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TMPDIR", "/" + "x" * 200)
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     check_ray_folder()
+
+
+def test_on_a_cluster_that_is_named_work_is_done_and_no_ray_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert start_ray_beside(1, lambda: 7) == 7
+    assert not ray.is_initialized()
+
+
+def test_a_folder_that_is_refused_waits_for_the_work_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/" + "x" * 100)
+    with pytest.raises(UserError, match="RAY_TMPDIR"):
+        start_ray_beside(1, lambda: (time.sleep(0.1), done.append(1)))
+    assert done == [1]

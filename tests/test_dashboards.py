@@ -24,8 +24,8 @@ from small import small_spec
 
 from orchestrator.errors import UserError
 from orchestrator.sweep.dashboards import HOST, ray_dashboard, serving
+from orchestrator.sweep.folder import RAY_DASHBOARD, create
 from orchestrator.sweep.pictures import confusion_picture
-from orchestrator.sweep.run import RAY_DASHBOARD, create
 
 pytest.importorskip("optuna_dashboard", reason="there is no optuna-dashboard here: pip install '.[dashboard]'")
 

@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 
 from methods.outputs import Output, read_outputs
-from orchestrator.data import load_task
 from orchestrator.data.images import CorruptError, decode
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
 from orchestrator.data.pixels import RenderedPixels, open_pixels, rendered_view, stored_pixels
-from orchestrator.data.task import TaskData
+from orchestrator.data.task import TaskData, load_task
 from orchestrator.data.views import Policy, draw, render, stored_view, view_parameters
 from orchestrator.models import load_network
 from orchestrator.models.load import Preprocessing

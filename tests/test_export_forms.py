@@ -29,9 +29,10 @@ from orchestrator.select.export.prepared import compare_preprocessing
 from orchestrator.select.predict import ask
 from orchestrator.spec import SweepSpec, parse_spec, read_spec
 from orchestrator.store import Store
-from orchestrator.sweep.board import export_trial
+from orchestrator.sweep.export import export_trial
+from orchestrator.sweep.folder import create
 from orchestrator.sweep.ledger import Ledger
-from orchestrator.sweep.run import create, prepare
+from orchestrator.sweep.run import prepare
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
 from orchestrator.trial.run import run_trial

@@ -15,7 +15,7 @@ import pytest
 import torch
 from small import small_spec
 
-from orchestrator.data import load_task
+from orchestrator.data.task import load_task
 from orchestrator.store import Store
 from orchestrator.sweep import tune
 from orchestrator.sweep.ledger import Ledger, once

@@ -16,11 +16,10 @@ from PIL import Image
 from pixel_data import INK, mask_folder
 
 from methods.contract import IGNORE
-from orchestrator.data import load_task
 from orchestrator.data.images import CorruptError, decode_mask
 from orchestrator.data.labels import RenderedMasks, StoredMasks, open_labels
 from orchestrator.data.pixels import open_pixels
-from orchestrator.data.task import TaskData
+from orchestrator.data.task import TaskData, load_task
 from orchestrator.data.views import Policy, render, render_mask
 from orchestrator.errors import UserError
 from orchestrator.models.load import Preprocessing

@@ -18,8 +18,8 @@ from small import small_spec
 
 from methods.contract import supervised_loss
 from methods.heads import fit_linear_head, fit_linear_head_cv, rarest_class
-from orchestrator.data import load_task
 from orchestrator.data.labels import open_labels
+from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy
 from orchestrator.errors import UserError
 from orchestrator.evaluate.metrics import auroc, mean_auroc, score

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small import small_spec
 
 from methods.generators.vq import VQPackage
-from orchestrator.data import load_task
+from orchestrator.data.task import load_task
 from orchestrator.models.upstream import save_upstream
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store

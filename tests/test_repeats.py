@@ -13,7 +13,7 @@ from rich.console import Console
 from small import small_spec
 from test_select import failed, frame, trial
 
-from orchestrator.data import load_task
+from orchestrator.data.task import load_task
 from orchestrator.select.leaderboard import print_leaderboard
 from orchestrator.select.results import margin_note, standard_error
 from orchestrator.store import Store

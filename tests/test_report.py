@@ -26,10 +26,10 @@ from orchestrator.errors import UserError
 from orchestrator.evaluate.details import Details, error_tiles
 from orchestrator.evaluate.metrics import mean_auroc, mean_iou
 from orchestrator.select.report.page import COLUMNS, TEXTS
-from orchestrator.sweep.board import finish
+from orchestrator.sweep.event_files import write_event_files
+from orchestrator.sweep.folder import create
 from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.report import write_report
-from orchestrator.sweep.run import create
 from orchestrator.sweep.study_importance import importances
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
@@ -219,7 +219,7 @@ def test_a_stopped_trial_shows_the_curves_that_it_had(colours: Path, tmp_path: P
     assert curves["t0001"]["losses"]["loss"] == pytest.approx([point["loss"] for point in noted], rel=1e-4)
     assert len(curves["t0001"]["val"]) == 4
     assert len(curves["t0000"]["losses"]["step"]) == 6
-    finish(folder)
+    write_event_files(folder)
     events = EventAccumulator(str(folder / "tensorboard" / "t0001-finetune")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
         (point["step"], pytest.approx(point["loss"])) for point in noted

@@ -19,10 +19,12 @@ from orchestrator.select.leaderboard import print_leaderboard
 from orchestrator.select.results import leaderboard, read_trials
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store
-from orchestrator.sweep.board import export_trial, finish
 from orchestrator.sweep.choice import recommend
+from orchestrator.sweep.event_files import write_event_files
+from orchestrator.sweep.export import export_trial
+from orchestrator.sweep.folder import create
 from orchestrator.sweep.ledger import FINAL, Clock, Ledger, open_sweep
-from orchestrator.sweep.run import create, prepare, run
+from orchestrator.sweep.run import prepare, run
 from orchestrator.sweep.study import Study
 
 pytestmark = pytest.mark.ray
@@ -151,7 +153,7 @@ def test_a_moved_and_renamed_sweep_is_resumed_chosen_from_and_exported(colours: 
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     folder = (tmp_path / "elsewhere" / "small").rename(tmp_path / "elsewhere" / "renamed")
     rows = resumed(folder)
-    finish(folder)
+    write_event_files(folder)
     assert [r["status"] for r in rows] == ["complete"] * 2
     assert rows[0] == before[0]
     assert not (tmp_path / "runs").exists()

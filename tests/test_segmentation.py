@@ -16,9 +16,9 @@ from PIL import Image
 from pixel_data import INK, mask_folder
 from small import small_spec
 
-from orchestrator.data import load_task
 from orchestrator.data.labels import open_labels
 from orchestrator.data.pixels import open_pixels
+from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy, draw, render
 from orchestrator.errors import UserError
 from orchestrator.evaluate.metrics import mean_iou, overlaps, score
@@ -29,8 +29,9 @@ from orchestrator.select.predict import ask
 from orchestrator.spec import SweepSpec, Task, read_spec
 from orchestrator.store import Store
 from orchestrator.sweep.choice import recommend
+from orchestrator.sweep.folder import create
 from orchestrator.sweep.ledger import Ledger
-from orchestrator.sweep.run import create, prepare
+from orchestrator.sweep.run import prepare
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
 from orchestrator.trial.run import run_trial

@@ -402,7 +402,7 @@ def test_an_address_with_a_key_or_of_another_kind_is_refused(
 def test_a_bucket_that_is_not_there_is_refused_before_anything_runs(
     colours: Path, tmp_path: Path, anywhere: S3 | GCS
 ) -> None:
-    from orchestrator.sweep.run import check_storage
+    from orchestrator.sweep.folder import check_storage
 
     check_storage(small_spec(colours, tmp_path, store={"remote": anywhere.address("x")}))
     address = anywhere.address("x").replace("bucket/", "elsewhere/")

@@ -39,8 +39,8 @@ from orchestrator.select.subject import find_subject
 from orchestrator.spec import Model, Task
 from orchestrator.store import Store
 from orchestrator.sweep.choice import recommend
+from orchestrator.sweep.folder import create
 from orchestrator.sweep.ledger import Ledger
-from orchestrator.sweep.run import create
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.run import run_trial

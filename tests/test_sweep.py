@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from small import small_spec
 
-from orchestrator.data import load_task
+from orchestrator.data.task import load_task
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store
 from orchestrator.sweep.ledger import FINAL, Ledger
@@ -142,7 +142,8 @@ def test_a_group_that_is_stopped_early_is_pruned_and_gives_everything_back(colou
     from ray.util import placement_group_table
 
     from orchestrator.sweep.cluster import start_ray
-    from orchestrator.sweep.run import create, prepare, run
+    from orchestrator.sweep.folder import create
+    from orchestrator.sweep.run import prepare, run
 
     spec = small_spec(
         colours,

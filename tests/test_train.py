@@ -19,7 +19,7 @@ from torch import Tensor
 
 from methods.contract import Batch, Deployed, Feed, Given, Learner, Recipe
 from methods.finetune import FineTuneLearner
-from orchestrator.data import load_task
+from orchestrator.data.task import load_task
 from orchestrator.errors import WorkError
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store

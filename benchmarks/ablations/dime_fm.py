@@ -39,7 +39,7 @@ def teacher() -> float:
     from orchestrator.data.task import load_task
     from orchestrator.models import load_network
     from orchestrator.spec import parse_spec
-    from orchestrator.sweep.run import resolved
+    from orchestrator.sweep.folder import resolved
     from orchestrator.trial.context import SweepContext
     from orchestrator.trial.plan import Cell, TrialConfig
     from orchestrator.trial.score import val_metric, zero_shot

@@ -36,7 +36,7 @@ def on_test(folder: Path) -> dict[str, list[float]]:
     from orchestrator.models import load_network
     from orchestrator.models.load import Preprocessing, load_student
     from orchestrator.spec import parse_spec
-    from orchestrator.sweep.run import resolved
+    from orchestrator.sweep.folder import resolved
     from orchestrator.trial.context import SweepContext
     from orchestrator.trial.plan import Cell, TrialConfig
     from orchestrator.trial.score import zero_shot

@@ -35,7 +35,7 @@ class Arm:
 def run_arm(raw: dict[str, Any], arm: Arm, seed: int) -> dict[str, Any]:
     """The row of one trial; the task is drawn anew by `seed`."""
     from orchestrator.spec import parse_spec
-    from orchestrator.sweep.run import resolved
+    from orchestrator.sweep.folder import resolved
     from orchestrator.trial.context import SweepContext
     from orchestrator.trial.plan import Cell, TrialConfig
     from orchestrator.trial.run import run_trial

@@ -116,7 +116,7 @@ def export(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a student so that it loads without this package, with a model card."""
-    from orchestrator.sweep.board import export_trial
+    from orchestrator.sweep.export import export_trial
 
     options: dict[str, Any] = {"with_preprocessing": with_preprocessing, "int8": int8, "max_loss": max_loss}
     options |= {"licence": licence, "data_licence": data_licence}

@@ -133,7 +133,7 @@ def check_cluster(spec: Path, overrides: list[str], address: str | None, as_json
 
     from orchestrator.spec import read_spec
     from orchestrator.sweep import preflight
-    from orchestrator.sweep.run import resolved
+    from orchestrator.sweep.folder import resolved
 
     read = read_spec(spec, overrides)
     if preflight.in_a_job():

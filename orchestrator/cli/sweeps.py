@@ -43,13 +43,15 @@ def check(
     if cluster:
         check_cluster(spec, overrides or [], address, as_json)
         return
-    from orchestrator.sweep.costs import costs_of, sentences_of
-    from orchestrator.sweep.run import check_storage, prepare
+    from orchestrator.sweep.folder import check_places
     from orchestrator.sweep.study_storage import check_study
 
     read = read_sweep_file(spec, None, None, None, overrides)
-    check_storage(read)
+    check_places(read)
     check_study(read)
+    from orchestrator.sweep.costs import costs_of, sentences_of
+    from orchestrator.sweep.run import prepare
+
     prepared = prepare(read, dry=True)
     task = prepared.task
     reckoned = costs_of(read, task, prepared.cells, prepared.spaces)
@@ -105,18 +107,19 @@ def sweep(
     as_json: JsonFlag = False,
 ) -> None:
     """Run a sweep to its end and show the leaderboard."""
+    from orchestrator.sweep.folder import check_new, check_places, create, discard
     from orchestrator.sweep.ledger import open_sweep
-    from orchestrator.sweep.run import check_storage, create, discard, prepare
     from orchestrator.sweep.study_storage import check_study
 
     read = read_sweep_file(spec, storage, name, trials, overrides)
-    check_storage(read)
+    check_places(read)
     begun = Path(read.storage) / read.name
     if continued and (begun / "sweep.yaml").is_file():
-        _run(prepare(open_sweep(begun)), begun, as_json)
+        _run(_prepared(open_sweep(begun), as_json), begun, as_json)
         return
+    check_new(read)
     check_study(read)
-    prepared = prepare(read)
+    prepared = _prepared(read, as_json)
     folder = create(read)
     try:
         _run(prepared, folder, as_json)
@@ -129,16 +132,33 @@ def sweep(
 def resume(folder: SweepDir, as_json: JsonFlag = False) -> None:
     """Continue a sweep whose driver died: no finished trial is repeated."""
     from orchestrator.sweep.ledger import open_sweep
-    from orchestrator.sweep.run import prepare
 
-    _run(prepare(open_sweep(folder)), folder, as_json)
+    _run(_prepared(open_sweep(folder), as_json), folder, as_json)
+
+
+def _prepared(spec: Any, as_json: bool) -> Any:
+    """The checked sweep, with Ray up where it runs on this machine."""
+    from orchestrator.sweep.cluster import start_ray_beside
+
+    def work() -> Any:
+        from orchestrator.sweep.run import prepare  # and with it torch
+
+        return prepare(spec)
+
+    with _ray_s_words(as_json):
+        return start_ray_beside(spec.train.threads, work)
+
+
+def _ray_s_words(as_json: bool) -> contextlib.redirect_stdout[Any]:
+    """Ray prints what happens to its processes; with --json nothing but JSON may be on stdout."""
+    return contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout)
 
 
 def read_sweep_file(
     spec: Path, storage: Path | None, name: str | None, trials: int | None, overrides: list[str] | None
 ) -> Any:
     from orchestrator.spec import read_spec
-    from orchestrator.sweep.run import resolved
+    from orchestrator.sweep.folder import resolved
 
     extra = list(overrides or [])
     if storage is not None:
@@ -153,7 +173,7 @@ def read_sweep_file(
 def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     from orchestrator.select.leaderboard import print_leaderboard
     from orchestrator.select.results import read_trials
-    from orchestrator.sweep.board import finish
+    from orchestrator.sweep.event_files import write_event_files
     from orchestrator.sweep.run import run
 
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
@@ -165,15 +185,14 @@ def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     lines: Callable[[str], None] | None = None if as_json else (lambda line: out.print(line, markup=False))
     from orchestrator.sweep.live import LiveScreen, TrialLines
 
-    # Ray prints what happens to its processes; with --json nothing but JSON may be on stdout.
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout), contextlib.ExitStack() as stack:
+    with _ray_s_words(as_json), contextlib.ExitStack() as stack:
         if out.is_terminal and not as_json:
             shown = LiveScreen(folder, prepared.spec, out, prepared.trials)
             stack.callback(shown.close)
             run(prepared, folder, shown)
         else:
             run(prepared, folder, TrialLines(folder, prepared.spec, lines, prepared.trials))
-        finish(folder)
+        write_event_files(folder)
     frame = read_trials(folder)
     if as_json:
         print(frame.to_json(orient="records"))

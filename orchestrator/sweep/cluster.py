@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -16,15 +18,18 @@ from orchestrator.errors import UserError
 LONGEST_SOCKET = "dash_TaskEventsHead"
 SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 
+T = TypeVar("T")
+_dashboards: dict[str, str] = {}  # of the clusters that this process has joined, by the address of their control store
+
 
 def start_ray(threads: int) -> str | None:
     """Joins the cluster that RAY_ADDRESS names (a submitted job has it), or starts one on this machine.
 
     Returns:
-        Where its dashboard is, `host:port`; None: not known, or this process had joined already.
+        Where its dashboard is, `host:port`; None: not known.
     """
     if ray.is_initialized():
-        return None
+        return _dashboards.get(ray.get_runtime_context().gcs_address)
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # rows and event files are our own
@@ -50,7 +55,27 @@ def start_ray(threads: int) -> str | None:
         context = ray.init(address=address, runtime_env={"env_vars": variables}, **options)
     finally:
         os.environ.pop("RAY_GCS_SERVER_PORT", None)
-    return getattr(context, "dashboard_url", None) or None
+    url = getattr(context, "dashboard_url", None) or None
+    if url is not None:
+        _dashboards[ray.get_runtime_context().gcs_address] = url
+    return url
+
+
+def start_ray_beside(threads: int, work: Callable[[], T]) -> T:
+    """Starts Ray, if it is to run on this machine, while another thread does `work`; each takes seconds.
+
+    Returns:
+        What `work` returns.
+
+    Raises:
+        UserError: as `start_ray`, and what `work` raises, once Ray is up.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(work)
+        start_ray(threads)
+        return doing.result()
 
 
 def _free_port() -> int:

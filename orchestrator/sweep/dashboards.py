@@ -17,9 +17,9 @@ from typing import IO, Any
 
 from orchestrator.errors import UserError, WorkError, listed
 from orchestrator.select.results import read_trials
-from orchestrator.sweep.board import finish
+from orchestrator.sweep.event_files import write_event_files
+from orchestrator.sweep.folder import RAY_DASHBOARD
 from orchestrator.sweep.ledger import FINAL, Ledger, open_sweep
-from orchestrator.sweep.run import RAY_DASHBOARD
 from orchestrator.sweep.study_storage import StudyPlace
 
 HOST = "127.0.0.1"
@@ -72,7 +72,7 @@ def serving(folder: Path, tools: Sequence[str], ports: dict[str, int | None]) ->
             raise UserError(f"{TOOLS[tool][0]} is not installed: pip install '{package}', or leave it out with --only.")
     if "optuna" in tools:
         StudyPlace(spec, folder).look()
-    finish(folder)
+    write_event_files(folder)
     commands = {
         "tensorboard": ["tensorboard.main", "--logdir", str(folder / "tensorboard"), "--host", HOST, "--port"],
         "optuna": ["orchestrator.sweep.study_dashboard", str(folder)],
@@ -168,7 +168,7 @@ def keep(folder: Path, servers: list[Server]) -> None:
         if time.monotonic() - looked >= REFRESH_S:
             done = sum(row["status"] in FINAL for row in ledger.rows())
             if shown not in (-1, done):
-                finish(folder)
+                write_event_files(folder)
             shown, looked = done, time.monotonic()
         time.sleep(0.2)
 

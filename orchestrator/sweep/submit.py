@@ -18,6 +18,7 @@ from typing import Any
 
 from orchestrator.errors import UserError, WorkError, listed, nearest
 from orchestrator.spec import NAME, SweepSpec
+from orchestrator.sweep.folder import resolved
 from orchestrator.sweep.upload import Upload, check_size, measure
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -138,8 +139,6 @@ def check_addresses(spec: SweepSpec) -> None:
     Raises:
         UserError: naming the first key with a relative path.
     """
-    from orchestrator.sweep.run import resolved  # it imports torch, which nothing else here needs
-
     for key, was, now in _differences(spec.model_dump(mode="json"), resolved(spec).model_dump(mode="json")):
         if was != now and not key.startswith("cluster."):
             raise UserError(

@@ -1,0 +1,108 @@
+"""A sweep's file and folder: paths that mean the same everywhere, and the folder made and taken away. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from orchestrator.data.sources import open_source
+from orchestrator.errors import UserError
+from orchestrator.spec import SweepSpec
+from orchestrator.sweep.capacity import known_cluster
+
+RAY_DASHBOARD = ".ray-dashboard"  # where it is, while a sweep runs
+
+
+def resolved(spec: SweepSpec) -> SweepSpec:
+    """The same sweep with absolute paths: workers, and whoever resumes it, have other working folders."""
+    if "://" in spec.storage:
+        raise UserError(f"storage: {spec.storage!r} is not a folder; give a path that every node can read and write.")
+    raw = spec.model_dump(mode="json")
+    raw["storage"] = _absolute(spec.storage)
+    if spec.search.warm_start is not None:
+        raw["search"]["warm_start"] = _absolute(spec.search.warm_start)
+    raw["task"]["data"] = _absolute(spec.task.data, ("folder:", "parquet:"))
+    for model in (*raw["teachers"], *raw["students"]):
+        model["model"] = _absolute(model["model"], ("local:",))
+    for name, value in raw["upstream"].items():
+        if isinstance(value, str):
+            raw["upstream"][name] = _absolute(value, ("local:",))
+        elif isinstance(value, dict) and isinstance(value.get("model"), str):
+            value["model"] = _absolute(value["model"], ("local:",))
+    if raw["search"]["study_file"] is not None:
+        raw["search"]["study_file"] = _absolute(raw["search"]["study_file"])
+    for name in ("images", "sentences"):
+        if raw["corpus"][name] is not None:
+            raw["corpus"][name] = _absolute(raw["corpus"][name])
+    raw["cluster"] = known_cluster(spec.cluster).model_dump(mode="json")
+    return SweepSpec.model_validate(raw)
+
+
+def _absolute(address: str, prefixes: tuple[str, ...] = ("",)) -> str:
+    """An address with its path made absolute, if it begins with one of `prefixes`; no URI and nothing packaged."""
+    prefix = next((p for p in prefixes if address.startswith(p)), None)
+    if prefix is None or "://" in address or address.startswith("packaged/"):
+        return address
+    return prefix + str(Path(address.removeprefix(prefix)).expanduser().absolute())
+
+
+def check_places(spec: SweepSpec) -> None:
+    """Refuses data that is not there, and storage that cannot be written; makes nothing.
+
+    Raises:
+        UserError: naming the key.
+    """
+    open_source(spec.task.data, spec.task.kind)
+    check_storage(spec)
+
+
+def check_storage(spec: SweepSpec) -> None:
+    """Refuses a storage folder, or object storage for the store, that cannot be written; makes nothing."""
+    folder = Path(spec.storage)
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"storage: the folder {str(folder)!r} cannot be written ({str(existing)!r} is a file).")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"storage: the folder {str(folder)!r} cannot be written (no permission in {str(existing)!r}).")
+    if spec.store.remote is not None:
+        from orchestrator.store import check_remote  # and with it torch
+
+        check_remote(spec.store.remote)
+
+
+def check_new(spec: SweepSpec) -> Path:
+    """The sweep's folder, which this makes not.
+
+    Raises:
+        UserError: if there is a sweep of that name already.
+    """
+    folder = Path(spec.storage) / spec.name
+    if (folder / "sweep.yaml").exists():
+        raise UserError(
+            f"There is a sweep {spec.name!r} in {spec.storage!r} already: continue it with "
+            f"`orchestrator resume {folder}`, or give this one another --name."
+        )
+    return folder
+
+
+def create(spec: SweepSpec) -> Path:
+    """Makes the sweep's folder with its `sweep.yaml`.
+
+    Raises:
+        UserError: if there is a sweep of that name already.
+    """
+    folder = check_new(spec)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".sweep.yaml"
+    temporary.write_text(spec.to_yaml(), encoding="utf-8")
+    os.replace(temporary, folder / "sweep.yaml")
+    return folder
+
+
+def discard(folder: Path) -> None:
+    """Takes away the folder of a sweep that was refused before anything was proposed, so that its name is free."""
+    from orchestrator.sweep.study_storage import has_study
+
+    if not has_study(folder):
+        shutil.rmtree(folder, ignore_errors=True)
