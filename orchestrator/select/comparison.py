@@ -1,58 +1,25 @@
-"""Several sweeps side by side: each one's best, by method, and whether what they differ by is more than noise."""
+"""Several sweeps side by side: each one's best, by method, and how far they are apart, in tables and sentences."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from orchestrator.errors import UserError, listed
-from orchestrator.evaluate.details import FILE
-from orchestrator.evaluate.outcomes import compare_groups
-from orchestrator.select.results import clause_of, known_metric, nearest_miss, numbers, ranked, read_trials, within
-from orchestrator.select.uncertainty import Lead, T, paired_gains
-from orchestrator.spec import METRIC_NAMES, SweepSpec, read_spec
+from orchestrator.select.comparison_noise import Run, difference
+from orchestrator.select.members import Member, check_comparable, differing, seeds_of_one
+from orchestrator.select.results import clause_of, known_metric, nearest_miss, numbers, ranked, within
+from orchestrator.select.uncertainty import Lead
+from orchestrator.spec import METRIC_NAMES
 
 ALL = "all methods"
-VAL_KEYS = ("kind", "data", "splits", "ignore_index")  # of `task`: with `seed`, they say which images are in val
-# What does not change a trial's result, and what makes another seed of the same sweep.
-PLACES = ("name", "storage", "store", "cluster", "estimate", "generate")
-STUDY_PLACES = ("search.study", "search.study_file", "search.study_patience_s")
-SEEDS = ("search.seed", "task.seed", "task.draw")
 COSTS = ("device_seconds", "store_seconds_saved")
 FACTS = ("trial_id", "method", "val_metric", "val_sd", "repeats", "params_total", "flops", "latency_ms")
-
-
-@dataclass(frozen=True)
-class Member:
-    """One of the sweeps that are compared.
-
-    Attributes:
-        name: of its folder, with as much of the path as tells it from the others.
-        folder: its own.
-        spec: its file.
-        frame: its trials.
-        val: identity of its val images; empty if none was recorded.
-        images: of val; 0 if not recorded.
-    """
-
-    name: str
-    folder: Path
-    spec: SweepSpec
-    frame: pd.DataFrame
-    val: str
-    images: int
-
-    @property
-    def seed(self) -> tuple[int, int, int]:
-        """What may differ between two sweeps that are seeds of one."""
-        return self.spec.search.seed, self.spec.task.seed, self.spec.task.draw
 
 
 @dataclass(frozen=True)
@@ -81,115 +48,6 @@ class Comparison:
     def metric(self) -> str:
         """What the val metric is."""
         return METRIC_NAMES[self.members[0].spec.task.kind]
-
-
-def read_members(folders: Sequence[Path]) -> list[Member]:
-    """The sweeps in `folders`.
-
-    Raises:
-        UserError: if one is no sweep, there are fewer than two, or one is given twice.
-    """
-    places = [folder.expanduser().absolute() for folder in folders]
-    if len(places) < 2:
-        raise UserError("Comparing takes two sweeps or more; give the folder of another one.")
-    for at, place in enumerate(places):
-        if place in places[:at]:
-            raise UserError(f"The sweep {str(folders[at])!r} is given twice.")
-    frames = [read_trials(folder) for folder in folders]
-    names = _names(places)
-    specs = [read_spec(place / "sweep.yaml") for place in places]
-    return [
-        Member(name, place, spec, frame, *_val_of(place, frame))
-        for name, place, spec, frame in zip(names, places, specs, frames, strict=True)
-    ]
-
-
-def _names(places: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that are all different."""
-    depth = 1
-    while True:
-        names = ["/".join(place.parts[-depth:]) for place in places]
-        if len(set(names)) == len(names):
-            return names
-        depth += 1
-
-
-def _val_of(folder: Path, frame: pd.DataFrame) -> tuple[str, int]:
-    """Identity and number of val images, as the first student that says it has it."""
-    val, images = "", 0
-    for path in frame["student_path"]:
-        if not path:
-            continue
-        val = val or str(_read(folder / path / "student.json").get("val", ""))
-        images = images or int(_read(folder / path / FILE).get("images", 0))
-        if val and images:
-            break
-    return val, images
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def check_comparable(members: Sequence[Member]) -> bool:
-    """Whether all were scored on the same val images; False: each seed has its own, split from the same data.
-
-    Raises:
-        UserError: if their val metrics do not compare, naming the key that differs.
-    """
-    first, same = members[0], True
-    for other in members[1:]:
-        known = bool(first.val and other.val)
-        if other.spec.task.kind == first.spec.task.kind and known and first.val == other.val:
-            continue
-        for key in VAL_KEYS:
-            here, there = getattr(first.spec.task, key), getattr(other.spec.task, key)
-            if here != there:
-                raise UserError(
-                    f"The sweeps {first.name!r} and {other.name!r} do not compare: task.{key} is {_plain(here)} in the "
-                    f"one and {_plain(there)} in the other, so they were scored on different data."
-                )
-        if first.spec.task.seed != other.spec.task.seed:
-            same = False
-        elif known:
-            raise UserError(
-                f"The sweeps {first.name!r} and {other.name!r} do not compare: task.data is {first.spec.task.data!r} "
-                "in both, but it held other val images or labels when the second one ran."
-            )
-    return same
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A mapping's leaves by dotted key; lists are leaves, and networks are their names where that says all."""
-    if isinstance(value, Mapping) and value:
-        return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}{name}.").items()}
-    return {prefix[:-1]: value}
-
-
-def differing(members: Sequence[Member]) -> dict[str, list[Any]]:
-    """Keys of the sweep files whose values differ, each with its value in every sweep (None: not there)."""
-    files = [flat(m.spec.model_dump(mode="json", exclude={"name", "storage"})) for m in members]
-    names = dict.fromkeys(name for file in files for name in file)
-    found = {name: [file.get(name) for file in files] for name in names}
-    return {name: values for name, values in found.items() if any(v != values[0] for v in values)}
-
-
-def seeds_of_one(members: Sequence[Member]) -> dict[str, list[Member]]:
-    """Sweeps that differ only in their seeds, together, by a letter; in the order of their first ones."""
-    found: dict[str, list[Member]] = {}
-    for member in members:
-        leaves = flat(member.spec.model_dump(mode="json", exclude=set(PLACES)))
-        key = json.dumps({k: v for k, v in leaves.items() if k not in (*STUDY_PLACES, *SEEDS)}, sort_keys=True)
-        found.setdefault(key, []).append(member)
-    return {_letter(at): group for at, group in enumerate(found.values())}
-
-
-def _letter(at: int) -> str:
-    return ("" if at < 26 else _letter(at // 26 - 1)) + chr(ord("A") + at % 26)
 
 
 def compare(members: Sequence[Member], limits: Mapping[str, float] | None = None) -> Comparison:
@@ -263,9 +121,6 @@ def _why_none(members: Sequence[Member], limits: Mapping[str, float]) -> str:
     return nearest_miss(scored, limits)
 
 
-Run = tuple[Member, pd.Series]
-
-
 def _summary(runs: list[Run], lead: Lead | None, sweeps: pd.DataFrame, among: str, letter: str) -> dict[str, Any]:
     mine = sweeps[(sweeps["among"] == among) & (sweeps["group"] == letter)]
     values = [float(row["val_metric"]) for _, row in runs]
@@ -288,91 +143,6 @@ def _summary(runs: list[Run], lead: Lead | None, sweeps: pd.DataFrame, among: st
         "certain": None if lead is None or math.isnan(lead.low) else lead.certain,
         "paired": None if lead is None else lead.paired,
     }
-
-
-def difference(mine: list[Run], reference: list[Run], same: bool) -> Lead | None:
-    """How far the mean of some sweeps' bests is above that of others, with a 95 % interval; None where either is empty.
-
-    Noise of the images is that of a paired bootstrap over the val images where each student's outcomes were kept, else
-    of independent accuracies. Noise of the seeds is that of the sweeps of each group (paired where both groups have the
-    same seeds), or of a lone sweep's repeats. With one sweep and one run on both sides it is not known, and left out.
-
-    Args:
-        mine, reference: sweeps with their best rows.
-        same: whether all were scored on the same val images.
-    """
-    if not mine or not reference:
-        return None
-    value = _mean(mine) - _mean(reference)
-    kind = mine[0][0].spec.task.kind
-    images = min(m.images for m, _ in (*mine, *reference))
-    found = None
-    if same:
-        found = compare_groups(
-            kind, *([m.folder / str(r["student_path"]) for m, r in side] for side in (mine, reference))
-        )
-    seeds, freedom = _seed_noise(mine, reference)
-    if found is not None:
-        if seeds is None and abs(found.value - value) < 1e-9:  # the bootstrap's own interval need not be symmetric
-            return Lead(value, found.low, found.high, True, found.images, 1)
-        error = found.error
-    elif images:
-        sides = [_image_noise(side, images, same) for side in (mine, reference)]
-        error = math.hypot(*sides)
-        if not same and min(len(mine), len(reference)) > 1:
-            error = 0.0  # each seed has its own images: the spread over seeds holds their noise
-    else:
-        return Lead(value, math.nan, math.nan, False, 0, 1)
-    quantile = T[freedom - 1] if freedom <= len(T) else 1.96
-    half = math.hypot(1.96 * error, quantile * seeds) if seeds is not None else 1.96 * error
-    count = found.images if found is not None else images
-    return Lead(value, value - half, value + half, found is not None, count, min(len(mine), len(reference)))
-
-
-def _mean(runs: list[Run]) -> float:
-    return statistics.fmean(float(row["val_metric"]) for _, row in runs)
-
-
-def _image_noise(runs: list[Run], images: int, same: bool) -> float:
-    errors = [math.sqrt(max(p * (1 - p), 0.0) / images) for _, row in runs if (p := float(row["val_metric"])) >= 0]
-    return statistics.fmean(errors) if same else math.hypot(*errors) / len(errors)
-
-
-def _seed_noise(mine: list[Run], reference: list[Run]) -> tuple[float | None, int]:
-    """Standard error of the difference by the seeds, with its degrees of freedom; None where no spread is known."""
-    by_seed = [{m.seed: float(row["val_metric"]) for m, row in side} for side in (mine, reference)]
-    pairs = by_seed[0].keys() == by_seed[1].keys() and len(by_seed[0]) == len(mine) == len(reference)
-    paired = [by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0]] if pairs else []
-    if len(paired) == 1:
-        paired = paired_gains(mine[0][1], reference[0][1])
-    if len(paired) > 1:
-        return statistics.stdev(paired) / math.sqrt(len(paired)), len(paired) - 1
-    spreads = [_spread(side) for side in (mine, reference)]
-    known = [(variance, runs) for variance, runs in spreads if variance is not None]
-    if not known:
-        return None, 1
-    # A side without a spread of its own is taken to have the other's.
-    parts = [((known[0][0] if variance is None else variance) / runs, runs) for variance, runs in spreads]
-    total = sum(part for part, _ in parts)
-    ((_, runs),) = known if len(known) == 1 else ((0.0, 2),)
-    if len(known) == 1 or not total:
-        return math.sqrt(total), max(runs - 1, 1)
-    return math.sqrt(total), max(1, math.floor(total**2 / sum(part**2 / (n - 1) for part, n in parts)))
-
-
-def _spread(runs: list[Run]) -> tuple[float | None, int]:
-    """Variance of a single run, and how many there are: over the sweeps, or of a lone one over its repeats."""
-    values = [float(row["val_metric"]) for _, row in runs]
-    if len(values) > 1:
-        return statistics.variance(values), len(values)
-    row = runs[0][1]
-    repeats, sd = int(row["repeats"]), float(row["val_sd"])
-    return (sd**2, repeats) if repeats > 1 and math.isfinite(sd) else (None, 1)
-
-
-def _plain(value: Any) -> str:
-    text = json.dumps(value if not hasattr(value, "model_dump") else value.model_dump(mode="json"))
-    return text.replace('"', "'")
 
 
 def _sentences(found: Comparison, same: bool) -> list[str]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError, listed, nearest
-from orchestrator.select.comparison import ALL, Comparison, compare, read_members
+from orchestrator.select.comparison import ALL, Comparison, compare
 from orchestrator.select.comparison_text import comparison_markdown, plain
+from orchestrator.select.members import read_members
 from orchestrator.select.report.several import joint_table, several_html
 from orchestrator.sweep.report import check_place, format_of, gathered, made_now, up_to_date, write_file
 
