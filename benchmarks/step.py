@@ -55,7 +55,7 @@ CLIPART: dict[str, Any] = {
 }
 ICONS: dict[str, Any] = {
     "name": "step",
-    "task": {"data": "packaged/icons", "shots": 10},
+    "task": {"data": "packaged/icons", "shots": None},
     "teachers": ["packaged/clip_icons"],
     "students": [SMALL],
 }
@@ -67,7 +67,6 @@ CASES: list[tuple[str, dict[str, Any], int | None, dict[str, Any]]] = [
     ("attention_transfer", CLIPART, 0, {}),
     ("tdmr", CLIPART, 0, {}),
     ("tdmr", CLIPART, 1, {}),
-    ("fna", CLIPART, 0, {}),
     ("wecolora", CLIPART, None, {"factor": 4}),
     ("embedding_regression", ICONS, 0, {}),
 ]

@@ -9,6 +9,7 @@ One frozen ViT teacher of at least ten times each student's FLOPs, two processes
 and batch. The peer (`peers/plain_optuna.py`) runs its teacher in every step. What is counted is wall time, all of it:
 start-up, imports, cluster, evaluation. A plain ViT without downloaded weights is drawn from a seed, which changes no
 FLOP; `--teacher packaged/vit_clipart --teacher-size 96` is a trained one, whose stem no student of WeCoLoRA is rid of.
+Other data: `--data packaged/icons --shots 4`, or `--data folder:PATH` with train, val and test in it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def spec_of(setting: dict[str, Any], methods: dict[str, Any], folder: Path) -> d
         teacher |= {"image_size": setting["teacher_size"], "pretrained": False}
     return {
         "name": "ours",
-        "task": {"data": "packaged/clipart", "shots": setting["shots"]},
+        "task": {"data": setting["data"], "shots": setting["shots"]},
         "teachers": [teacher],
         "students": [{"model": setting["student"], "image_size": setting["student_size"]}],
         "methods": methods,
@@ -140,6 +141,7 @@ def outside(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 DEFAULTS: dict[str, Any] = {
+    "data": "packaged/clipart",
     "teacher": "timm/vit_small_patch16_224",
     "teacher_size": 64,
     "student": "timm/test_resnet",
@@ -280,10 +282,12 @@ def table(result: dict[str, Any]) -> str:
     head = ["trials", "plain, s", "here, s", "faster", "plain, CPU s", "here, CPU s", "less"]
     head += ["same file again, s", "teacher's images", "plain's", "rounds"]
     text = [
-        f"`{result['command']}`: {setting['teacher']} at {setting['teacher_size']} px ({costs['teacher']:.0f} MFLOP an "
-        f"image) into {setting['student']} at {setting['student_size']} px ({costs['student']:.0f} MFLOP, "
-        f"{costs['teacher'] / costs['student']:.0f} x less) and into its own copy with one block in "
-        f"{setting['factor']} ({costs['wecolora']:.0f} MFLOP, {costs['teacher'] / costs['wecolora']:.1f} x less); "
+        f"`{result['command']}`: {setting['data']}, "
+        f"{setting['teacher']} at {setting['teacher_size']} px "
+        f"({costs['teacher']:.0f} MFLOP an image) into {setting['student']} at {setting['student_size']} px "
+        f"({costs['student']:.0f} MFLOP, {costs['teacher'] / costs['student']:.0f} x less) and into its own copy with "
+        f"one block in {setting['factor']} ({costs['wecolora']:.0f} MFLOP, "
+        f"{costs['teacher'] / costs['wecolora']:.1f} x less); "
         f"{setting['steps']} steps x {setting['batch']} images, {setting['views']} views; {result['machine']}; "
         f"{result['versions']}.",
         "",

@@ -56,6 +56,7 @@ def table(result: dict[str, Any]) -> str:
     cpu = [statistics.median(one[name] for one in rounds) for name in ("peer_cpu_s", "ours_cpu_s")]
     text = (
         f"`{result['command']}`: 8 KD trials of {setting['steps']} steps x {setting['batch']} images, "
+        f"{setting['data']}, "
         f"{setting['teacher']} at {setting['teacher_size']} px into {setting['student']} at {setting['student_size']} "
         f"px, rounds: {len(rounds)}; {result['machine']}; {result['versions']}."
     )

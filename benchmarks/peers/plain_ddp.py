@@ -31,7 +31,7 @@ def train(config: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     rank, world = dist.get_rank(), dist.get_world_size()
     steps, batch = config["steps"], config["batch"]
-    images, labels = load_data()["train"]
+    images, labels = load_data("packaged/clipart")["train"]
     pixels, classes = normalised(images, SIZE), torch.from_numpy(labels).long()
     torch.manual_seed(0)
     network = DistributedDataParallel(

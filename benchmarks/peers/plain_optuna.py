@@ -6,7 +6,8 @@ to trial (the teacher's features of the labelled images, its head, TDMR's proxie
 
     python -m benchmarks.peers.plain_optuna OUT_FOLDER SWEEP.json
 
-SWEEP.json: {teacher, teacher_size, student, student_size, shots, steps, batch, processes, trials: [{method, ...}]}.
+SWEEP.json: {data, teacher, teacher_size, student, student_size, shots, steps, batch, processes,
+trials: [{method, ...}]}; data is packaged/NAME or folder:PATH with train, val and test in it.
 """
 
 from __future__ import annotations
@@ -41,18 +42,31 @@ SIDE = 96  # pixels at which images are kept
 PROXY_EPOCHS = 100
 
 
-def load_data() -> dict[str, tuple[Tensor, np.ndarray]]:
-    """uint8 [n, 3, 96, 96] and labels [n] by split of the packaged data."""
+def listed_images(data: str) -> Iterator[tuple[Any, str, str]]:
+    """(file, label, split) of every image."""
     from importlib.resources import files
 
-    table = pq.read_table(str(files("orchestrator") / "packaged" / "clipart" / "images.parquet")).to_pylist()
-    names = sorted({row["label"] for row in table})
+    if data.startswith("packaged/"):
+        path = files("orchestrator") / "packaged" / data.removeprefix("packaged/") / "images.parquet"
+        for row in pq.read_table(str(path)).to_pylist():
+            yield io.BytesIO(row["image"]), row["label"], row["split"]
+    else:
+        root = Path(data.removeprefix("folder:")).expanduser()
+        for split in ("train", "val", "test"):
+            for path in sorted((root / split).glob("*/*")):
+                yield path, path.parent.name, split
+
+
+def load_data(data: str) -> dict[str, tuple[Tensor, np.ndarray]]:
+    """uint8 [n, 3, 96, 96] and labels [n] by split."""
+    listing = list(listed_images(data))
+    names = sorted({label for _, label, _ in listing})
     found: dict[str, tuple[list[Tensor], list[int]]] = {s: ([], []) for s in ("train", "val", "test")}
-    for row in table:
-        image = Image.open(io.BytesIO(row["image"])).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        images, labels = found[row["split"]]
+    for file, label, split in listing:
+        image = Image.open(file).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        images, labels = found[split]
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-        labels.append(names.index(row["label"]))
+        labels.append(names.index(label))
     return {split: (torch.stack(images), np.array(labels)) for split, (images, labels) in found.items()}
 
 
@@ -106,7 +120,7 @@ class Bench:
 
     def __init__(self, sweep: dict[str, Any]) -> None:
         self.sweep, self.steps, self.batch = sweep, sweep["steps"], sweep["batch"]
-        self.data = load_data()
+        self.data = load_data(sweep["data"])
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.teacher = build_teacher(sweep["teacher"], sweep["teacher_size"]).to(self.device)
         self.size, self.small = sweep["teacher_size"], sweep["student_size"]
