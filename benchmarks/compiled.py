@@ -34,7 +34,8 @@ def measured(name: str) -> dict[str, float]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     size = NETWORKS[name]
-    network = timm.create_model(name, num_classes=CLASSES, **({"img_size": size} if "vit" in name else {})).train()
+    options: dict[str, Any] = {"img_size": size} if "vit" in name else {}
+    network = timm.create_model(name, num_classes=CLASSES, **options).train()
     network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     images = torch.randn(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)

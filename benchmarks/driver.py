@@ -54,8 +54,8 @@ def watched(folder: Path, trials: int, sampler: str) -> dict[str, Any]:
     while driver.poll() is None:
         done = sum(1 for _ in rows.glob("t*.json")) if rows.is_dir() else 0
         if done >= (len(points) + 1) * trials / 10 or (done and not points):
-            cpu, resident = used(driver.pid)
-            points.append({"trials": done, "wall_s": time.monotonic(), "cpu_s": cpu, "mb": resident / 1e6})
+            seconds, resident = used(driver.pid)
+            points.append({"trials": done, "wall_s": time.monotonic(), "cpu_s": seconds, "mb": resident / 1e6})
         time.sleep(0.05)
     if driver.returncode != 0 or len(points) < 2:
         raise SystemExit(f"The sweep of {trials} trials ended with exit code {driver.returncode}.")

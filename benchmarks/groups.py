@@ -66,7 +66,8 @@ class Ours:
         from orchestrator.trial.plan import Cell, TrialConfig
         from orchestrator.trial.run import run_trial
 
-        number, found = next(self.count), {}
+        number = next(self.count)
+        found: dict[str, float] = {}
 
         def timed(job: Any, folder: Path, report: Any = None) -> dict[str, Any]:
             began = time.perf_counter()
@@ -103,7 +104,7 @@ def nested(config: dict[str, Any], trials: int) -> list[float]:
         tune_config=tune.TuneConfig(max_concurrent_trials=1),
         run_config=tune.RunConfig(name=f"nested-{time.time_ns()}", storage_path=config["storage"], verbose=0),
     )
-    found = sorted((r.metrics["ended"], r.metrics["loop"]) for r in tuner.fit())  # type: ignore[index]
+    found = sorted((r.metrics["ended"], r.metrics["loop"]) for r in tuner.fit())  # type: ignore[attr-defined,index]
     return [later[0] - earlier[0] - later[1] for earlier, later in itertools.pairwise(found)]
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.record import machine, markdown, publish, versions
 
-NETWORKS = (
+NETWORKS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("resnet18", {}),
     ("mobilenetv3_small_050", {}),
     ("efficientnet_lite0", {}),
@@ -35,7 +35,7 @@ def cpu_seconds(call: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def compared(name: str, options: dict[str, int]) -> dict[str, float]:
+def compared(name: str, options: dict[str, Any]) -> dict[str, float]:
     """Medians of `ROUNDS` by turns, after one of warm-up."""
     torch.manual_seed(0)
     network = timm.create_model(name, num_classes=CLASSES, **options)

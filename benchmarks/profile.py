@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -83,7 +84,7 @@ def sampled(command: list[str], folder: Path) -> tuple[Path, float]:
     has learnt of it is void then. So each is sampled from when it has its name.
     """
     record = [str(Path(sys.executable).with_name("py-spy")), "record", "--rate", str(RATE), "--format", "raw"]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen([*record, "-o", str(folder / "driver"), "--", *command], env=quiet_environment(), **pipes)
     samplers: dict[int, subprocess.Popen[str]] = {}
     others: dict[int, float] = {}

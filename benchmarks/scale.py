@@ -82,13 +82,13 @@ def one_run(folder: Path, teacher: Path, images: int) -> dict[str, Any]:
     )
     checkpoint = [0]
 
-    def measured(job: TrainJob, target: Path, report: Any) -> dict[str, Any]:
+    def measured(job: TrainJob, folder: Path, report: Any) -> dict[str, Any]:
         file = Path(job.scratch) / "checkpoint.pt"
 
         def look(state: Any) -> None:
             checkpoint[0] = max(checkpoint[0], file.stat().st_size if file.is_file() else 0)
 
-        return run_job(job, target, look)
+        return run_job(job, folder, look)
 
     prepared = prepare(spec)
     reckoned = costs_of(spec, prepared.task, prepared.cells, prepared.spaces)
@@ -127,7 +127,10 @@ def scaled(**overrides: Any) -> tuple[SweepSpec, Costs, dict[str, Any]]:
         reckoned = costs_of(spec, prepared.task, prepared.cells, prepared.spaces)
     assert reckoned is not None
     holdings, (training,), costs = reckoned
-    facts = {"images": holdings.images, "shards": len(holdings.image_shards) + len(holdings.sentence_shards)}
+    facts: dict[str, float] = {
+        "images": holdings.images,
+        "shards": len(holdings.image_shards) + len(holdings.sentence_shards),
+    }
     rate = spec.estimate
     compute = rate.tflops * 1e12 * rate.utilisation
     pairs = loss_flops(spec.train.batch, training.text_batch, training.width) * spec.train.workers / spec.train.batch
@@ -161,10 +164,14 @@ def applied() -> dict[str, Any]:
 
 def store_lookups(count: int = 2000) -> float:
     """Seconds of one look-up of a published entry, on this machine's disk."""
+
+    def write(folder: Path) -> None:
+        (folder / "records.arrow").write_bytes(b"0")
+
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         for number in range(count):
-            store.compute("x", key_of(number), lambda f: (f / "records.arrow").write_bytes(b"0") and None)
+            store.compute("x", key_of(number), write)
         began = time.perf_counter()
         for number in range(count):
             store.get("x", key_of(number))
@@ -191,7 +198,7 @@ def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for mark, table in (("runs", runs_table(known)), ("estimates", estimates_table(known)), ("limits", limits(known))):
         block = f"<!-- {mark} -->\n{table}\n<!-- end -->"
-        text = re.sub(rf"<!-- {mark} -->.*?<!-- end -->", lambda _, b=block: b, text, flags=re.S)
+        text = re.sub(rf"<!-- {mark} -->.*?<!-- end -->", lambda _, b=block: b, text, flags=re.S)  # type: ignore[misc]
     PAGE.write_text(text, encoding="utf-8")
     print("\n\n".join((runs_table(known), estimates_table(known), limits(known))))
 

@@ -200,7 +200,7 @@ def main() -> None:
                 profile(job, options.steps)
                 continue
             found = measure(job, options.rounds, options.steps)
-            row = {"method": name, "student": label.removeprefix("timm/"), "ms": found}
+            row: dict[str, Any] = {"method": name, "student": label.removeprefix("timm/"), "ms": found}
             for number, clock in enumerate(("wall", "cpu")):
                 for which in ("stored", "live"):
                     row[f"{which}_{clock}"] = [

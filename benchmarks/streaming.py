@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def training_step(size: int) -> Callable[[np.ndarray], None]:
     return step
 
 
-def ahead(batches: Batches) -> Batches:
+def ahead(batches: Batches) -> Generator[np.ndarray, None, None]:
     """The next batch is read while the last one is used, as in the training loop."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(next, batches)

@@ -106,7 +106,8 @@ def table(result: dict[str, Any]) -> str:
 def picture(result: dict[str, Any]) -> str:
     """The curve over V as SVG: means with one standard deviation, and the band of fresh views."""
     wide, high, left, bottom, top = 560, 300, 60, 250, 20
-    stats = {v: (statistics.mean(x), statistics.stdev(x)) for v in (*VIEWS, FRESH) if (x := values_of(result, v))}
+    known = {v: values_of(result, v) for v in (*VIEWS, FRESH)}
+    stats = {v: (statistics.mean(vals), statistics.stdev(vals)) for v, vals in known.items() if vals}
     low = min(mean - sd for mean, sd in stats.values()) - 0.01
     upper = max(mean + sd for mean, sd in stats.values()) + 0.01
 

@@ -39,7 +39,7 @@ def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for path in sorted(RESULTS.glob("ablation_*.json")):
         block = f"<!-- {path.stem} -->\n{table(json.loads(path.read_text()))}\n<!-- end -->"
-        text = re.sub(rf"<!-- {path.stem} -->.*?<!-- end -->", lambda _, b=block: b, text, flags=re.S)
+        text = re.sub(rf"<!-- {path.stem} -->.*?<!-- end -->", lambda _, b=block: b, text, flags=re.S)  # type: ignore[misc]
     PAGE.write_text(text, encoding="utf-8")
 
 

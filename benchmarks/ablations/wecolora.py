@@ -5,14 +5,16 @@
 The paper's order (methods' table at 1 % of ImageNet): random blocks < weight copy < + LoRA (q, v) < + six pairs.
 """
 
+from typing import Any
+
 from benchmarks.ablations.harness import Arm, compare
 
-SPEC = {
+SPEC: dict[str, Any] = {
     "task": {"data": "packaged/clipart", "shots": 20},
     "teachers": ["packaged/vit_clipart"],
     "train": {"steps": 150, "batch": 64, "views": 3},
 }
-BASE = {"factor": 3, "lr": 4e-3}
+BASE: dict[str, Any] = {"factor": 3, "lr": 4e-3}
 ARMS = [
     Arm("random blocks, all weights", "wecolora", {**BASE, "init": "random", "train": "all", "lr": 1e-3}),
     Arm("copy, hardly trained", "wecolora", {**BASE, "rank": 1, "targets": "qv", "budget": 0.01}),

@@ -35,7 +35,7 @@ def main() -> None:
     for case in map(Path, sys.argv[1:]):
         images, want = np.load(case / "images.npy"), np.load(case / "logits.npy")
         for folder in sorted(path for path in case.iterdir() if path.is_dir()):
-            line = {"case": case.name, "format": folder.name}
+            line: dict[str, object] = {"case": case.name, "format": folder.name}
             try:
                 line["difference"] = float(np.abs(logits_of(folder, images) - want).max())
             except Exception as error:  # one export that does not load must not hide the others

@@ -100,6 +100,9 @@ def build_teacher(name: str, size: int) -> Any:
 class Proxy(nn.Module):
     """TDMR's projector and head on standardised features."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Tensor, std: Tensor, dim: int, classes: int) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
