@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from methods.outputs import Output, read_outputs
+from orchestrator.data.decoded import LIMIT, Decoded
 from orchestrator.data.images import CorruptError, decode
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
 from orchestrator.data.pixels import RenderedPixels, open_pixels, rendered_view, stored_pixels
@@ -422,3 +426,41 @@ def test_a_view_is_the_crop_flipped_and_brightened_as_its_parameters_say():
     for flip, brightness, expected in ((0, 1, crop), (1, 1, crop.flip(-1)), (0, 2, crop * 2)):
         parameters = np.array([3, 7, 20, 20, flip, brightness, 1, 1], dtype=np.float32)
         assert torch.equal(render(image, parameters, 20, "bicubic"), expected)
+
+
+def test_an_image_is_decoded_once_whatever_views_and_sizes_are_made_of_it(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = load_task(Task(data=f"folder:{colours}", shots=4), Store(tmp_path))
+    count = Counter[str]()
+
+    def counted(data: bytes) -> Tensor:
+        count[hashlib.sha256(data).hexdigest()] += 1
+        return decode(data)
+
+    monkeypatch.setattr("orchestrator.data.decoded.decode", counted)
+    kept = Decoded(LIMIT)
+    monkeypatch.setattr("orchestrator.data.task.DECODED", kept)
+    for size in (16, 24):
+        expected = Preprocessing(size, (0.5,) * 3, (0.5,) * 3, "bicubic")
+        for view in range(3):
+            pixels = RenderedPixels(task, task.train, Policy(0.35, 0.4), expected)
+            pixels.batch(np.arange(len(task.train)), np.full(len(task.train), view))
+    assert count == dict.fromkeys(task.train.ids, 1)
+    assert kept.held == sum(3 * h * w for h, w in task.train.sizes)
+
+
+def test_decoded_images_take_no_more_than_their_limit_and_the_first_ones_stay() -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (10, 20), (200, 30, 40)).save(image, "png")
+    kept, reads = Decoded(2 * 600 + 599), Counter[str]()
+
+    def read(name: str) -> bytes:
+        reads[name] += 1
+        return image.getvalue()
+
+    for _ in range(3):
+        for name in "abc":
+            assert kept.image(name, lambda name=name: read(name)).shape == (3, 20, 10)
+    assert reads == {"a": 1, "b": 1, "c": 3}
+    assert kept.held == 1200

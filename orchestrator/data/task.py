@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from methods.contract import IGNORE, TaskInfo
+from orchestrator.data.decoded import DECODED
 from orchestrator.data.images import CorruptError, decode, decode_mask
 from orchestrator.data.sources import SPLITS, Item, Source, check_splits, open_source
 from orchestrator.data.strata import assign, draw_shots
@@ -114,8 +115,8 @@ class TaskData:
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
     def image(self, split: Split, row: int) -> Tensor:
-        """uint8 [3, H, W]."""
-        return decode(self.source.read(split.where[row]))
+        """uint8 [3, H, W]; not to be changed, for the process may keep it."""
+        return DECODED.image(split.ids[row], lambda: self.source.read(split.where[row]))
 
     def mask(self, split: Split, row: int) -> Tensor:
         """uint8 [H, W]: the class of each pixel, 255 where it does not count."""
