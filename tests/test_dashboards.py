@@ -129,6 +129,7 @@ def test_the_command_prints_addresses_and_ends_its_tools_on_ctrl_c(swept: Path) 
         stdout=subprocess.PIPE,
         text=True,
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background inherit none
     )
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]

@@ -158,6 +158,7 @@ def test_a_sweep_is_sent_watched_stopped_and_continued_while_the_cluster_grows_a
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background inherit none
     )
     assert watcher.stdout is not None
     assert next(line for line in watcher.stdout if "finetune" in line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -295,3 +296,24 @@ def test_one_ranks_lack_of_memory_ends_the_group_and_is_tried_once_more_where_al
     assert row["reason"].startswith("out of device memory at step 1 of 4 with train.batch 12: 6 images at a time")
     row = cramped(colours, tmp_path / "yes", group, oom_retry=True)
     assert row["status"] == "complete", row["reason"]
+
+
+def test_garbage_of_a_trial_goes_and_what_was_loaded_before_it_is_looked_through_no_more() -> None:
+    code = """
+import gc, weakref
+import orchestrator.trial.run
+from orchestrator.train.memory import release_memory, settle
+
+class Node: pass
+
+settle()
+loaded = gc.get_freeze_count()
+settle()
+node = Node()
+node.itself, seen = node, weakref.ref(node)
+del node
+release_memory()
+print(loaded > 100_000, gc.get_freeze_count() == loaded, len(gc.get_objects()) < loaded / 10, seen() is None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 4

@@ -31,6 +31,7 @@ from orchestrator.sweep.study import Study
 from orchestrator.sweep.study_storage import StudyLostError
 from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import Reporter
+from orchestrator.train.memory import settle
 from orchestrator.train.notice import draining, watched
 from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
@@ -178,6 +179,7 @@ class _Ticks(tune.Callback):
 def _trainable(config: dict[str, Any], context: SweepContext) -> None:
     from orchestrator.data.actors import make_on_actors
 
+    settle()
     trial = TrialConfig.from_json(config["trial"])
     ledger = Ledger(context.folder)
     known = ledger.final(trial.trial_id)

@@ -43,7 +43,7 @@ from orchestrator.train.alike import UnlikeError
 from orchestrator.train.job import TrainJob
 from orchestrator.train.line import Line
 from orchestrator.train.loop import DeviceMemoryError, DivergedError, Gauge, Report, Reporter
-from orchestrator.train.memory import release_memory
+from orchestrator.train.memory import release_memory, settle
 from orchestrator.train.notice import watched
 from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
@@ -63,6 +63,7 @@ def _serve(config: dict[str, Any]) -> None:
     line = config["line"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    settle()
     number = 0
     while (sent := ray.get(line.take.remote(number))) is not None:
         ray.get(line.done.remote(rank, world, _train(line, sent, rank, world)))
