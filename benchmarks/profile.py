@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import psutil
 import yaml
@@ -84,26 +83,31 @@ def sampled(command: list[str], folder: Path) -> tuple[Path, float]:
     has learnt of it is void then. So each is sampled from when it has its name.
     """
     record = [str(Path(sys.executable).with_name("py-spy")), "record", "--rate", str(RATE), "--format", "raw"]
-    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    run = subprocess.Popen([*record, "-o", str(folder / "driver"), "--", *command], env=quiet_environment(), **pipes)
-    samplers: dict[int, subprocess.Popen[str]] = {}
+    said = folder.parent / "said"  # by py-spy and by the sweep: a pipe that nobody reads would fill, and stop both
+    samplers: dict[int, subprocess.Popen[bytes]] = {}
     others: dict[int, float] = {}
-    while run.poll() is None:
-        for process in started_by(run.pid):
-            try:
-                name = (process.cmdline() or [""])[0]
-                if not name.startswith("ray::") or name.endswith("Agent"):
-                    others[process.pid] = sum(process.cpu_times()[:2])
-                elif process.pid not in samplers:
-                    words = [*record, "-o", str(folder / str(process.pid)), "--pid", str(process.pid)]
-                    samplers[process.pid] = subprocess.Popen(words, **pipes)
-            except psutil.Error:
-                continue
-        time.sleep(0.2)
-    for sampler in samplers.values():
-        sampler.communicate()
+    with said.open("wb") as words:
+
+        def start(name: str, *rest: str) -> subprocess.Popen[bytes]:
+            line = [*record, "-o", str(folder / name), *rest]
+            return subprocess.Popen(line, env=quiet_environment(), stdout=subprocess.DEVNULL, stderr=words)
+
+        run = start("driver", "--", *command)
+        while run.poll() is None:
+            for process in started_by(run.pid):
+                try:
+                    name = (process.cmdline() or [""])[0]
+                    if not name.startswith("ray::") or name.endswith("Agent"):
+                        others[process.pid] = sum(process.cpu_times()[:2])
+                    elif process.pid not in samplers:
+                        samplers[process.pid] = start(str(process.pid), "--pid", str(process.pid))
+                except psutil.Error:
+                    continue
+            time.sleep(0.2)
+        for sampler in samplers.values():
+            sampler.wait()
     if not (folder / "driver").is_file() or len(list(folder.iterdir())) == 1:
-        raise SystemExit(f"py-spy has seen no driver, or no trial: {run.communicate()[1].strip()[-500:]}")
+        raise SystemExit(f"py-spy has seen no driver, or no trial: {said.read_text(errors='replace').strip()[-500:]}")
     together = folder / "stacks"
     together.write_text("".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())))
     return together, sum(seconds for pid, seconds in others.items() if pid not in samplers)
