@@ -12,7 +12,7 @@ import pandas as pd
 
 from orchestrator.errors import UserError
 from orchestrator.evaluate.details import FILE
-from orchestrator.select.results import read_trials
+from orchestrator.select.results import read_facts, read_trials
 from orchestrator.spec import SweepSpec, read_spec
 
 VAL_KEYS = ("kind", "data", "splits", "ignore_index")  # of `task`: with `seed`, they say which images are in val
@@ -85,19 +85,11 @@ def _val_of(folder: Path, frame: pd.DataFrame) -> tuple[str, int]:
     for path in frame["student_path"]:
         if not path:
             continue
-        val = val or str(_read(folder / path / "student.json").get("val", ""))
-        images = images or int(_read(folder / path / FILE).get("images", 0))
+        val = val or str(read_facts(folder / path / "student.json").get("val", ""))
+        images = images or int(read_facts(folder / path / FILE).get("images", 0))
         if val and images:
             break
     return val, images
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def check_comparable(members: Sequence[Member]) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,15 @@ LATER = {
 }  # columns that older tables lack
 STATUSES = ("complete", "infeasible", "running", "pruned", "failed")
 Direction = Literal["max", "min"]
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a JSON file beside the results says by key; nothing where it cannot be read, or has no keys."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_trials(sweep_dir: str | Path) -> pd.DataFrame:

@@ -15,10 +15,7 @@ from orchestrator.models.load import Preprocessing
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.select.export import Evidence, Wanted, export_student
 from orchestrator.select.export.provenance import provenance_of
-from orchestrator.select.results import (
-    choose,
-    read_trials,
-)
+from orchestrator.select.results import choose, read_trials
 from orchestrator.spec import Model, Task
 from orchestrator.store import store_at
 from orchestrator.sweep.ledger import open_sweep

@@ -72,7 +72,7 @@ def check_storage(spec: SweepSpec) -> None:
 
 
 def check_new(spec: SweepSpec) -> Path:
-    """The sweep's folder, which this makes not.
+    """Where the sweep's folder will be; makes nothing.
 
     Raises:
         UserError: if there is a sweep of that name already.

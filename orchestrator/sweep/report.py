@@ -19,7 +19,7 @@ from orchestrator.evaluate.details import FILE
 from orchestrator.select.report import Gathered, Importance, Study, gather, html, markdown, table
 from orchestrator.select.report.gather import knobs_of
 from orchestrator.select.report.page import shown
-from orchestrator.select.results import margin_note, numbers, read_trials, top
+from orchestrator.select.results import margin_note, numbers, read_facts, read_trials, top
 from orchestrator.select.uncertainty import lead_of, lead_sentence
 from orchestrator.spec import METRIC_NAMES, SweepSpec, near_limits
 from orchestrator.sweep.choice import against_baseline, latencies_of, spread
@@ -154,14 +154,14 @@ def _recommendation(folder: Path, spec: SweepSpec, frame: pd.DataFrame) -> tuple
         f"{latencies_of(row, spec)}.",
         *near_limits(kept, row),
     ]
-    tested = _read(folder / "test.json").get(trial)
+    tested = read_facts(folder / "test.json").get(trial)
     if tested:
         sentences.append(
             f"On {tested['images']} test images: {tested['value']:.4f} (standard error {tested['standard_error']:.4f})."
         )
     else:
         sentences.append("The test images were not read for it: `best` reads them once.")
-    images = int(_read(folder / str(row["student_path"]) / FILE).get("images", 0))
+    images = int(read_facts(folder / str(row["student_path"]) / FILE).get("images", 0))
     if kept:
         sentences.append(f"It keeps the sweep's limits: {listed(f'{m} {v:g}' for m, v in kept.items())}.")
     if images:
@@ -174,14 +174,6 @@ def _recommendation(folder: Path, spec: SweepSpec, frame: pd.DataFrame) -> tuple
             sentences += [note] if note else []
         sentences += against_baseline(frame, row, images, kind)
     return trial, sentences
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _commands(folder: Path, spec: SweepSpec, frame: pd.DataFrame, recommended: str | None) -> list[tuple[str, str]]:
