@@ -76,7 +76,7 @@ def check_ratio(spec: dict[str, Any], factor: int) -> dict[str, float]:
     """FLOPs of the teacher and of each student an image, in millions; refuses a teacher that is too small."""
     from methods.wecolora import kept_blocks, truncated
     from orchestrator.evaluate.cost import flops
-    from orchestrator.models import load_network
+    from orchestrator.models.load import load_network
     from orchestrator.spec import parse_spec
 
     parsed = parse_spec(spec)

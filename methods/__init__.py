@@ -6,11 +6,13 @@ entry point group `transfer_orchestrator.methods`, each entry naming a `Method` 
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import inspect
 import pkgutil
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,3 +51,25 @@ def discover() -> dict[str, type[Method]]:
                 f"Two methods are called {candidate.name!r}: {known.__module__} and {candidate.__module__}."
             )
     return dict(sorted(found.items()))
+
+
+@functools.cache
+def method_names() -> tuple[str, ...]:
+    """The keys of `discover()`, where it can be without importing torch, which takes seconds.
+
+    Names of this package's methods are read from their files as they are written; those of other packages' are known
+    only to their classes.
+    """
+    if entry_points(group=ENTRY_POINT_GROUP):
+        return tuple(discover())
+    found = set()
+    for info in pkgutil.iter_modules(__path__):
+        path = Path(__path__[0]) / f"{info.name}.py"
+        if info.ispkg:
+            continue
+        classes = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.ClassDef)]
+        for statement in (statement for node in classes for statement in node.body):
+            match statement:
+                case ast.Assign(targets=[ast.Name(id="name")], value=ast.Constant(value=str(name))):
+                    found.add(name)
+    return tuple(sorted(found))

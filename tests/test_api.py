@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from small import small_spec
 from test_study import row, study_of
 
+from methods import discover, method_names
 from orchestrator import Sweep
 from orchestrator.errors import UserError
 from orchestrator.spec import Section
@@ -33,6 +35,43 @@ def test_importing_it_imports_nothing_slow() -> None:
     code = "import sys, orchestrator.sweep.choice; print([m for m in ('torch', 'ray', 'optuna') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"methods": {"kdd": {}}},
+        {"teachers": ["packaged/vit_clipat"]},
+        {"students": [{"model": "local:absent.safetensors", "architecture": "timm/test_resnet"}]},
+        {"task": {"data": "folder:absent"}},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_what_is_not_there_is_told_before_torch_is_imported(wrong: dict[str, Any]) -> None:
+    raw = {
+        "name": "x",
+        "task": {"data": "packaged/clipart"},
+        "teachers": ["packaged/vit_clipart"],
+        "students": [{"model": "timm/test_resnet"}],
+        "methods": {"kd": {}},
+        **wrong,
+    }
+    code = f"""
+import sys
+from orchestrator.errors import UserError
+from orchestrator.spec import parse_spec
+from orchestrator.sweep.folder import check_places
+try:
+    check_places(parse_spec({raw!r}))
+except UserError:
+    print("refused", [m for m in ("torch", "timm", "ray") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "refused []"
+
+
+def test_names_of_methods_read_from_their_files_are_those_of_their_classes() -> None:
+    assert method_names() == tuple(discover())
 
 
 @pytest.mark.ray

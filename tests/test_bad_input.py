@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from orchestrator.errors import UserError
-from orchestrator.models import load_network
+from orchestrator.models.load import load_network
 from orchestrator.spec import Model, parse_spec, read_spec
 from orchestrator.sweep.folder import check_storage, create, resolved
 from orchestrator.sweep.ledger import open_sweep

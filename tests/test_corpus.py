@@ -46,7 +46,7 @@ from orchestrator.data.images import CorruptError, decode
 from orchestrator.data.outputs import ensure_outputs, open_outputs
 from orchestrator.data.views import Policy
 from orchestrator.errors import UserError, WorkError
-from orchestrator.models import load_network
+from orchestrator.models.load import load_network
 from orchestrator.spec import Model
 from orchestrator.store import Store
 from orchestrator.sweep.stock import verify

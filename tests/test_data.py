@@ -23,8 +23,7 @@ from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
 from orchestrator.data.pixels import RenderedPixels, open_pixels, rendered_view, stored_pixels
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.data.views import Policy, draw, render, stored_view, view_parameters
-from orchestrator.models import load_network
-from orchestrator.models.load import Preprocessing
+from orchestrator.models.load import Preprocessing, load_network
 from orchestrator.spec import Model, Task
 from orchestrator.store import Records, Store
 

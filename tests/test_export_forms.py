@@ -22,8 +22,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.data.task import load_task
 from orchestrator.errors import UserError, WorkError
-from orchestrator.models import load_network
-from orchestrator.models.load import Preprocessing
+from orchestrator.models.load import Preprocessing, load_network
 from orchestrator.select.export import Evidence, Wanted, export_student
 from orchestrator.select.export.prepared import compare_preprocessing
 from orchestrator.select.predict import ask

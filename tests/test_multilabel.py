@@ -23,8 +23,7 @@ from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy
 from orchestrator.errors import UserError
 from orchestrator.evaluate.metrics import auroc, mean_auroc, score
-from orchestrator.models import load_student
-from orchestrator.models.load import Preprocessing
+from orchestrator.models.load import Preprocessing, load_student
 from orchestrator.select.export import export_student
 from orchestrator.spec import SweepSpec, Task, read_spec
 from orchestrator.store import Store

@@ -42,8 +42,7 @@ from orchestrator.data.stream import Plan, Stream, blocks_of, read_on_threads
 from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy
 from orchestrator.errors import UserError
-from orchestrator.models import load_network
-from orchestrator.models.load import Preprocessing
+from orchestrator.models.load import Preprocessing, load_network
 from orchestrator.spec import Estimate, SweepSpec, parse_spec, read_spec
 from orchestrator.store import Entry, JoinedRecords, OpenFiles, Store, write_records
 from orchestrator.sweep.costs import Holdings, Training, costs_of, embedding_bytes, rate_of, reckon, shards_of

@@ -22,8 +22,7 @@ from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy, draw, render
 from orchestrator.errors import UserError
 from orchestrator.evaluate.metrics import mean_iou, overlaps, score
-from orchestrator.models import load_student
-from orchestrator.models.load import Preprocessing
+from orchestrator.models.load import Preprocessing, load_student
 from orchestrator.select.export import export_student
 from orchestrator.select.predict import ask
 from orchestrator.spec import SweepSpec, Task, read_spec

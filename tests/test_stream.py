@@ -28,9 +28,9 @@ from orchestrator.data.stream import Block, Plan, Stream, blocks_of, read_on_ray
 from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy, draw, render
 from orchestrator.errors import UserError
-from orchestrator.models import load_network, load_student
 from orchestrator.models.clip import text_tower
-from orchestrator.models.load import Preprocessing, hash_weights
+from orchestrator.models.load import Preprocessing, load_network, load_student
+from orchestrator.models.weights import hash_weights
 from orchestrator.select.export import export_student
 from orchestrator.spec import Model, SweepSpec
 from orchestrator.store import Records, Store

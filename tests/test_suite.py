@@ -32,9 +32,8 @@ from orchestrator.evaluate.suite.measure import mean_score, measure, value_of
 from orchestrator.evaluate.suite.probe import EPSILON, MOMENTUM, Labelled, _train, fit_probe
 from orchestrator.evaluate.suite.retrieval import Captioned, read_captioned, recalls
 from orchestrator.evaluate.suite.shifts import NAMES, SEVERITIES, Shift
-from orchestrator.models import build_network, load_network, save_student
 from orchestrator.models.clip import text_tower
-from orchestrator.models.load import describe
+from orchestrator.models.load import build_network, describe, load_network, save_student
 from orchestrator.select.subject import find_subject
 from orchestrator.spec import Model, Task
 from orchestrator.store import Store

@@ -22,8 +22,8 @@ from methods.text_student import TextLearner
 from orchestrator.data.embed import class_vectors, prompts_of
 from orchestrator.data.task import load_task
 from orchestrator.evaluate.suite.subject import stored_subject
-from orchestrator.models import load_student
 from orchestrator.models.clip import text_tower
+from orchestrator.models.load import load_student
 from orchestrator.models.texts import StudentTexts
 from orchestrator.select.export import export_student
 from orchestrator.select.export.texts import ExportedTexts

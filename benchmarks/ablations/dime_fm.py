@@ -37,7 +37,7 @@ ARMS = [
 def teacher() -> float:
     """Zero-shot accuracy of the teacher itself on the same val images, under the same prompts."""
     from orchestrator.data.task import load_task
-    from orchestrator.models import load_network
+    from orchestrator.models.load import load_network
     from orchestrator.spec import parse_spec
     from orchestrator.sweep.folder import resolved
     from orchestrator.trial.context import SweepContext

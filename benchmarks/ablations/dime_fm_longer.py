@@ -33,8 +33,7 @@ def on_test(folder: Path) -> dict[str, list[float]]:
     from orchestrator.data.task import load_task
     from orchestrator.data.views import Policy
     from orchestrator.evaluate.metrics import score
-    from orchestrator.models import load_network
-    from orchestrator.models.load import Preprocessing, load_student
+    from orchestrator.models.load import Preprocessing, load_network, load_student
     from orchestrator.spec import parse_spec
     from orchestrator.sweep.folder import resolved
     from orchestrator.trial.context import SweepContext

@@ -20,9 +20,8 @@ from orchestrator.data.pixels import READ_THREADS, rendered_view
 from orchestrator.data.pool import Mapper, Resources, ShardJob, ensure_shards
 from orchestrator.data.task import TaskData
 from orchestrator.data.views import Policy, draw
-from orchestrator.models import Network, load_network
 from orchestrator.models.clip import TextTower, text_tower
-from orchestrator.models.load import describe
+from orchestrator.models.load import Network, describe, load_network
 from orchestrator.models.names import wants_weights
 from orchestrator.spec import Model, SweepSpec
 from orchestrator.store import Entry, Store, key_of, write_records

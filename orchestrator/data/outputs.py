@@ -17,8 +17,7 @@ from methods.outputs import Output, read_outputs
 from orchestrator.data.pixels import rendered_view
 from orchestrator.data.task import ImageSet, Split
 from orchestrator.data.views import Policy, stored_view, view_parameters
-from orchestrator.models import Network
-from orchestrator.models.load import describe
+from orchestrator.models.load import Network, describe
 from orchestrator.store import Entry, JoinedRecords, Records, Store, key_of, write_records
 from orchestrator.store.records import TYPES
 from orchestrator.store.store import BusyError

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import UserError, listed, nearest
+from orchestrator.models.files import local_weights
+from orchestrator.models.weights import hash_weights
 from orchestrator.packaged.clip import CLIP_ICONS, CONFIG, tokenizer_of
 from orchestrator.spec import Model
 
@@ -93,8 +95,6 @@ def check_clip(entry: Model, weights: bool) -> list[str]:
     Raises:
         UserError: if there is no such model or file.
     """
-    from orchestrator.models.names import local_weights
-
     folder = folder_of(entry)
     if folder is not None:
         clip_config(entry)
@@ -117,8 +117,6 @@ def build_clip(entry: Model, *, weights: bool) -> nn.Module:
         UserError: if the weights cannot be had, read, or do not fit.
     """
     import open_clip
-
-    from orchestrator.models.names import local_weights
 
     # open_clip moves what it built to a device of its own choice, which a plan's skeleton on "meta" cannot follow.
     options: dict[str, Any] = {"force_image_size": entry.image_size, "device": torch.get_default_device()}
@@ -222,8 +220,6 @@ class TextTower:
 
     def __init__(self, entry: Model, *, weights: bool) -> None:
         import open_clip
-
-        from orchestrator.models.load import hash_weights
 
         model = build_clip(entry, weights=weights)
         del model.visual

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import json
 from collections.abc import Mapping
@@ -21,7 +20,9 @@ from methods.contract import Deployed, NetworkInfo, Structure
 from methods.outputs import intermediate_channels
 from orchestrator.errors import UserError, listed
 from orchestrator.models.clip import ImageTower, image_tower, is_clip
-from orchestrator.models.names import Role, local_weights, timm_name, wants_weights
+from orchestrator.models.files import local_weights
+from orchestrator.models.names import Role, timm_name, wants_weights
+from orchestrator.models.weights import first_line, hash_weights, read_weights
 from orchestrator.spec import Model
 
 
@@ -104,22 +105,14 @@ def build_network(
         if not weights:
             raise
         raise UserError(
-            f"The pre-trained weights of {entry.model!r} could not be loaded: {_first_line(error)} "
+            f"The pre-trained weights of {entry.model!r} could not be loaded: {first_line(error)} "
             "Without the hub, use `local:PATH` or `pretrained: false`."
         ) from error
 
 
 def _build_local(entry: Model, name: str, kwargs: dict[str, Any]) -> nn.Module:
     path = local_weights(entry)
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # safetensors, zip and unpickling errors share no base class
-        raise UserError(f"The weight file {str(path)!r} cannot be read: {_first_line(error)}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"The weight file {str(path)!r} does not hold a state dict of tensors.")
+    state = read_weights(path)
     wanted = kwargs.pop("num_classes", None)
     network: Any = _create(name, entry.image_size, kwargs)
     head = network.pretrained_cfg.get("classifier")
@@ -129,9 +122,7 @@ def _build_local(entry: Model, name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise UserError(
-            f"The weights in {str(path)!r} do not fit {entry.architecture}: {_first_line(error)}"
-        ) from error
+        raise UserError(f"The weights in {str(path)!r} do not fit {entry.architecture}: {first_line(error)}") from error
     if wanted is not None and (stored is None or wanted != int(stored.shape[0])):
         network.reset_classifier(wanted)
     return network.eval()
@@ -146,13 +137,7 @@ def _create(name: str, image_size: int | None, kwargs: dict[str, Any]) -> nn.Mod
     try:
         return timm.create_model(name, **kwargs)
     except TypeError as error:
-        raise UserError(f"timm cannot build {name!r} with {kwargs}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2])[:240] or type(error).__name__
-    return text if text.endswith(".") else text + "."
+        raise UserError(f"timm cannot build {name!r} with {kwargs}: {first_line(error)}") from error
 
 
 def preprocessing_of(entry: Model, network: nn.Module) -> Preprocessing:
@@ -167,15 +152,6 @@ def preprocessing_of(entry: Model, network: nn.Module) -> Preprocessing:
         std=tuple(float(v) for v in config["std"]),
         interpolation=str(config["interpolation"]),
     )
-
-
-def hash_weights(network: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=8)
@@ -277,7 +253,7 @@ def load_student(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         meta = json.loads((folder / "student.json").read_text(encoding="utf-8"))
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError) as error:
-        raise UserError(f"There is no readable student in {str(folder)!r}: {_first_line(error)}") from error
+        raise UserError(f"There is no readable student in {str(folder)!r}: {first_line(error)}") from error
     entry = Model.model_validate(meta["model"])
     return deploy_network(entry, meta["num_classes"], meta["changes"], state, structure_of(meta)), meta
 

@@ -15,7 +15,7 @@ from methods.parts.text_tower import TextTower as SmallTower
 from methods.parts.text_tower import trimmed
 from orchestrator.errors import UserError
 from orchestrator.models.clip import TEXT_BATCH, TextTower
-from orchestrator.models.load import hash_weights
+from orchestrator.models.weights import hash_weights
 
 ABOUT, WEIGHTS = "text.json", "text.safetensors"
 

@@ -17,8 +17,8 @@ from methods.parts.zero_shot import Prototypes, ZeroShot
 from orchestrator.data.embed import class_vectors, text_tower_of
 from orchestrator.data.views import Policy, draw, render
 from orchestrator.errors import UserError
-from orchestrator.models import Preprocessing, load_student
-from orchestrator.models.names import check_model
+from orchestrator.models.check import check_model
+from orchestrator.models.load import Preprocessing, load_student
 from orchestrator.models.onnx import first_line, onnx_runner, write_onnx
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.select.export.config import kind_of, network_of

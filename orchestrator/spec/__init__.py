@@ -4,7 +4,7 @@ The descriptions of the keys are their documentation: `orchestrator check --keys
 """
 
 from orchestrator.spec.corpus import Corpus, Estimate, Expect
-from orchestrator.spec.explain import explain
+from orchestrator.spec.explain import check_method, explain
 from orchestrator.spec.metrics import LATENCY, METRICS, better, is_metric, latency_column, shown
 from orchestrator.spec.networks import Model, Upstream
 from orchestrator.spec.places import Cluster, NodeType, StoreLimits
@@ -43,6 +43,7 @@ __all__ = [
     "Train",
     "Upstream",
     "better",
+    "check_method",
     "documented_keys",
     "explain",
     "is_metric",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.errors import listed, nearest
+from orchestrator.errors import UserError, listed, nearest
 
 
 def explain(error: ValidationError, schema: type[BaseModel], where: str) -> str:
@@ -61,3 +62,13 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
         if section is not None:
             return section
     return None
+
+
+def check_method(name: str, known: Collection[str]) -> None:
+    """Refuses the name of a method that there is not.
+
+    Raises:
+        UserError: naming the nearest one.
+    """
+    if name not in known:
+        raise UserError(f"methods: there is no method {name!r}; there are {listed(known)}.{nearest(name, known)}")

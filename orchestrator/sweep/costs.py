@@ -23,9 +23,8 @@ from orchestrator.data.embed import absent, decoders, prompts_of
 from orchestrator.data.memory import StreamMemory, stream_memory
 from orchestrator.data.task import TaskData
 from orchestrator.evaluate.cost import flops, parameters
-from orchestrator.models import plan_network
 from orchestrator.models.clip import build_clip
-from orchestrator.models.load import build_network
+from orchestrator.models.load import build_network, plan_network
 from orchestrator.spec import Estimate, Model, SweepSpec
 from orchestrator.store import records_bytes
 from orchestrator.sweep.space import Space, default_knobs, stage_lists

@@ -10,8 +10,7 @@ from typing import Any
 from orchestrator.data.embed import text_tower_of
 from orchestrator.data.task import load_task
 from orchestrator.errors import UserError, nearest
-from orchestrator.models import load_student
-from orchestrator.models.load import Preprocessing
+from orchestrator.models.load import Preprocessing, load_student
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.select.export import Evidence, Wanted, export_student
 from orchestrator.select.export.provenance import provenance_of

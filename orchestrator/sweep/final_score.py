@@ -12,8 +12,7 @@ from orchestrator.data.pixels import RenderedPixels
 from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy
 from orchestrator.evaluate.metrics import score
-from orchestrator.models import load_student
-from orchestrator.models.load import Preprocessing
+from orchestrator.models.load import Preprocessing, load_student
 from orchestrator.spec import METRIC_NAMES, Task
 from orchestrator.store import store_at
 from orchestrator.sweep.ledger import open_sweep

@@ -6,9 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
+from methods import method_names
 from orchestrator.data.sources import open_source
 from orchestrator.errors import UserError
-from orchestrator.spec import SweepSpec
+from orchestrator.models.files import check_packaged, local_weights
+from orchestrator.spec import SweepSpec, check_method
 from orchestrator.sweep.capacity import known_cluster
 
 RAY_DASHBOARD = ".ray-dashboard"  # where it is, while a sweep runs
@@ -48,11 +50,17 @@ def _absolute(address: str, prefixes: tuple[str, ...] = ("",)) -> str:
 
 
 def check_places(spec: SweepSpec) -> None:
-    """Refuses data that is not there, and storage that cannot be written; makes nothing.
+    """Refuses methods, data and models' files that are not there, and storage that cannot be written; makes nothing.
 
     Raises:
         UserError: naming the key.
     """
+    for name in spec.methods:
+        check_method(name, method_names())
+    for entry in (*spec.teachers, *spec.students):
+        check_packaged(entry)
+        if entry.model.startswith("local:") and not Path(entry.model.removeprefix("local:")).is_dir():
+            local_weights(entry)
     open_source(spec.task.data, spec.task.kind)
     check_storage(spec)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError, WorkError, listed
-from orchestrator.models.names import check_model
+from orchestrator.models.check import check_model
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.capacity import check_shape, concurrency, nodes_now, shape_of
 from orchestrator.sweep.nodes import storage_findings

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import UserError, listed, nearest
-from orchestrator.models import check_model, load_network
+from orchestrator.models.check import check_model
+from orchestrator.models.load import load_network
 from orchestrator.models.upstream import KINDS, check_free, save_upstream
 from orchestrator.spec import Model, explain, read_overrides
 from orchestrator.store import Store, open_store

@@ -16,7 +16,8 @@ from orchestrator.data.embed import absent
 from orchestrator.data.memory import stream_memory
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import FullDiskError, UserError, disk_full, listed
-from orchestrator.models import check_model, load_network, plan_network
+from orchestrator.models.check import check_model
+from orchestrator.models.load import load_network, plan_network
 from orchestrator.models.names import Role
 from orchestrator.spec import SweepSpec
 from orchestrator.store import store_at

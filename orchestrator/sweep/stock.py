@@ -14,8 +14,7 @@ from orchestrator.data.outputs import live_outputs, open_outputs
 from orchestrator.data.pool import PoolShard
 from orchestrator.data.task import ImageSet, load_task
 from orchestrator.data.views import render, view_parameters
-from orchestrator.models import load_network
-from orchestrator.models.load import tuned_network
+from orchestrator.models.load import load_network, tuned_network
 from orchestrator.spec import Model, Task, read_spec
 from orchestrator.store import Entry, Store, open_store
 

@@ -14,7 +14,7 @@ from methods.contract import Given
 from methods.parts.dense import segmenter
 from orchestrator.data.labels import plain_labels
 from orchestrator.data.task import TaskData
-from orchestrator.models import Network, build_network, load_network
+from orchestrator.models.load import Network, build_network, load_network
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Entry, Store
 

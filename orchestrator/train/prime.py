@@ -22,7 +22,7 @@ from methods.generators.priming import DiffusionPriming, Priming, PriorPriming, 
 from methods.generators.vq import BETA, VQConfig, VQPackage
 from methods.knobs import MethodConfig, knob
 from orchestrator.data.upstream import UpstreamFeeder, to_unit, upstream_pixels
-from orchestrator.models import Network
+from orchestrator.models.load import Network
 from orchestrator.store import Entry, Records, Store, key_of, write_records
 from orchestrator.train.feed import Feeder
 from orchestrator.train.loop import Checkpoint, Report, fit

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from methods.contract import Deployed, trainable_parameters
-from orchestrator.models import Network, save_student
-from orchestrator.models.load import describe
+from orchestrator.models.load import Network, describe, save_student
 from orchestrator.models.texts import save_text_tower
 from orchestrator.store import store_at
 from orchestrator.train.alike import check_alike, identity_of

@@ -20,7 +20,7 @@ from methods.parts.zero_shot import attach
 from orchestrator.data.task import TaskData
 from orchestrator.errors import WorkError
 from orchestrator.evaluate.cost import costs, latency, processor, timed
-from orchestrator.models import Network, build_network, plan_network
+from orchestrator.models.load import Network, build_network, plan_network
 from orchestrator.models.names import Role
 from orchestrator.models.onnx import onnx_runner, write_onnx
 from orchestrator.spec import Latency, Model, SweepSpec, latency_column

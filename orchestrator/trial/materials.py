@@ -13,8 +13,7 @@ from orchestrator.data.outputs import Bill, ensure_outputs
 from orchestrator.data.pool import SHARD, Mapper, PoolShard
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.data.tokens import TokenJob, ensure_tokenized, tokenized_prompts
-from orchestrator.models import Network
-from orchestrator.models.load import tuned_network
+from orchestrator.models.load import Network, tuned_network
 from orchestrator.store import Entry
 from orchestrator.train.given import Networks, entry_at, networks_of
 from orchestrator.trial.context import SweepContext

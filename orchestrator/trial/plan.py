@@ -15,10 +15,9 @@ from orchestrator.data.corpus import corpus_at
 from orchestrator.data.embed import kinds_of_texts, text_tower_of, texts_identity
 from orchestrator.data.task import TaskData
 from orchestrator.data.views import Policy
-from orchestrator.errors import UserError, listed, nearest
-from orchestrator.models import load_network, plan_network
-from orchestrator.models.load import describe
-from orchestrator.spec import Model, SweepSpec, explain
+from orchestrator.errors import UserError
+from orchestrator.models.load import describe, load_network, plan_network
+from orchestrator.spec import Model, SweepSpec, check_method, explain
 from orchestrator.train.job import pool_batch
 
 
@@ -58,8 +57,7 @@ def method_named(name: str) -> type[Method]:
         UserError: naming the nearest one.
     """
     known = discover()
-    if name not in known:
-        raise UserError(f"methods: there is no method {name!r}; there are {listed(known)}.{nearest(name, known)}")
+    check_method(name, known)
     return known[name]
 
 

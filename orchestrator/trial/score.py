@@ -27,8 +27,7 @@ from orchestrator.evaluate.details import Details
 from orchestrator.evaluate.metrics import score
 from orchestrator.evaluate.outcomes import write_outcomes
 from orchestrator.evaluate.probe import Probe, fit_probe
-from orchestrator.models import Network, load_student, save_student
-from orchestrator.models.load import describe
+from orchestrator.models.load import Network, describe, load_student, save_student
 from orchestrator.models.load import structure_of as stored_structure
 from orchestrator.models.texts import ABOUT, WEIGHTS, StudentTexts
 from orchestrator.store import Entry, Records, key_of

@@ -18,8 +18,7 @@ from orchestrator.data.views import Policy, draw, render
 from orchestrator.evaluate.suite import shifts
 from orchestrator.evaluate.suite.shifts import Shift
 from orchestrator.evaluate.suite.subject import Subject
-from orchestrator.models import Preprocessing
-from orchestrator.models.load import describe
+from orchestrator.models.load import Preprocessing, describe
 from orchestrator.store import Records, Store, key_of, write_records
 
 VERSION = 1

@@ -16,10 +16,11 @@ from methods.parts.dense import Segmenter
 from methods.parts.zero_shot import ZeroShot
 from orchestrator.data.embed import text_tower_of
 from orchestrator.errors import UserError
-from orchestrator.models import Preprocessing, check_model, load_network, load_student
+from orchestrator.models.check import check_model
 from orchestrator.models.clip import is_clip
-from orchestrator.models.load import hash_weights
+from orchestrator.models.load import Preprocessing, load_network, load_student
 from orchestrator.models.texts import StudentTexts, has_text_tower
+from orchestrator.models.weights import hash_weights
 from orchestrator.spec import Model, Task, explain
 
 POOLED, LOGITS = Output("pooled"), Output("logits")

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from orchestrator.select.export.config import OPEN_CLIP, STRUCTURE_FILE
 from orchestrator.select.export.int8 import int8_sentences
 from orchestrator.select.export.prepared import preprocessing_sentence
+from orchestrator.select.export.wanted import Wanted
 from orchestrator.select.results import short_name
 from orchestrator.spec import METRIC_NAMES, Kind, Model
-
-if TYPE_CHECKING:
-    from orchestrator.select.export.folder import Wanted
 
 UNKNOWN = "unknown"
 DYNAMIC = (

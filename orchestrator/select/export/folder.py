@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from orchestrator.errors import UserError, WorkError, listed, nearest
+from orchestrator.errors import UserError, WorkError
 from orchestrator.models.onnx import onnx_runner
 from orchestrator.models.texts import StudentTexts
 from orchestrator.select.export.card import agree, card, text_card
@@ -34,48 +33,13 @@ from orchestrator.select.export.prepared import (
 )
 from orchestrator.select.export.scripts import onnx_script
 from orchestrator.select.export.texts import write_texts
+from orchestrator.select.export.wanted import Wanted
 from orchestrator.select.export.write import write_json, write_onnx_folder, write_program, write_timm
 from orchestrator.spec import Kind, Model
 
-FORMATS = ("safetensors", "onnx", "pt2")
 TOLERANCE = {"safetensors": 1e-5, "onnx": 1e-4, "pt2": 1e-5}  # largest difference of a logit
 WRITERS = {"safetensors": write_timm, "onnx": write_onnx_folder, "pt2": write_program}
 WHOLE = 32  # val images on which preprocessing inside the graph is compared
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What an export is to be.
-
-    Attributes:
-        format: `safetensors` (timm's own folder format, unless the network has modules that timm does not build: then
-            with a copy of the file that does, `structure.py`), `onnx`, or `pt2` (a program of torch.export).
-        with_preprocessing: ONNX: whole images go in, uint8 [B, H, W, 3]; the graph crops, resizes and normalises.
-        int8: ONNX: 8-bit integers, see `int8.quantise`.
-        max_loss: with int8: loss of the val metric that is accepted; None: no more than noise.
-        licence, data_licence: as the user states them; None: as far as they are known.
-
-    Raises:
-        UserError: if the format is unknown, or an option does not fit it.
-    """
-
-    format: str = "safetensors"
-    with_preprocessing: bool = False
-    int8: bool = False
-    max_loss: float | None = None
-    licence: str | None = None
-    data_licence: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise UserError(
-                f"Unknown format {self.format!r}; allowed: {listed(FORMATS)}.{nearest(self.format, FORMATS)}"
-            )
-        for option, given in (("--with-preprocessing", self.with_preprocessing), ("--int8", self.int8)):
-            if given and self.format != "onnx":
-                raise UserError(f"{option} is for --format onnx, not {self.format}.")
-        if self.max_loss is not None and not self.int8:
-            raise UserError("--max-loss is for --int8: what it may lose of the val metric.")
 
 
 def export_student(

@@ -13,7 +13,7 @@ from timm.models import get_pretrained_cfg
 
 from orchestrator.data.task import TaskData
 from orchestrator.errors import UserError
-from orchestrator.models import load_network
+from orchestrator.models.load import load_network
 from orchestrator.models.names import timm_name, wants_weights
 from orchestrator.spec import Model, SweepSpec
 from orchestrator.trial.plan import TrialConfig
