@@ -57,6 +57,14 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def begun(path: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
+    """What a run that was stopped has written to a file, if it measured the same."""
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found if found["spec"] == json.loads(json.dumps(spec)) else None
+
+
 def publish(mark: str, result: dict[str, Any], text: str, page: Path = PAGE) -> None:
     """Writes `results/MARK.json`, and `text` between `<!-- MARK -->` and `<!-- end -->` of the page."""
     RESULTS.mkdir(exist_ok=True)

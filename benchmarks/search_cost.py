@@ -1,6 +1,6 @@
 """Device-seconds until a search has found the exhaustive grid's best, less one percent, on a packaged task.
 
-    python -m benchmarks.search_cost                 # trains the grid: 10 minutes; goes on where it was stopped
+    python -m benchmarks.search_cost                 # trains the grid: 10 minutes; goes on from its table in --storage
     python -m benchmarks.search_cost --task icons    # another task, teacher, kind of student and other methods
     python -m benchmarks.search_cost --replay        # from benchmarks/results/search_cost_grid_TASK.json alone: seconds
 
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, machine, markdown, publish, versions
+from benchmarks.record import RESULTS, begun, machine, markdown, publish, versions
 
 MARGIN = 0.01
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
@@ -80,7 +80,7 @@ def key_of(method: str, knobs: dict[str, Any]) -> str:
 
 
 def record(task: str, folder: Path) -> dict[str, Any]:
-    """Trains what the table lacks of the grid, and writes the table after each trial."""
+    """Trains the grid, or what of it a run that was stopped has not; the folder holds the table so far."""
     from orchestrator.sweep.run import prepare
     from orchestrator.sweep.space import grid, wanted_outputs
     from orchestrator.trial.context import SweepContext
@@ -93,10 +93,8 @@ def record(task: str, folder: Path) -> dict[str, Any]:
     context = SweepContext(spec, f"{folder}/{spec.name}", prefetch=wanted)
     table: dict[str, Any] = {"task": task, "spec": SPECS[task], "machine": machine(1)}
     table |= {"versions": versions("torch", "timm"), "trials": {}}
-    if grid_file(task).is_file():
-        known = json.loads(grid_file(task).read_text(encoding="utf-8"))
-        if known["spec"] == json.loads(json.dumps(SPECS[task])):
-            table = known
+    progress = folder / grid_file(task).name
+    table = begun(progress, SPECS[task]) or table
     todo = [(cell, knobs) for cell in prepared.cells for knobs in grid(prepared.spaces[cell.method], cell.method)]
     warm: set[str] = set()
     for number, (cell, knobs) in enumerate(todo):
@@ -119,7 +117,8 @@ def record(task: str, folder: Path) -> dict[str, Any]:
             raise SystemExit(f"{key}: {row['reason']}")
         seconds = time.process_time() - began
         table["trials"][key] = {"curve": [*curve, (1.0, row["val_metric"], seconds)], "seconds": seconds}
-        grid_file(task).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        progress.parent.mkdir(parents=True, exist_ok=True)
+        progress.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         print(f"{number + 1} of {len(todo)}: {row['val_metric']:.3f}, {seconds:.1f} s", file=sys.stderr, flush=True)
     return table
 
@@ -225,6 +224,8 @@ def main() -> None:
         table = json.loads(grid_file(options.task).read_text(encoding="utf-8"))
     else:
         table = record(options.task, options.storage.absolute())
+        if not options.dry:
+            grid_file(options.task).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     whole = sum(trial["seconds"] for trial in table["trials"].values())
     values = sorted((trial["curve"][-1][1] for trial in table["trials"].values()), reverse=True)
     goals = {"best": values[0] - MARGIN, "five": values[4]}

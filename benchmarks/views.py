@@ -1,6 +1,6 @@
 """Accuracy with V stored views against fresh augmentation with a live teacher, on packaged clip art.
 
-    python -m benchmarks.views             # 15 minutes of one core; goes on where it was stopped
+    python -m benchmarks.views             # 15 minutes of one core; goes on where it was stopped, by STORAGE/views.json
     python -m benchmarks.views --table     # table and picture from benchmarks/results/views.json alone
 
 KD at equal steps, the same seeds in every arm: each draws other labelled images, another initial student and another
@@ -14,10 +14,11 @@ import argparse
 import json
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations.harness import Arm, run_arm
-from benchmarks.record import RESULTS, ROOT, machine, markdown, publish, versions
+from benchmarks.record import RESULTS, ROOT, begun, machine, markdown, publish, versions
 
 PICTURE = ROOT / "docs" / "pictures" / "views.svg"
 VIEWS = (1, 2, 4, 8, 16)
@@ -46,12 +47,9 @@ def main() -> None:
     parser.add_argument("--storage", default="runs")
     parser.add_argument("--table", action="store_true", help="train nothing")
     options = parser.parse_args()
-    path = RESULTS / "views.json"
     result: dict[str, Any] = {"spec": SPEC, "arms": {}}
-    if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known["spec"] == json.loads(json.dumps(SPEC)):
-            result = known
+    path = RESULTS / "views.json" if options.table else Path(options.storage) / "views.json"
+    result = begun(path, SPEC) or result
     result |= {
         "command": "python -m benchmarks.views",
         "machine": machine(1),
@@ -62,6 +60,7 @@ def main() -> None:
             seeds = result["arms"].setdefault(str(views), {})
             if str(seed) not in seeds:
                 seeds[str(seed)] = measured(views, seed, options.storage)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 print(f"{views}, seed {seed}: {seeds[str(seed)]['val_metric']:.3f}", file=sys.stderr, flush=True)
     PICTURE.parent.mkdir(exist_ok=True)
