@@ -65,10 +65,15 @@ def begun(path: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
     return found if found["spec"] == json.loads(json.dumps(spec)) else None
 
 
+def write_result(path: Path, result: Any) -> None:
+    """A result, or as much of it as there is, as JSON; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def publish(mark: str, result: dict[str, Any], text: str, page: Path = PAGE) -> None:
     """Writes `results/MARK.json`, and `text` between `<!-- MARK -->` and `<!-- end -->` of the page."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{mark}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(RESULTS / f"{mark}.json", result)
     old = page.read_text(encoding="utf-8")
     new, found = re.subn(
         rf"<!-- {mark} -->.*?<!-- end -->", lambda _: f"<!-- {mark} -->\n{text}\n<!-- end -->", old, flags=re.S

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.corpora import image_corpus, sentence_corpus
+from benchmarks.record import RESULTS, ROOT, write_result
 from benchmarks.streaming import plan_child
 from orchestrator.spec import SweepSpec, parse_spec, read_spec
 from orchestrator.store import Store, key_of
@@ -34,7 +35,6 @@ from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig
 from orchestrator.trial.run import run_trial
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scale.md"
 SCALE = ROOT / "search_spaces" / "dime_fm_scale.yaml"
 SIZES = (2_000, 6_000, 18_000)
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--reckon", action="store_true", help="the estimates alone; the runs stay as they are written")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    target = ROOT / "benchmarks" / "results" / "scale.json"
+    target = RESULTS / "scale.json"
     known = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
     if not options.reckon:
         with tempfile.TemporaryDirectory() as name:
@@ -194,7 +194,7 @@ def main() -> None:
     known["lookup_s"] = store_lookups()
     known["plan_of_a_billion"] = plan_child(10**9, 10**9)
     known["estimates"] = applied()
-    target.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    write_result(target, known)
     text = PAGE.read_text(encoding="utf-8")
     for mark, table in (("runs", runs_table(known)), ("estimates", estimates_table(known)), ("limits", limits(known))):
         block = f"<!-- {mark} -->\n{table}\n<!-- end -->"

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, begun, machine, markdown, publish, versions
+from benchmarks.record import RESULTS, begun, machine, markdown, publish, versions, write_result
 
 MARGIN = 0.01
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
@@ -117,8 +117,7 @@ def record(task: str, folder: Path) -> dict[str, Any]:
             raise SystemExit(f"{key}: {row['reason']}")
         seconds = time.process_time() - began
         table["trials"][key] = {"curve": [*curve, (1.0, row["val_metric"], seconds)], "seconds": seconds}
-        progress.parent.mkdir(parents=True, exist_ok=True)
-        progress.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        write_result(progress, table)
         print(f"{number + 1} of {len(todo)}: {row['val_metric']:.3f}, {seconds:.1f} s", file=sys.stderr, flush=True)
     return table
 
@@ -225,7 +224,7 @@ def main() -> None:
     else:
         table = record(options.task, options.storage.absolute())
         if not options.dry:
-            grid_file(options.task).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+            write_result(grid_file(options.task), table)
     whole = sum(trial["seconds"] for trial in table["trials"].values())
     values = sorted((trial["curve"][-1][1] for trial in table["trials"].values()), reverse=True)
     goals = {"best": values[0] - MARGIN, "five": values[4]}

@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from benchmarks.corpora import beginning, image_corpus
+from benchmarks.record import RESULTS, publish
 from orchestrator.data.corpus import corpus_at
 from orchestrator.data.corpus.corpus import Shard
 from orchestrator.data.images import decode
@@ -44,7 +45,6 @@ from orchestrator.models.load import Preprocessing
 from orchestrator.store import JoinedRecords, OpenFiles, write_records
 from orchestrator.train.feed import Order, StreamFeeder, TextFeed
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 MARK = "streaming"
 BATCH = 64
 POLICY = Policy(0.35, 0.0)
@@ -310,7 +310,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     quick = options.quick
-    target = Path(__file__).parent / "results" / f"{MARK}.json"
+    target = RESULTS / f"{MARK}.json"
     result = json.loads(target.read_text(encoding="utf-8")) if options.part and target.is_file() else {}
     result |= {
         "command": "python -m benchmarks.streaming",
@@ -332,10 +332,7 @@ def main() -> None:
             print(json.dumps(result["memory"], indent=1), flush=True)
     if quick:
         return
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    block = f"<!-- {MARK} -->\n{page(result)}\n<!-- end -->"
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(re.sub(rf"<!-- {MARK} -->.*?<!-- end -->", lambda _: block, text, flags=re.S), encoding="utf-8")
+    publish(MARK, result, page(result))
 
 
 def both_throughputs(folder: Path, quick: bool, rounds: int) -> dict[str, Any]:

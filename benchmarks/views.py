@@ -11,14 +11,13 @@ which the teacher then sees live. Scored is the student on val; test is not read
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations.harness import Arm, run_arm
-from benchmarks.record import RESULTS, ROOT, begun, machine, markdown, publish, versions
+from benchmarks.record import RESULTS, ROOT, begun, machine, markdown, publish, versions, write_result
 
 PICTURE = ROOT / "docs" / "pictures" / "views.svg"
 VIEWS = (1, 2, 4, 8, 16)
@@ -60,8 +59,7 @@ def main() -> None:
             seeds = result["arms"].setdefault(str(views), {})
             if str(seed) not in seeds:
                 seeds[str(seed)] = measured(views, seed, options.storage)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write_result(path, result)
                 print(f"{views}, seed {seed}: {seeds[str(seed)]['val_metric']:.3f}", file=sys.stderr, flush=True)
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(picture(result), encoding="utf-8")

@@ -64,10 +64,10 @@ def method_names() -> tuple[str, ...]:
         return tuple(discover())
     found = set()
     for info in pkgutil.iter_modules(__path__):
-        path = Path(__path__[0]) / f"{info.name}.py"
         if info.ispkg:
             continue
-        classes = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.ClassDef)]
+        module = ast.parse((Path(__path__[0]) / f"{info.name}.py").read_bytes())
+        classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
         for statement in (statement for node in classes for statement in node.body):
             match statement:
                 case ast.Assign(targets=[ast.Name(id="name")], value=ast.Constant(value=str(name))):

@@ -31,6 +31,13 @@ def listed(words: Iterable[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "none"
 
 
+def first_lines(error: BaseException, count: int = 1) -> str:
+    """What an error of a library says, short enough for the end of a sentence: its first `count` lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:count])[:240] or type(error).__name__
+    return text if text.endswith(".") else text + "."
+
+
 def behind(error: BaseException | None, *, contexts: bool = True) -> Iterator[BaseException]:
     """An error and what it was raised from (or while, with `contexts`), each once: a chain can lead into itself."""
     seen: set[int] = set()

@@ -10,7 +10,8 @@ printed beside it.
 import json
 from typing import Any
 
-from benchmarks.ablations.harness import RESULTS, Arm, compare
+from benchmarks.ablations.harness import Arm, compare
+from benchmarks.record import RESULTS, write_result
 
 NAME = "ablation_dime_fm"
 SPEC: dict[str, Any] = {
@@ -57,4 +58,4 @@ if __name__ == "__main__":
     result = json.loads(path.read_text(encoding="utf-8"))
     result["teacher"] = teacher()
     print(f"the teacher itself  {result['teacher']:.4f}")
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(path, result)

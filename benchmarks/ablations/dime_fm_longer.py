@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from benchmarks.ablations.dime_fm import RATE, SPEC, UNPAIRED
-from benchmarks.ablations.harness import RESULTS, Arm, compare
+from benchmarks.ablations.harness import Arm, compare
+from benchmarks.record import RESULTS, write_result
 
 NAME = "ablation_dime_fm_longer"
 LONGER = {**SPEC, "train": {**SPEC["train"], "steps": 600}}
@@ -70,7 +71,7 @@ def main() -> None:
     for arm, values in result["test"].items():
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         print(f"test  {arm}: {statistics.mean(values):.4f}{spread}")
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(path, result)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablations.harness import RESULTS
+from benchmarks.record import RESULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 

@@ -7,7 +7,6 @@ the deployed student scores on val; test images are never read.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -15,10 +14,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results"
+from benchmarks.record import RESULTS, write_result
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,6 @@ def compare(name: str, question: str, raw: dict[str, Any], arms: Sequence[Arm], 
             f"{line['arm']:<{width}}  {line['mean']:.4f} ± {line['sd']:.4f}   {line['params']:>9,} parameters, "
             f"{line['trained']:>9,} trained, {line['steps']} steps"
         )
-    RESULTS.mkdir(parents=True, exist_ok=True)
     result = {
         "question": question,
         "seeds": options.seeds,
@@ -90,7 +87,7 @@ def compare(name: str, question: str, raw: dict[str, Any], arms: Sequence[Arm], 
         "seconds": round(time.time() - began),
         "arms": table,
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(RESULTS / f"{name}.json", result)
 
 
 def _line(arm: Arm, rows: list[dict[str, Any]]) -> dict[str, Any]:

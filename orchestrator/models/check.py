@@ -6,7 +6,7 @@ from timm.models import get_pretrained_cfg
 
 from orchestrator.errors import UserError
 from orchestrator.models.clip import check_clip, is_clip
-from orchestrator.models.files import check_packaged, local_weights
+from orchestrator.models.files import check_files, local_weights
 from orchestrator.models.names import Role, timm_name, wants_weights
 from orchestrator.spec import Model
 
@@ -21,7 +21,7 @@ def check_model(entry: Model, role: Role) -> list[str]:
         UserError: if the model or its file does not exist.
     """
     if entry.model.startswith("packaged/"):
-        check_packaged(entry)
+        check_files(entry)
         return []
     if is_clip(entry):
         return check_clip(entry, wants_weights(entry, role))

@@ -11,12 +11,14 @@ PACKAGED = ("clip_icons", "efficientnet_lite0", "vit_clipart")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 
-def check_packaged(entry: Model) -> None:
-    """Refuses the name of a packaged model that there is not.
+def check_files(entry: Model) -> None:
+    """Refuses a packaged model, or a file of weights, that there is not; what lies in a folder is left to others.
 
     Raises:
         UserError: naming the nearest one.
     """
+    if entry.model.startswith("local:") and not Path(entry.model.removeprefix("local:")).expanduser().is_dir():
+        local_weights(entry)
     prefix, _, name = entry.model.partition("/")
     if prefix == "packaged" and name not in PACKAGED:
         known = listed(f"packaged/{one}" for one in PACKAGED)

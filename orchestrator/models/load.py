@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from methods import method_packages
 from methods.contract import Deployed, NetworkInfo, Structure
 from methods.outputs import intermediate_channels
-from orchestrator.errors import UserError, listed
+from orchestrator.errors import UserError, first_lines, listed
 from orchestrator.models.clip import ImageTower, image_tower, is_clip
 from orchestrator.models.files import local_weights
 from orchestrator.models.names import Role, timm_name, wants_weights
-from orchestrator.models.weights import first_line, hash_weights, read_weights
+from orchestrator.models.weights import hash_weights, read_weights
 from orchestrator.spec import Model
 
 
@@ -105,7 +105,7 @@ def build_network(
         if not weights:
             raise
         raise UserError(
-            f"The pre-trained weights of {entry.model!r} could not be loaded: {first_line(error)} "
+            f"The pre-trained weights of {entry.model!r} could not be loaded: {first_lines(error, 2)} "
             "Without the hub, use `local:PATH` or `pretrained: false`."
         ) from error
 
@@ -122,7 +122,9 @@ def _build_local(entry: Model, name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise UserError(f"The weights in {str(path)!r} do not fit {entry.architecture}: {first_line(error)}") from error
+        raise UserError(
+            f"The weights in {str(path)!r} do not fit {entry.architecture}: {first_lines(error, 2)}"
+        ) from error
     if wanted is not None and (stored is None or wanted != int(stored.shape[0])):
         network.reset_classifier(wanted)
     return network.eval()
@@ -137,7 +139,7 @@ def _create(name: str, image_size: int | None, kwargs: dict[str, Any]) -> nn.Mod
     try:
         return timm.create_model(name, **kwargs)
     except TypeError as error:
-        raise UserError(f"timm cannot build {name!r} with {kwargs}: {first_line(error)}") from error
+        raise UserError(f"timm cannot build {name!r} with {kwargs}: {first_lines(error, 2)}") from error
 
 
 def preprocessing_of(entry: Model, network: nn.Module) -> Preprocessing:
@@ -253,7 +255,7 @@ def load_student(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         meta = json.loads((folder / "student.json").read_text(encoding="utf-8"))
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError) as error:
-        raise UserError(f"There is no readable student in {str(folder)!r}: {first_line(error)}") from error
+        raise UserError(f"There is no readable student in {str(folder)!r}: {first_lines(error, 2)}") from error
     entry = Model.model_validate(meta["model"])
     return deploy_network(entry, meta["num_classes"], meta["changes"], state, structure_of(meta)), meta
 

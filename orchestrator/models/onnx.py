@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from orchestrator.errors import WorkError
+from orchestrator.errors import WorkError, first_lines
 
 ONE_FILE = 1_800_000_000  # bytes of weights; beyond 2 GB an ONNX file keeps them beside it
 INPUT, OUTPUT = "images", "logits"
@@ -57,7 +57,7 @@ def write_onnx(
     except OSError:
         raise
     except Exception as error:  # the exporter and the checker share no base class
-        raise WorkError(f"{name} cannot be exported to ONNX: {first_line(error)}") from error
+        raise WorkError(f"{name} cannot be exported to ONNX: {first_lines(error)}") from error
 
 
 def onnx_runner(path: Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:
@@ -78,16 +78,9 @@ def onnx_runner(path: Path, threads: int | None = None) -> Callable[[Tensor], Te
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's errors share no base class
-        raise WorkError(f"onnxruntime cannot load {path.name!r}: {first_line(error)}") from error
+        raise WorkError(f"onnxruntime cannot load {path.name!r}: {first_lines(error)}") from error
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(np.asarray(session.run(None, {name: images.numpy()})[0]))
-
-
-def first_line(error: BaseException) -> str:
-    """Of an error's text, as the end of a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = (lines[0] if lines else type(error).__name__)[:240]
-    return text if text.endswith(".") else text + "."
 
 
 @contextlib.contextmanager

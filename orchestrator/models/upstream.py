@@ -25,9 +25,8 @@ from torch import nn
 from methods.generators import read_config
 from methods.generators.diffusion import DiffusionConfig, DiffusionPackage
 from methods.generators.vq import VQConfig, VQPackage
-from orchestrator.errors import UserError, listed, nearest
+from orchestrator.errors import UserError, first_lines, listed, nearest
 from orchestrator.models.pipelines import pipeline_hash, pipeline_package
-from orchestrator.models.weights import first_line
 from orchestrator.spec import Upstream
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -99,7 +98,7 @@ def check_upstream(entry_model: str, kind: str) -> dict[str, Any]:
         found, config, _ = content["kind"], content["config"], content["weights"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{key}: {str(folder / CONFIG)!r} is no readable upstream package: {first_line(error)}"
+            f"{key}: {str(folder / CONFIG)!r} is no readable upstream package: {first_lines(error, 2)}"
         ) from None
     if found != kind:
         better = f" Name it under `upstream.{found}`." if found in KINDS else ""
@@ -107,7 +106,9 @@ def check_upstream(entry_model: str, kind: str) -> dict[str, Any]:
     try:
         read_config(CONFIGS[kind], config)
     except ValueError as error:
-        raise UserError(f"{key}: the configuration in {str(folder / CONFIG)!r} is wrong: {first_line(error)}") from None
+        raise UserError(
+            f"{key}: the configuration in {str(folder / CONFIG)!r} is wrong: {first_lines(error, 2)}"
+        ) from None
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{key}: {str(folder)!r} has no {WEIGHTS}.")
     return content
@@ -140,7 +141,7 @@ def _load(entry_model: str, kind: str, folder: Path, stamp: tuple[int, ...]) -> 
     except Exception as error:  # safetensors' errors and torch's share no base class
         raise UserError(
             f"upstream.{kind}: the weights in {str(folder / WEIGHTS)!r} cannot be read or do not fit its {CONFIG}: "
-            f"{first_line(error)}"
+            f"{first_lines(error, 2)}"
         ) from None
     module.requires_grad_(False)
     about = json.dumps([kind, content["config"], digest], sort_keys=True)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, first_lines
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -21,7 +21,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # safetensors, zip and unpickling errors share no base class
-        raise UserError(f"The weight file {str(path)!r} cannot be read: {first_line(error)}") from error
+        raise UserError(f"The weight file {str(path)!r} cannot be read: {first_lines(error, 2)}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -37,10 +37,3 @@ def hash_weights(network: nn.Module) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, short enough for a sentence of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2])[:240] or type(error).__name__
-    return text if text.endswith(".") else text + "."

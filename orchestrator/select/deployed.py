@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from methods.parts.zero_shot import Prototypes, ZeroShot
 from orchestrator.data.embed import class_vectors, text_tower_of
 from orchestrator.data.views import Policy, draw, render
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, first_lines
 from orchestrator.models.check import check_model
 from orchestrator.models.load import Preprocessing, load_student
-from orchestrator.models.onnx import first_line, onnx_runner, write_onnx
+from orchestrator.models.onnx import onnx_runner, write_onnx
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.select.export.config import kind_of, network_of
 from orchestrator.select.export.prepared import prepared_runner, takes_whole_images
@@ -157,7 +157,7 @@ def _exported(folder: Path, onnx: bool, texts: str | None) -> Deployed:
     except UserError:
         raise
     except Exception as error:  # a damaged folder fails in whatever way it likes: JSON, safetensors, timm
-        raise UserError(f"MODEL: {name!r} is no readable export: {first_line(error)}") from error
+        raise UserError(f"MODEL: {name!r} is no readable export: {first_lines(error)}") from error
     about = config.get("zero_shot") or {}
     embed, why = None, f"{name!r} has no text tower; name the teacher's by --texts, as in --texts open_clip/NAME:TAG."
     if texts is None and (folder / "text").is_dir():

@@ -9,7 +9,7 @@ from pathlib import Path
 from methods import method_names
 from orchestrator.data.sources import open_source
 from orchestrator.errors import UserError
-from orchestrator.models.files import check_packaged, local_weights
+from orchestrator.models.files import check_files
 from orchestrator.spec import SweepSpec, check_method
 from orchestrator.sweep.capacity import known_cluster
 
@@ -58,9 +58,7 @@ def check_places(spec: SweepSpec) -> None:
     for name in spec.methods:
         check_method(name, method_names())
     for entry in (*spec.teachers, *spec.students):
-        check_packaged(entry)
-        if entry.model.startswith("local:") and not Path(entry.model.removeprefix("local:")).is_dir():
-            local_weights(entry)
+        check_files(entry)
     open_source(spec.task.data, spec.task.kind)
     check_storage(spec)
 

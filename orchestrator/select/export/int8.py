@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.errors import WorkError, listed
+from orchestrator.errors import WorkError, first_lines, listed
 from orchestrator.evaluate.cost import processor, timed
 from orchestrator.evaluate.outcomes import compare_outcomes
-from orchestrator.models.onnx import INPUT, first_line, onnx_runner, quiet
+from orchestrator.models.onnx import INPUT, onnx_runner, quiet
 from orchestrator.select.export.evidence import Evidence
 from orchestrator.spec import METRIC_NAMES, Kind
 
@@ -63,7 +63,7 @@ def quantise(path: Path, kind: Kind, evidence: Evidence, max_loss: float | None)
                     continue
                 apart = float((_outputs(kind, one_by_one(onnx_runner(target))(held)) - want).abs().mean())
             except Exception as error:  # the quantiser's errors share no base class
-                problems.append(f"{way} fails ({first_line(error).rstrip('.')})")
+                problems.append(f"{way} fails ({first_lines(error).rstrip('.')})")
                 continue
             tried[way] = (apart, target)
         if not tried:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from orchestrator.data.views import Policy, draw, render
-from orchestrator.errors import WorkError
-from orchestrator.models.onnx import INPUT, first_line
+from orchestrator.errors import WorkError, first_lines
+from orchestrator.models.onnx import INPUT
 
 IMAGE = "image"
 LEVELS = 2.0  # grey levels by which a pixel may differ from the sweep's own preprocessing
@@ -85,7 +85,7 @@ def put_preprocessing(path: Path, facts: Mapping[str, Any]) -> None:
         onnx.checker.check_model(both)
         onnx.save(both, str(path))
     except Exception as error:  # the parser, the checker and protobuf share no base class
-        raise WorkError(f"Preprocessing cannot be put into the graph: {first_line(error)}") from error
+        raise WorkError(f"Preprocessing cannot be put into the graph: {first_lines(error)}") from error
 
 
 def prepared_runner(path: Path) -> Callable[[Sequence[Tensor]], Tensor]:
@@ -98,7 +98,7 @@ def prepared_runner(path: Path) -> Callable[[Sequence[Tensor]], Tensor]:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's errors share no base class
-        raise WorkError(f"onnxruntime cannot load {path.name!r}: {first_line(error)}") from error
+        raise WorkError(f"onnxruntime cannot load {path.name!r}: {first_lines(error)}") from error
 
     def run(images: Sequence[Tensor]) -> Tensor:
         rows = [session.run(None, {IMAGE: i.permute(1, 2, 0)[None].numpy()})[0] for i in images]

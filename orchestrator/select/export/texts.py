@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import methods.parts.text_tower as parts
-from orchestrator.errors import UserError, WorkError
+from orchestrator.errors import UserError, WorkError, first_lines
 from orchestrator.models.clip import clip_config, clip_name, folder_of
-from orchestrator.models.onnx import first_line
 from orchestrator.models.texts import StudentTexts
 from orchestrator.packaged.clip import CONFIG, MERGES, tokenizer_of
 from orchestrator.spec import Model
@@ -137,7 +136,7 @@ class ExportedTexts:
             name = about["tokenizer"]
             self._tokenize = open_clip.get_tokenizer(name) if name else tokenizer_of(folder)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"There is no readable text tower in {str(folder)!r}: {first_line(error)}") from error
+            raise UserError(f"There is no readable text tower in {str(folder)!r}: {first_lines(error)}") from error
         self._tower.eval().requires_grad_(False)
 
     @torch.inference_mode()

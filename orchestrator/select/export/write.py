@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from orchestrator.errors import WorkError, listed
-from orchestrator.models.onnx import first_line, onnx_runner, quiet, write_onnx
+from orchestrator.errors import WorkError, first_lines, listed
+from orchestrator.models.onnx import onnx_runner, quiet, write_onnx
 from orchestrator.select.export.config import OPEN_CLIP, STRUCTURE_FILE
 from orchestrator.select.export.scripts import onnx_script, torch_script
 from orchestrator.spec import Kind
@@ -55,7 +55,7 @@ def write_timm(folder: Path, network: nn.Module, config: dict[str, Any], kind: K
     try:
         loaded = runpy.run_path(str(script))["network"]()
     except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise WorkError(f"timm cannot rebuild the student from what was exported: {first_line(error)}") from error
+        raise WorkError(f"timm cannot rebuild the student from what was exported: {first_lines(error)}") from error
     return loaded
 
 
@@ -108,7 +108,7 @@ def write_program(folder: Path, network: nn.Module, config: dict[str, Any], kind
     except OSError:
         raise
     except Exception as error:  # the exporter's errors share no base class
-        raise WorkError(f"{config['architecture']} is no program for torch.export: {first_line(error)}") from error
+        raise WorkError(f"{config['architecture']} is no program for torch.export: {first_lines(error)}") from error
     write_json(folder, {k: v for k, v in config.items() if k not in ("structure", "open_clip")})
     (folder / "load.py").write_text(torch_script(kind, base="program", structured=False), encoding="utf-8")
     with quiet():
