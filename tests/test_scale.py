@@ -45,8 +45,10 @@ from orchestrator.errors import UserError
 from orchestrator.models.load import Preprocessing, load_network
 from orchestrator.spec import Estimate, SweepSpec, parse_spec, read_spec
 from orchestrator.store import Entry, JoinedRecords, OpenFiles, Store, write_records
-from orchestrator.sweep.costs import Holdings, Training, costs_of, embedding_bytes, rate_of, reckon, shards_of
+from orchestrator.sweep.costs import costs_of, embedding_bytes, rate_of, reckon
+from orchestrator.sweep.holdings import Holdings, shards_of
 from orchestrator.sweep.run import prepare
+from orchestrator.sweep.streamed import Training
 from orchestrator.train.feed import WHOLE, Order, StreamFeeder, scattered
 from orchestrator.train.job import TrainJob
 from orchestrator.trial.context import SweepContext

@@ -6,7 +6,6 @@ are worth as much as these. `docs/scale.md` compares both with what was measured
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,212 +13,26 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from methods.contract import FitStage, Stage, TrainStage
-from orchestrator.data.corpus import corpus_at
-from orchestrator.data.corpus.build import ROW_GROUP, ROWS_PER_SHARD
-from orchestrator.data.embed import absent, decoders, prompts_of
+from orchestrator.data.embed import decoders
 from orchestrator.data.memory import StreamMemory, stream_memory
 from orchestrator.data.task import TaskData
-from orchestrator.evaluate.cost import flops, parameters
-from orchestrator.models.clip import build_clip
-from orchestrator.models.load import build_network, plan_network
-from orchestrator.spec import Estimate, Model, SweepSpec
+from orchestrator.spec import Estimate, SweepSpec
 from orchestrator.store import records_bytes
-from orchestrator.sweep.space import Space, default_knobs, stage_lists
-from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of, stage_steps
+from orchestrator.sweep.holdings import Holdings, holdings_of
+from orchestrator.sweep.space import Space
+from orchestrator.sweep.streamed import Training, streamed_trainings
+from orchestrator.trial.plan import Cell
 
-ROW_BYTES = 84  # of an image beside its bytes in a shard: id, height, width, offsets
 BACKWARD = 3  # forward and backward pass together cost this many forward passes
 STATES = 3  # a parameter in a checkpoint: its value and AdamW's two means
 ALIVE = 5  # matrices of a divergence that exist at a time: both similarities, both logarithms, their product
-DRAWS = 16  # of a space, to tell what its trials want embedded
 PAGE = 4096  # bytes that a random read brings in, at least
-
-
-@dataclass(frozen=True)
-class Holdings:
-    """What the corpora hold.
-
-    Attributes:
-        image_shards, sentence_shards: rows of each shard.
-        image_bytes, sentence_bytes: of all shards.
-        captions: images that have one.
-        row_group: images that are decoded together.
-    """
-
-    image_shards: tuple[int, ...] = ()
-    sentence_shards: tuple[int, ...] = ()
-    image_bytes: int = 0
-    sentence_bytes: int = 0
-    captions: int = 0
-    row_group: int = ROW_GROUP["images"]
-
-    @property
-    def images(self) -> int:
-        return sum(self.image_shards)
-
-    @property
-    def sentences(self) -> int:
-        return sum(self.sentence_shards)
-
-
-def shards_of(rows: int, rows_per_shard: int) -> tuple[int, ...]:
-    """Rows of each shard of a corpus."""
-    return tuple(min(rows_per_shard, rows - start) for start in range(0, rows, rows_per_shard))
-
-
-def holdings_of(spec: SweepSpec) -> Holdings:
-    """From the manifests, or as `corpus.expect` says where they are not here."""
-    corpus, expect = spec.corpus, spec.corpus.expect
-    facts: dict[str, Any] = {}
-    gone = absent(spec)
-    if corpus.images is not None and "images" in gone:
-        facts["image_shards"] = shards_of(expect.images, ROWS_PER_SHARD["images"])
-        facts["image_bytes"] = expect.images * (expect.image_bytes + ROW_BYTES)
-        facts["captions"] = expect.captions
-    elif corpus.images is not None:
-        opened = corpus_at(corpus.images, "images")
-        facts["image_shards"] = tuple(s.rows for s in opened.shards)
-        facts["image_bytes"] = sum(s.bytes for s in opened.shards)
-        facts["captions"] = opened.manifest["counts"]["captions"].get("kept", 0)
-        facts["row_group"] = int(opened.manifest["row_group"])
-    if corpus.sentences is not None and "sentences" in gone:
-        facts["sentence_shards"] = shards_of(expect.sentences, ROWS_PER_SHARD["sentences"])
-        facts["sentence_bytes"] = expect.sentences * expect.sentence_bytes
-    elif corpus.sentences is not None:
-        opened = corpus_at(corpus.sentences, "sentences")
-        facts["sentence_shards"] = tuple(s.rows for s in opened.shards)
-        facts["sentence_bytes"] = sum(s.bytes for s in opened.shards)
-    return Holdings(**facts)
 
 
 def embedding_bytes(shards: Sequence[int], width: int, dtype: str) -> int:
     """Of the store's files with one embedding a row, one file a shard."""
     return sum(times * records_bytes(rows, (width,), dtype) for rows, times in Counter(shards).items())
-
-
-@dataclass(frozen=True)
-class Training:
-    """One streamed training stage, of a trial at its method's default knobs.
-
-    Attributes:
-        teacher: of its cell, position in the sweep file.
-        image_flops, text_flops: of the teacher, one image or text.
-        width: of its embeddings.
-        student_flops: forward pass of an image.
-        student_parameters: projection included.
-        size: side of the student's images, in pixels.
-        steps: optimizer steps.
-        texts: `sentences`, `captions`, `prompts` or None.
-        prompts: how many there are.
-        text_batch: texts of a step.
-        embeds: names of what the teacher embeds for this trial: `images`, `sentences`, `captions`.
-    """
-
-    teacher: int
-    image_flops: int
-    text_flops: int
-    width: int
-    student_flops: int
-    student_parameters: int
-    size: int
-    steps: int
-    texts: str | None
-    prompts: int
-    text_batch: int
-    embeds: tuple[str, ...]
-
-
-class _Texts(nn.Module):
-    """The text side of a dual encoder as a network of images, so that its FLOPs are counted alike."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = torch.zeros(1, int(self.model.context_length), dtype=torch.int64, device=images.device)  # type: ignore[arg-type]
-        return self.model.encode_text(tokens)  # type: ignore[operator]
-
-
-@functools.lru_cache(maxsize=32)
-def _teacher_flops(key: str) -> tuple[int, int]:
-    """Of an image, and of a text under the tower beside it; no weights are loaded."""
-    entry = Model.model_validate_json(key)
-    info, seen = plan_network(entry, "teacher")
-    assert info.skeleton is not None
-    with torch.device("meta"):
-        return flops(info.skeleton, seen.size), flops(_Texts(build_clip(entry, weights=False)), 16)
-
-
-@functools.lru_cache(maxsize=32)
-def _student_facts(key: str, width: int) -> tuple[int, int]:
-    """(FLOPs of an image without a head, parameters with a projection to `width`)."""
-    entry = Model.model_validate_json(key)
-    with torch.device("meta"):
-        network: Any = build_network(entry, num_classes=0)
-        forward = flops(network, plan_network(entry, "student")[1].size)
-        network.reset_classifier(width)
-    return forward, parameters(network)
-
-
-def streamed_trainings(
-    spec: SweepSpec, task: TaskData, cells: Sequence[Cell], spaces: Mapping[str, Space]
-) -> list[Training]:
-    """The streamed training stages of every cell at its defaults, with what any of its draws wants embedded.
-
-    Empty without a corpus of images.
-    """
-    if spec.corpus.images is None:
-        return []
-    found = []
-    for cell in cells:
-        setting = setting_of(spec, task.info, cell)
-        method = method_named(cell.method)
-        config = configure(spec, TrialConfig("", 0, cell, default_knobs(spaces[cell.method], cell.method), 0))
-        if method.invalid(config, setting) is not None or cell.teacher is None or cell.student is None:
-            continue
-        stages = method.stages(config, setting)
-        drawn = [one for draw in stage_lists(spec, spaces, cell, task.info, DRAWS) for one in draw]
-        found += [
-            _training(stage, drawn, spec, task, cell)
-            for stage in stages
-            if isinstance(stage, TrainStage) and stage.feed.images == "corpus"
-        ]
-    return found
-
-
-def _training(stage: TrainStage, drawn: list[Stage], spec: SweepSpec, task: TaskData, cell: Cell) -> Training:
-    assert cell.teacher is not None
-    assert cell.student is not None
-    teacher, student = spec.teachers[cell.teacher], spec.students[cell.student]
-    width = plan_network(teacher, "teacher")[0].embedding
-    size = plan_network(student, "student")[1].size
-    feed = stage.feed
-    feeds = [one.feed for one in drawn if isinstance(one, TrainStage)]
-    reads = {name for one in drawn if isinstance(one, FitStage) for name in one.reads} | {one.texts for one in feeds}
-    reads |= {"captions"} if any(one.captions for one in feeds) else set()
-    reads |= {name for one in feeds for name in one.tokens}
-    embeds = ["images"] if any(one.outputs for one in feeds) else []
-    embeds += [name for name in ("sentences", "captions") if name in reads]
-    image_flops, text_flops = _teacher_flops(teacher.model_dump_json())
-    student_flops, student_parameters = _student_facts(student.model_dump_json(), width)
-    return Training(
-        teacher=cell.teacher,
-        image_flops=image_flops,
-        text_flops=text_flops,
-        width=width,
-        student_flops=student_flops,
-        student_parameters=student_parameters,
-        size=size,
-        steps=stage_steps(stage, spec, task),
-        texts=feed.texts,
-        prompts=len(prompts_of(task)),
-        text_batch=feed.text_batch or spec.train.batch,
-        embeds=tuple(embeds),
-    )
 
 
 @dataclass(frozen=True)

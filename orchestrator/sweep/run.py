@@ -22,9 +22,9 @@ from orchestrator.models.names import Role
 from orchestrator.spec import SweepSpec
 from orchestrator.store import store_at
 from orchestrator.sweep.capacity import check_shape, has, nodes_now
-from orchestrator.sweep.costs import holdings_of
 from orchestrator.sweep.earlier import check_earlier, first_trials, starts, trials_in_all
 from orchestrator.sweep.folder import RAY_DASHBOARD
+from orchestrator.sweep.holdings import holdings_of
 from orchestrator.sweep.space import Space, check_cell, default_knobs, grid, method_space, wanted_outputs
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import NETWORK_METRICS, foretold, planned_excess
