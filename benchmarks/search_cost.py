@@ -2,14 +2,18 @@
 
     python -m benchmarks.search_cost                 # trains the grid: 10 minutes; goes on from its table in --storage
     python -m benchmarks.search_cost --task icons    # another task, teacher, kind of student and other methods
+    python -m benchmarks.search_cost --task icons --repeats 3   # a configuration is the mean of three seeds' trainings
     python -m benchmarks.search_cost --replay        # from benchmarks/results/search_cost_grid_TASK.json alone: seconds
 
-The grid is trained once, through the product's own trials; what is written down of each is its val metric at every
-eighth of its budget and the CPU seconds until then. Searches are then replayed against that table, one trial at a
-time: proposals are the product's (`sweep.study.Study`: Optuna), decisions to stop are those of the scheduler that the
-product hands to Ray Tune (`sweep.tune`), and what a trial costs and scores is read from the table. A configuration
-that is proposed twice costs nothing the second time, in every search. A search that misses the goal is counted as a
-miss, and what it spent is added to the expected cost of those that reach it.
+The grid is trained through the product's own trials; what is written down of each is its val metric at every eighth of
+its budget and the CPU seconds until then. The best of one seed each may owe it to luck: with `--repeats` a
+configuration scores the mean of that many seeds, and costs what they cost together.
+
+Searches are then replayed against that table, one trial at a time: proposals are the product's (`sweep.study.Study`:
+Optuna), decisions to stop are those of the scheduler that the product hands to Ray Tune (`sweep.tune`), and what a
+trial costs and scores is read from the table. A configuration that is proposed twice costs nothing the second time, in
+every search. A search that misses the goal is counted as a miss, and what it spent is added to the expected cost of
+those that reach it.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from typing import Any
 from benchmarks.record import RESULTS, begun, machine, markdown, publish, versions, write_result
 
 MARGIN = 0.01
+WARM_SEED = 1000  # of trainings that are not counted; none that is has it
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 SPECS: dict[str, dict[str, Any]] = {
     "clipart": {
@@ -79,8 +84,8 @@ def key_of(method: str, knobs: dict[str, Any]) -> str:
     return json.dumps([method, sorted(knobs.items())])
 
 
-def record(task: str, folder: Path) -> dict[str, Any]:
-    """Trains the grid, or what of it a run that was stopped has not; the folder holds the table so far."""
+def record(task: str, folder: Path, repeats: int) -> dict[str, Any]:
+    """Trains the grid with that many seeds, or what a run that was stopped has not; the folder holds it so far."""
     from orchestrator.sweep.run import prepare
     from orchestrator.sweep.space import grid, wanted_outputs
     from orchestrator.trial.context import SweepContext
@@ -92,34 +97,54 @@ def record(task: str, folder: Path) -> dict[str, Any]:
     wanted = wanted_outputs(spec, prepared.spaces, prepared.cells, prepared.task.info)
     context = SweepContext(spec, f"{folder}/{spec.name}", prefetch=wanted)
     table: dict[str, Any] = {"task": task, "spec": SPECS[task], "machine": machine(1)}
-    table |= {"versions": versions("torch", "timm"), "trials": {}}
+    table |= {"versions": versions("torch", "timm"), "runs": {}}
     progress = folder / grid_file(task).name
     table = begun(progress, SPECS[task]) or table
     todo = [(cell, knobs) for cell in prepared.cells for knobs in grid(prepared.spaces[cell.method], cell.method)]
     warm: set[str] = set()
-    for number, (cell, knobs) in enumerate(todo):
-        key = key_of(cell.method, knobs)
-        if key in table["trials"]:
-            continue
-        if cell.method not in warm:  # the teacher's pass, pixels and imports are nobody's
-            first = TrialConfig(f"warm-{cell.method}", 0, cell, knobs, 1)
-            run_trial(context, first)
-            warm.add(cell.method)
-        curve: list[tuple[float, float, float]] = []
-        began = time.process_time()
-
-        def hear(share: float, value: float | None, curve: list = curve, began: float = began) -> None:  # type: ignore[type-arg]
-            if value is not None:
-                curve.append((share, value, time.process_time() - began))
-
-        row = run_trial(context, TrialConfig(f"t{number:04d}", number, cell, knobs, 0), progress=hear)
-        if row["status"] != "complete":
-            raise SystemExit(f"{key}: {row['reason']}")
-        seconds = time.process_time() - began
-        table["trials"][key] = {"curve": [*curve, (1.0, row["val_metric"], seconds)], "seconds": seconds}
-        write_result(progress, table)
-        print(f"{number + 1} of {len(todo)}: {row['val_metric']:.3f}, {seconds:.1f} s", file=sys.stderr, flush=True)
+    for seed in range(repeats):
+        for number, (cell, knobs) in enumerate(todo):
+            runs = table["runs"].setdefault(key_of(cell.method, knobs), [])
+            if len(runs) > seed:
+                continue
+            if cell.method not in warm:  # the teacher's pass, pixels and imports are nobody's
+                run_trial(context, TrialConfig(f"warm-{cell.method}", 0, cell, knobs, WARM_SEED))
+                warm.add(cell.method)
+            runs.append(trained(context, TrialConfig(f"t{seed}-{number:04d}", number, cell, knobs, seed)))
+            write_result(progress, table)
+            end = runs[-1]["curve"][-1][1]
+            print(f"seed {seed}, {number + 1} of {len(todo)}: {end:.3f}", file=sys.stderr, flush=True)
     return table
+
+
+def trained(context: Any, config: Any) -> dict[str, Any]:
+    """`curve`, (share of the budget, val metric, CPU seconds until then) at every eighth, and `seconds` in all."""
+    from orchestrator.trial.run import run_trial
+
+    curve: list[tuple[float, float, float]] = []
+    began = time.process_time()
+
+    def hear(share: float, value: float | None) -> None:
+        if value is not None:
+            curve.append((share, value, time.process_time() - began))
+
+    row = run_trial(context, config, progress=hear)
+    if row["status"] != "complete":
+        raise SystemExit(f"{config.cell.method}, {config.knobs}: {row['reason']}")
+    seconds = time.process_time() - began
+    return {"curve": [*curve, (1.0, row["val_metric"], seconds)], "seconds": seconds}
+
+
+def averaged(table: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """The table with `trials`: of each configuration the mean metric of its first runs and the sum of their seconds."""
+    trials = {}
+    for key, runs in table["runs"].items():
+        if len(runs) < repeats:
+            raise SystemExit(f"The recorded grid of {table['task']} has {len(runs)} seeds, not {repeats}.")
+        curves = zip(*(run["curve"] for run in runs[:repeats]), strict=True)
+        curve = [(at[0][0], statistics.fmean(p[1] for p in at), sum(p[2] for p in at)) for at in curves]
+        trials[key] = {"curve": curve, "seconds": sum(run["seconds"] for run in runs[:repeats])}
+    return {"task": table["task"], "machine": table["machine"], "trials": trials}
 
 
 Search = Callable[[dict[str, Any], int], Iterator[tuple[float, float]]]
@@ -196,40 +221,48 @@ SEARCHES: dict[str, tuple[str, Search]] = {
 GOALS = {"best": "the best less 0.01", "five": "one of the five best"}
 
 
-def reached(table: dict[str, Any], search: Search, seed: int, goal: float) -> tuple[float, int, bool]:
-    """(device-seconds, trials, True) until a whole trial scores `goal`; all that were tried and False if none does.
+def reached(table: dict[str, Any], search: Search, seed: int, goals: list[float]) -> list[tuple[float, int, bool]]:
+    """For each goal, (device-seconds, trials, True) until a whole trial scores it; all and False if none does.
 
     A search may miss it for good: a good configuration that was stopped once is stopped again.
     """
     spent, count = 0.0, 0
+    found: dict[float, tuple[float, int, bool]] = {}
     for seconds, value in search(table, seed):
         spent += seconds
         count += 1
-        if value >= goal:
-            return spent, count, True
-    return spent, count, False
+        for goal in goals:
+            if value >= goal:
+                found.setdefault(goal, (spent, count, True))
+        if len(found) == len(set(goals)):
+            break
+    return [found.get(goal, (spent, count, False)) for goal in goals]
 
 
 def main() -> None:
     """Records, replays, prints the table, writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=SPECS, default="clipart")
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=20, help="of each search")
+    parser.add_argument("--repeats", type=int, default=1, help="seeds of each configuration")
     parser.add_argument("--replay", action="store_true", help="train nothing")
     parser.add_argument("--storage", type=Path, default=Path("runs"), help="where the grid's store lies")
     parser.add_argument("--dry", action="store_true", help="write no table")
     options = parser.parse_args()
     if options.replay:
-        table = json.loads(grid_file(options.task).read_text(encoding="utf-8"))
+        recorded = json.loads(grid_file(options.task).read_text(encoding="utf-8"))
     else:
-        table = record(options.task, options.storage.absolute())
+        recorded = record(options.task, options.storage.absolute(), options.repeats)
         if not options.dry:
-            write_result(grid_file(options.task), table)
+            write_result(grid_file(options.task), recorded)
+    table = averaged(recorded, options.repeats)
     whole = sum(trial["seconds"] for trial in table["trials"].values())
     values = sorted((trial["curve"][-1][1] for trial in table["trials"].values()), reverse=True)
     goals = {"best": values[0] - MARGIN, "five": values[4]}
+    again = f" --repeats {options.repeats}" if options.repeats > 1 else ""
     result: dict[str, Any] = {
-        "command": f"python -m benchmarks.search_cost --task {options.task}",
+        "command": f"python -m benchmarks.search_cost --task {options.task}{again}",
+        "repeats": options.repeats,
         "machine": table["machine"],
         "versions": versions("torch", "timm", "ray", "optuna"),
         "grid": {"trials": len(values), "seconds": whole, "best": values[0]},
@@ -237,14 +270,14 @@ def main() -> None:
         "searches": {name: {} for name in SEARCHES},
     }
     for name, (_, search) in SEARCHES.items():
-        for which, goal in goals.items():
-            found = [reached(table, search, seed, goal) for seed in range(options.seeds)]
+        runs = [reached(table, search, seed, list(goals.values())) for seed in range(options.seeds)]
+        for which, found in zip(goals, zip(*runs, strict=True), strict=True):
             seconds, trials, hits = (list(column) for column in zip(*found, strict=True))
             result["searches"][name][which] = {"seconds": seconds, "trials": trials, "hits": hits}
             print(f"{name}, {which}: reached in {sum(hits)} of {len(hits)} seeds", file=sys.stderr, flush=True)
     print(text := as_table(result))
     if not options.dry:
-        publish(f"search_cost_{options.task}", result, text)
+        publish(f"search_cost_{options.task}{'_means' if options.repeats > 1 else ''}", result, text)
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -273,12 +306,13 @@ def as_table(result: dict[str, Any]) -> str:
     head = ["until", "search", "seeds that reach it", "trials, median", "expected device-seconds"]
     head += ["of the grid", "of random search"]
     seeds = len(searches["random"]["best"]["seconds"])
+    means = f", each the mean of {result['repeats']} seeds" if result["repeats"] > 1 else ""
     goals = "; ".join(
         f"{GOALS[which]}: {goal['value']:.3f}, by {goal['good']} of them" for which, goal in result["goals"].items()
     )
     return (
-        f"`{result['command']}`: {grid['trials']} configurations; best val {grid['best']:.3f}; {goals}; {seeds} seeds "
-        f"of each search; {result['machine']}; {result['versions']}.\n\n{markdown(head, rows)}"
+        f"`{result['command']}`: {grid['trials']} configurations{means}; best val {grid['best']:.3f}; {goals}; "
+        f"{seeds} seeds of each search; {result['machine']}; {result['versions']}.\n\n{markdown(head, rows)}"
     )
 
 

@@ -1,9 +1,9 @@
 """A sweep over KD, TDMR and WeCoLoRA here, against the same trials in a plain Optuna and PyTorch script.
 
-    python -m benchmarks.sweep_against_plain               # 6, 12 and 24 trials: 20 minutes, 24 alone takes 9
+    python -m benchmarks.sweep_against_plain               # 6, 12 and 24 trials: 36 minutes, 24 alone takes 21
     python -m benchmarks.sweep_against_plain --trials 24   # one size; the others stay in results/ and in the table
     python -m benchmarks.sweep_against_plain --trials 6 --steps 20 --dry
-    python -m benchmarks.sweep_against_plain --trials 24 --steps 240 --block sweep_against_plain_longer
+    python -m benchmarks.sweep_against_plain --trials 24 --steps 120 --block sweep_against_plain_shorter
 
 One frozen ViT teacher of at least ten times each student's FLOPs, two processes of one thread, the same images, steps
 and batch. The peer (`peers/plain_optuna.py`) runs its teacher in every step. What is counted is wall time, all of it:
@@ -147,7 +147,7 @@ DEFAULTS: dict[str, Any] = {
     "student": "timm/test_resnet",
     "student_size": 48,
     "shots": 20,
-    "steps": 120,
+    "steps": 240,
     "batch": 32,
     "views": 3,
 }

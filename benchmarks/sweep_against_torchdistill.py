@@ -1,7 +1,7 @@
 """Eight KD trials here, against the same trials through torchdistill driven by Optuna.
 
     pip install -e '.[bench]'
-    python -m benchmarks.sweep_against_torchdistill   # 5 minutes; writes results/ and docs/performance.md
+    python -m benchmarks.sweep_against_torchdistill   # 8 minutes; writes results/ and docs/performance.md
 
 Everything is as in `sweep_against_plain`, with `peers/torchdistill_optuna.py` on the other side.
 """

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.profile import part_of
-from benchmarks.search_cost import SPECS, at_random, checked, grid_file, key_of, product, reached
+from benchmarks.search_cost import SPECS, at_random, averaged, checked, grid_file, key_of, product, reached
 from orchestrator.sweep.space import grid
 
 
@@ -31,22 +31,33 @@ def distinct(search: Iterator[tuple[float, float]], count: int) -> int:
 
 
 def test_a_replayed_search_pays_for_what_it_trains_and_for_that_once(table: dict[str, Any]) -> None:
-    spent, count, _ = reached(table, product("none"), 3, 0.89)
+    (spent, count, _), (sooner, fewer, _) = reached(table, product("none"), 3, [0.89, 0.45])
     assert spent == 8.0 * distinct(product("none")(table, 3), count)
-    stopped, others, _ = reached(table, product("asha"), 3, 0.89)
+    assert fewer < count
+    assert sooner == 8.0 * distinct(product("none")(table, 3), fewer)
+    [(stopped, others, _)] = reached(table, product("asha"), 3, [0.89])
     assert stopped < 8.0 * distinct(product("asha")(table, 3), others)
-    nothing, trials, missed = reached(table, at_random, 3, 2.0)
-    assert not missed
+    (some, _, hit), (nothing, trials, missed) = reached(table, at_random, 3, [0.1, 2.0])
+    assert (hit, missed) == (True, False)
+    assert some < nothing
     assert (nothing, trials) == (8.0 * len(table["trials"]), len(table["trials"]))
+
+
+def test_a_configuration_of_several_seeds_scores_their_mean_and_costs_their_sum() -> None:
+    runs = [{"seconds": 4.0, "curve": [(0.5, v, 2.0), (1.0, 2 * v, 4.0)]} for v in (0.1, 0.3, 9.0)]
+    found = averaged({"task": "clipart", "machine": "m", "runs": {"k": runs}}, 2)["trials"]["k"]
+    assert found == {"seconds": 8.0, "curve": [(0.5, pytest.approx(0.2), 4.0), (1.0, pytest.approx(0.4), 8.0)]}
+    with pytest.raises(SystemExit, match="has 3 seeds, not 4"):
+        averaged({"task": "clipart", "machine": "m", "runs": {"k": runs}}, 4)
 
 
 @pytest.mark.parametrize("task", SPECS)
 def test_the_recorded_grid_is_whole(task: str) -> None:
-    known = json.loads(grid_file(task).read_text(encoding="utf-8"))["trials"]
+    known = json.loads(grid_file(task).read_text(encoding="utf-8"))["runs"]
     prepared = checked(task)
     keys = {key_of(c.method, knobs) for c in prepared.cells for knobs in grid(prepared.spaces[c.method], c.method)}
     assert set(known) == keys
-    assert all(trial["curve"][-1][2] == trial["seconds"] for trial in known.values())
+    assert all(run["curve"][-1][2] == run["seconds"] for runs in known.values() for run in runs)
 
 
 TRIAL = "run_trial (orchestrator/trial/run.py:1);fit (orchestrator/train/loop.py:1);"
