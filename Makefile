@@ -58,14 +58,14 @@ $(VENV)/.bench: $(VENV)/.test
 
 bench: $(VENV)/.bench quickstart
 	@echo "Two hours on two quiet cores; each line can be run alone, and none needs another."
-	$(PY) -m benchmarks.step
-	$(PY) -m benchmarks.sweep_against_plain
-	$(PY) -m benchmarks.sweep_against_plain --steps 120 --trials 24 --block sweep_against_plain_shorter
-	$(PY) -m benchmarks.sweep_against_torchdistill
 	$(PY) -m benchmarks.search_cost --storage $(RUNS)
 	$(PY) -m benchmarks.search_cost --storage $(RUNS) --task icons
 	$(PY) -m benchmarks.search_cost --storage $(RUNS) --task icons --repeats 3
 	$(PY) -m benchmarks.views --storage $(RUNS)
+	$(PY) -m benchmarks.step
+	$(PY) -m benchmarks.sweep_against_plain
+	$(PY) -m benchmarks.sweep_against_plain --steps 120 --trials 24 --block sweep_against_plain_shorter
+	$(PY) -m benchmarks.sweep_against_torchdistill
 	$(PY) -m benchmarks.streaming
 	$(PY) -m benchmarks.scale
 	$(PY) -m benchmarks.driver
