@@ -1,4 +1,4 @@
-"""The autoscaling cluster of clusters/local, started for a test and ended by process id."""
+"""Clusters started for a test, and ended by process id: the autoscaling one of clusters/local, and a single node."""
 
 from __future__ import annotations
 
@@ -57,6 +57,35 @@ class LocalCluster:
         return found
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def head(cpus: int) -> Iterator[str]:
+    """The address of a node that asks for no token: whoever joins it needs RAY_AUTH_MODE=disabled.
+
+    It is a process of its own, since Ray decides once in a process whether it has tokens.
+    """
+    port, ray = free_port(), str(Path(sys.executable).parent / "ray")
+    words = ["start", "--head", "--block", f"--port={port}", f"--num-cpus={cpus}", f"--dashboard-port={free_port()}"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+    process = subprocess.Popen([ray, *words], env=environment, stdout=subprocess.DEVNULL)
+    address = f"127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        check = [ray, "health-check", f"--address={address}"]
+        while subprocess.run(check, env=environment, capture_output=True).returncode:
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "the head does not come up"
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+
+
 @contextmanager
 def local_cluster(folder: Path, idle_s: float = 4.0, workers: int = 2) -> Iterator[LocalCluster]:
     """Starts it, and ends it whatever happens."""
@@ -65,9 +94,7 @@ def local_cluster(folder: Path, idle_s: float = 4.0, workers: int = 2) -> Iterat
     config["available_node_types"]["cpu-trials"]["max_workers"] = workers
     path = folder / "cluster.yaml"
     path.write_text(yaml.safe_dump(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     log = (folder / "up.log").open("w+")
     command = [sys.executable, str(ROOT / "clusters/local/up.py"), "--config", str(path), "--dashboard-port", str(port)]

@@ -119,6 +119,7 @@ def test_a_damaged_checkpoint_is_removed_and_training_begins_anew(tmp_path: Path
     assert checkpoint.load() == {"step": 8}
 
 
+@pytest.mark.slow  # minutes; deaths one by one are in test_sweep.py, test_scale.py and test_study_storage.py
 @pytest.mark.ray
 def test_nothing_is_lost_repeated_changed_or_left_over_when_a_process_a_publisher_and_the_driver_are_killed(
     tmp_path: Path,

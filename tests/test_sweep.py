@@ -1,4 +1,4 @@
-"""Whole sweeps on a local cluster of their own: sharing, deaths, early stopping."""
+"""Whole sweeps as a user starts them, on a local cluster of their own or on one that they join."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from local_cluster import head
 from small import small_spec
 
 from orchestrator.data.task import load_task
@@ -24,9 +26,16 @@ pytestmark = pytest.mark.ray
 LIMIT_S = 400
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster that sweeps join."""
+    with head(4) as address:
+        yield address
+
+
 def command(*words: str, cluster: str | None = None) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    environment |= {"RAY_ADDRESS": cluster} if cluster else {}
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    environment |= {"RAY_ADDRESS": cluster, "RAY_AUTH_MODE": "disabled"} if cluster else {}
     return subprocess.Popen(
         [sys.executable, "-m", "orchestrator", *words],
         stdout=subprocess.PIPE,
@@ -87,27 +96,29 @@ def test_the_same_file_again_is_all_store_hits_and_the_teacher_saw_each_view_onc
     assert verified["compared"] >= 4
 
 
-def test_a_killed_driver_is_resumed_without_losing_or_repeating_a_trial(colours: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_is_resumed_without_losing_or_repeating_a_trial(
+    colours: Path, tmp_path: Path, cluster: str
+) -> None:
     train = {"steps": 40, "batch": 12, "views": 2}
-    spec = small_spec(colours, tmp_path / "runs", train=train, search={"trials": 8})
+    spec = small_spec(colours, tmp_path / "runs", train=train, search={"trials": 8, "concurrency": 2})
     folder = tmp_path / "runs" / "small"
-    process = command("sweep", write(spec, tmp_path / "spec.yaml"))
+    process = command("sweep", write(spec, tmp_path / "spec.yaml"), cluster=cluster)
     wait_for(lambda: sum(r["status"] in FINAL for r in Ledger(folder).rows()) >= 3, process)
     process.kill()
     process.communicate()
     before = {r["trial_id"]: r for r in Ledger(folder).rows() if r["status"] in FINAL}
-    after = {r["trial_id"]: r for r in json.loads(done(command("resume", str(folder), "--json")))}
+    after = {r["trial_id"]: r for r in json.loads(done(command("resume", str(folder), "--json", cluster=cluster)))}
     assert sorted(after) == [f"t{i:04}" for i in range(8)]
     assert {r["status"] for r in after.values()} == {"complete"}
     for trial_id, row in before.items():
         assert after[trial_id]["ended"] == row["ended"], f"{trial_id} was repeated"
 
 
-def test_a_killed_trial_process_is_run_again_to_one_complete_row(colours: Path, tmp_path: Path) -> None:
+def test_a_killed_trial_process_is_run_again_to_one_complete_row(colours: Path, tmp_path: Path, cluster: str) -> None:
     train = {"steps": 400, "batch": 12, "views": 2, "checkpoint_s": 0.5}
     spec = small_spec(colours, tmp_path / "runs", train=train, methods={"finetune": {}}, search={"trials": 2})
     folder = tmp_path / "runs" / "small"
-    process = command("sweep", write(spec, tmp_path / "spec.yaml"), "--json")
+    process = command("sweep", write(spec, tmp_path / "spec.yaml"), "--json", cluster=cluster)
     partial = tmp_path / "runs" / "store" / ".partial"
     wait_for(lambda: list(partial.glob("*/checkpoint.pt")), process)
     victim = next(r for r in Ledger(folder).rows() if r["status"] == "running" and r["pid"])
@@ -120,7 +131,9 @@ def test_a_killed_trial_process_is_run_again_to_one_complete_row(colours: Path, 
     assert not list((tmp_path / "runs" / "store" / ".tmp").glob("finetune-*"))
 
 
-def test_early_stopped_trials_are_pruned_with_a_reason_and_say_how_far_they_came(colours: Path, tmp_path: Path) -> None:
+def test_early_stopped_trials_are_pruned_with_a_reason_and_say_how_far_they_came(
+    colours: Path, tmp_path: Path, cluster: str
+) -> None:
     spec = small_spec(
         colours,
         tmp_path / "runs",
@@ -128,7 +141,7 @@ def test_early_stopped_trials_are_pruned_with_a_reason_and_say_how_far_they_came
         search={"trials": 5, "sampler": "grid", "scheduler": "asha", "reduction": 2, "concurrency": 1},
         train={"steps": 80, "batch": 12, "views": 2},
     )
-    rows = json.loads(done(command("sweep", write(spec, tmp_path / "spec.yaml"), "--json")))
+    rows = json.loads(done(command("sweep", write(spec, tmp_path / "spec.yaml"), "--json", cluster=cluster)))
     states = {r["status"] for r in rows}
     assert states == {"complete", "pruned"}, [(r["status"], r["reason"]) for r in rows]
     for row in rows:
@@ -176,19 +189,16 @@ def test_a_group_that_is_stopped_early_is_pruned_and_gives_everything_back(colou
         ray.shutdown()
 
 
-def test_two_sweeps_at_once_on_one_cluster_share_the_store_and_nothing_else(colours: Path, tmp_path: Path) -> None:
+def test_two_sweeps_at_once_on_one_cluster_share_the_store_and_nothing_else(
+    colours: Path, tmp_path: Path, cluster: str
+) -> None:
     import optuna
-    from ray.cluster_utils import Cluster
 
     methods = {"kd": {"temperature": [2.0, 4.0], "teacher_tuning": "none"}, "wecolora": {"rank": 4, "factor": 2}}
     spec = small_spec(colours, tmp_path / "runs", methods=methods, search={"trials": 3, "sampler": "grid"})
     file = write(spec, tmp_path / "spec.yaml")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
-    try:
-        both = [command("sweep", file, "--name", name, "--json", cluster=cluster.address) for name in ("one", "two")]
-        rows = [json.loads(done(process)) for process in both]
-    finally:
-        cluster.shutdown()
+    both = [command("sweep", file, "--name", name, "--json", cluster=cluster) for name in ("one", "two")]
+    rows = [json.loads(done(process)) for process in both]
     began = [min(r["started"] for r in of_one) for of_one in rows]
     assert max(began) < min(max(r["ended"] for r in of_one) for of_one in rows), "they did not run at once"
     for name, of_one in zip(("one", "two"), rows, strict=True):
