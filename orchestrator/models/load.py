@@ -43,11 +43,15 @@ class Preprocessing:
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] to normalised float32, channels last in memory: so convolutions are faster."""
         batch, channels, height, width = pixels.shape
+        images = torch.empty(batch, height, width, channels, device=pixels.device)
+        for channel in range(channels):  # a third of the time of a permuted copy, which goes byte by byte
+            images[..., channel] = pixels[:, channel]
         # A line of pixels with all channels is long enough for vector instructions; three channels alone are not.
-        lines = pixels.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
+        lines = images.view(batch, height, width * channels)
         mean = torch.tensor(self.mean, device=pixels.device).repeat(width) * 255
         std = torch.tensor(self.std, device=pixels.device).repeat(width) * 255
-        return lines.float().sub_(mean).div_(std).view(batch, height, width, channels).permute(0, 3, 1, 2)
+        lines.sub_(mean).div_(std)
+        return images.permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def start_ray(threads: int) -> str | None:
         "OMP_NUM_THREADS": str(threads),
         # A stopped trial leaves its function by itself, a worker group in seconds; then its process takes the next.
         "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",
-        # A rank that waits for one that has failed cannot say goodbye; it is killed after this, in place of half a minute.
+        # A rank that waits for one that has failed cannot say goodbye; it is killed after this, not half a minute.
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     }
     if address == "local":
