@@ -48,7 +48,7 @@ nightly: lint
 define both
 	@failed=0; \
 	$(PY) -m pytest --numprocesses 2 --dist loadfile -m "not ray $(1)" || failed=1; \
-	$(PY) -m pytest --numprocesses 2 --dist loadfile -m "ray $(1)" $$(grep -l 'mark\.ray' tests/test_*.py) || failed=1; \
+	$(PY) -m pytest --numprocesses 2 --dist loadfile -m "ray $(1)" $$(grep -rl --include='test_*.py' 'mark\.ray' tests) || failed=1; \
 	exit $$failed
 endef
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import requests
 import yaml
+from servers import free_port
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 300
@@ -57,12 +57,6 @@ class LocalCluster:
         return found
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def head(cpus: int) -> Iterator[str]:
     """The address of a node that asks for no token: whoever joins it needs RAY_AUTH_MODE=disabled.
@@ -70,7 +64,8 @@ def head(cpus: int) -> Iterator[str]:
     It is a process of its own, since Ray decides once in a process whether it has tokens.
     """
     port, ray = free_port(), str(Path(sys.executable).parent / "ray")
-    words = ["start", "--head", "--block", f"--port={port}", f"--num-cpus={cpus}", f"--dashboard-port={free_port()}"]
+    words = ["start", "--head", "--block", f"--port={port}", f"--num-cpus={cpus}"]
+    words += [f"--dashboard-port={free_port()}", "--dashboard-agent-listen-port=0"]  # beside other clusters
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
     process = subprocess.Popen([ray, *words], env=environment, stdout=subprocess.DEVNULL)
     address = f"127.0.0.1:{port}"
