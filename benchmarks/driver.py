@@ -81,7 +81,7 @@ def main() -> None:
     """Runs the sizes, prints the table, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--sampler", choices=["random", "tpe"], default="random")
+    parser.add_argument("--sampler", choices=["gp", "tpe", "random"], default="gp")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         found = [watched(Path(name), trials, options.sampler) for trials in options.sizes]

@@ -108,7 +108,7 @@ SCHEMA = [
     ({"teachers": ["resnet50"]}, "'resnet50' is not a model", "timm/NAME, open_clip/NAME, local:PATH, packaged/NAME"),
     ({"objectives": ["val_metrc"]}, "unknown metric 'val_metrc'", "Did you mean 'val_metric'?"),
     ({"objectives": ["flops", "flops"]}, "objectives name flops and flops", "each metric once"),
-    ({"search__sampler": "bayes"}, "search.sampler: input should be 'tpe', 'random' or 'grid'", "found 'bayes'"),
+    ({"search__sampler": "bayes"}, "search.sampler: input should be 'gp', 'tpe', 'random' or 'grid'", "found 'bayes'"),
     ({"train": {"steps": 5, "epochs": 1.0}}, "steps: 5 and epochs: 1 are both given", "give one of them"),
     ({"train": {"batch": 5, "workers": 2}}, "batch: 5 is not divisible by workers: 2", "train"),
     ({"name": "a/b"}, "'a/b' cannot name a folder", "at most 64"),

@@ -37,11 +37,11 @@ def test_a_replayed_search_pays_for_what_it_trains_and_for_that_once(table: dict
 
         return steps
 
-    (spent, count, _), (sooner, fewer, _) = reached(table, heard(product("none")), 3, [0.89, 0.45])
+    (spent, count, _), (sooner, fewer, _) = reached(table, heard(product("gp", "none")), 3, [0.89, 0.45])
     assert len(paid) == count > fewer
     assert spent == 8.0 * sum(seconds > 0 for seconds in paid)
     assert sooner == 8.0 * sum(seconds > 0 for seconds in paid[:fewer])
-    [(stopped, _, _)] = reached(table, heard(product("asha")), 3, [0.89])
+    [(stopped, _, _)] = reached(table, heard(product("gp", "asha")), 3, [0.89])
     assert stopped < 8.0 * sum(seconds > 0 for seconds in paid)
     (some, _, hit), (nothing, trials, missed) = reached(table, at_random, 3, [0.1, 2.0])
     assert (hit, missed) == (True, False)

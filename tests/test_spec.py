@@ -37,7 +37,7 @@ from orchestrator.spec import (
     parse_spec,
     read_spec,
 )
-from orchestrator.sweep.space import _Dice, default_knobs, method_space, sample
+from orchestrator.sweep.space import Dice, default_knobs, method_space, sample
 
 FEW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -224,10 +224,10 @@ def test_every_default_is_a_valid_configuration_and_lies_in_the_default_space(na
 def test_every_sampled_configuration_is_valid_and_inside_its_space(name, seed):
     method = discover()[name]
     space = default_space(method.Config)
-    knobs = sample(space, name, _Dice(seed))
+    knobs = sample(space, name, Dice(seed))
     assert knobs.keys() == space.keys()
     method.Config.model_validate(knobs)
-    assert knobs == sample(space, name, _Dice(seed))
+    assert knobs == sample(space, name, Dice(seed))
     for knob, domain in space.items():
         if isinstance(domain, Range):
             assert domain.low <= knobs[knob] <= domain.high, knob
@@ -238,7 +238,7 @@ def test_every_sampled_configuration_is_valid_and_inside_its_space(name, seed):
 def test_a_whole_number_knob_samples_whole_numbers_between_its_ends():
     spec = parse_spec(minimal(methods={"lora": {"rank": {"low": 1, "high": 4}, "lr": 0.01, "targets": ["mlp"]}}))
     space = method_space(spec, "lora")
-    drawn = [sample(space, "lora", _Dice(seed)) for seed in range(100)]
+    drawn = [sample(space, "lora", Dice(seed)) for seed in range(100)]
     assert {type(d["rank"]) for d in drawn} == {int}
     assert {d["rank"] for d in drawn} == {1, 2, 3, 4}
     assert all(d["lr"] == 0.01 and d["targets"] == "mlp" for d in drawn)

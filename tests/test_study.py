@@ -94,7 +94,7 @@ def test_grid_is_every_combination_once_and_refuses_ranges(colours: Path, tmp_pa
         prepare(spec)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
 def test_no_configuration_is_proposed_twice_while_there_are_others(colours: Path, tmp_path: Path, sampler: str) -> None:
     """10 configurations of a flat landscape, whose best one is always the first: a search likes to repeat it."""
     methods = {"finetune": {"lr": [0.001, 0.01]}, "wecolora": {"rank": [4, 8, 16, 32], "factor": [2, 3]}}

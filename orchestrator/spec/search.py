@@ -31,8 +31,9 @@ class Search(Section):
     )
 
     trials: int = Field(default=20, ge=1, description="Trials in all, the first ones (see `defaults_first`) included.")
-    sampler: Literal["tpe", "random", "grid"] = Field(
-        default="tpe", description="Optuna's TPE, random, or every combination."
+    sampler: Literal["gp", "tpe", "random", "grid"] = Field(
+        default="gp",
+        description="A Gaussian process over all methods at once, Optuna's TPE, random, or every combination.",
     )
     defaults_first: bool = Field(
         default=True,

@@ -204,7 +204,7 @@ def grid(space: Space, method: str) -> Iterator[dict[str, Any]]:
         yield dict(zip(space, values, strict=True))
 
 
-class _Dice:
+class Dice:
     """Draws from a space without a study."""
 
     def __init__(self, seed: int) -> None:
@@ -214,10 +214,32 @@ class _Dice:
         return self._random.choice(choices)
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        if log:
+            return math.exp(self._random.uniform(math.log(low), math.log(high)))
         return self._random.uniform(low, high)
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
         return self._random.randint(low, high)
+
+
+def neighbours(space: Space, knobs: Mapping[str, Any], dice: random.Random) -> Iterator[dict[str, Any]]:
+    """Configurations with one knob changed: to each other value of a choice, or to some near it in a range."""
+    for knob, domain in space.items():
+        if isinstance(domain, Choice):
+            yield from ({**knobs, knob: value} for value in domain.values if value != knobs[knob])
+        elif isinstance(domain, Range):
+            for share in (0.05, 0.05, 0.2, 0.2):
+                yield {**knobs, knob: _moved(domain, knobs[knob], dice.gauss(0, share))}
+
+
+def _moved(domain: Range, value: float, share: float) -> float:
+    """A value that share of the range away, at most at its end."""
+    if domain.log:
+        moved = value * (domain.high / domain.low) ** share
+    else:
+        moved = value + share * (domain.high - domain.low)
+    moved = min(max(moved, domain.low), domain.high)
+    return round(moved) if domain.int else moved
 
 
 def check_cell(spec: SweepSpec, space: Space, cell: Cell, task: Any, draws: int = 16) -> str | None:
@@ -225,7 +247,7 @@ def check_cell(spec: SweepSpec, space: Space, cell: Cell, task: Any, draws: int 
     setting = setting_of(spec, task, cell)
     reason = None
     for seed in range(draws):
-        knobs = default_knobs(space, cell.method) if seed == 0 else sample(space, cell.method, _Dice(seed))
+        knobs = default_knobs(space, cell.method) if seed == 0 else sample(space, cell.method, Dice(seed))
         config = configure(spec, TrialConfig("", 0, cell, knobs, 0))
         reason = method_named(cell.method).invalid(config, setting)
         if reason is None:
@@ -241,7 +263,7 @@ def stage_lists(
     method = method_named(cell.method)
     space = spaces[cell.method]
     for seed in range(draws):
-        knobs = default_knobs(space, cell.method) if seed == 0 else sample(space, cell.method, _Dice(seed))
+        knobs = default_knobs(space, cell.method) if seed == 0 else sample(space, cell.method, Dice(seed))
         config = configure(spec, TrialConfig("", 0, cell, knobs, 0))
         if method.invalid(config, setting) is None:
             yield method.stages(config, setting)

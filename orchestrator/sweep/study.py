@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from methods.knobs import Choice, Range
 from orchestrator.spec import METRICS, SweepSpec
 from orchestrator.sweep.earlier import earlier, first_trials, trials_in_all
-from orchestrator.sweep.space import Space, Suggests, count, grid, sample, scale_of
+from orchestrator.sweep.space import Dice, Space, Suggests, count, grid, neighbours, sample, scale_of
 from orchestrator.sweep.study_storage import Result, StudyPlace
+from orchestrator.sweep.surrogate import Places, Surrogate, weighed
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -26,6 +29,10 @@ REPORTED = (TrialState.COMPLETE, TrialState.PRUNED)
 REDRAWS = 50  # of a configuration that cannot run, or was proposed before
 LEARNED = 40  # of them, before chance alone draws
 STARTUP = 4  # results before TPE draws; the methods' defaults are among them
+WHOLE = 2000  # configurations in all, up to which the surrogate compares every one
+DRAWN = 400  # with more: so many by chance, and
+BEST = 4  # neighbours of so many of the best
+UNLIKELY = 0.1  # what keeps the limits with less than that chance comes last
 
 
 def _seed(*parts: Any) -> int:
@@ -143,7 +150,7 @@ class Study:
 
     def needs_results(self, number: int) -> bool:
         """Whether the proposal of that number depends on earlier results."""
-        return number >= len(self._fixed) and self.spec.search.sampler == "tpe"
+        return number >= len(self._fixed) and self._along
 
     def proposed(self) -> list[tuple[TrialConfig, bool]]:
         """Every configuration proposed so far, with whether its end was told."""
@@ -188,7 +195,11 @@ class Study:
         where there is one.
         """
         first, given = self._fixed[number] if number < len(self._fixed) else (None, {})
-        fresh = first is None and len(self._seen) < sum(count(self.spaces[cell.method]) for cell in self.cells)
+        fresh = first is None and len(self._seen) < self._all
+        if fresh and self.spec.search.sampler == "gp":
+            for cell, knobs in self._most_promising(number):
+                if self._runs(cell, knobs):
+                    return cell, knobs
         fallback = None
         for attempt in range(REDRAWS):
             cell, knobs = self._choose(_Draw(self._study, self._sampler(number, attempt)), first)
@@ -202,6 +213,81 @@ class Study:
                 return cell, knobs
         assert fallback is not None
         return next(self._left(), fallback) if fresh else fallback
+
+    @property
+    def _all(self) -> float:
+        return sum(count(self.spaces[cell.method]) for cell in self.cells)
+
+    def _most_promising(self, number: int) -> list[tuple[Cell, dict[str, Any]]]:
+        """Configurations that were not proposed yet, the one with the largest expected improvement first.
+
+        Where limits were broken, the improvement counts as often as the limits are likely to be kept (Gardner et al.
+        2014). None before anything was told.
+        """
+        trials = self._study.get_trials(deepcopy=False)
+        ended = [trial for trial in trials if trial.state in REPORTED]
+        running = [self._point(t) for t in trials if t.state is TrialState.RUNNING and "config" in t.user_attrs]
+        seed, places = _seed(self.spec.search.seed, number), Places(self.spaces)
+        over = {trial.number: max(trial.constraints.values()) for trial in ended if trial.constraints}
+        values = {trial.number: v for trial in ended if (v := self._values(trial)) is not None}
+        if not values and not over:
+            return []
+        points = {trial.number: self._point(trial) for trial in ended}
+        signs = [1 if o.direction == "max" else -1 for o in self.spec.objectives]
+        worth = dict(zip(values, weighed(list(values.values()), signs, seed), strict=True)) if values else {}
+        good = sorted((n for n in worth if over.get(n, 0) <= 0), key=lambda n: -worth[n])
+        candidates = self._candidates([points[n] for n in (good or list(points))[:BEST]], seed)
+        if not candidates:
+            return []
+        hope = torch.ones(len(candidates), dtype=torch.float64)
+        if good:
+            model = Surrogate(places, [points[n] for n in worth], list(worth.values()), running, seed)
+            hope = model.improvements(candidates, worth[good[0]])
+        if any(excess > 0 for excess in over.values()):
+            kept = [-math.copysign(math.sqrt(abs(excess)), excess) for excess in over.values()]  # finest at the limit
+            chances = Surrogate(places, [points[n] for n in over], kept, running, seed).chances(candidates, 0.0)
+            hope = torch.where(chances >= min(UNLIKELY, chances.max().item()), hope, 0) * chances
+        return [candidates[at] for at in hope.argsort(descending=True, stable=True).tolist()]
+
+    def _values(self, trial: FrozenTrial) -> list[float] | None:
+        """Objectives of a trial; of one that was stopped, those it had until then."""
+        if trial.state is TrialState.COMPLETE:
+            return list(trial.values)
+        known = [trial.user_attrs.get(o.metric) for o in self.spec.objectives]
+        finite = [float(value) for value in known if value is not None and math.isfinite(value)]
+        return finite if len(finite) == len(known) else None
+
+    def _point(self, trial: FrozenTrial) -> tuple[Cell, dict[str, Any]]:
+        """Cell and searched knobs, by what Optuna recorded: trials of an earlier sweep have nothing else."""
+        method = trial.params["method"]
+        networks = trial.params.get(f"{method}.networks")
+        cells = [c for c in self.cells if c.method == method]
+        cell = next(c for c in cells if networks is None or _cell_name(self.spec, c) == networks)
+        knobs = {}
+        for knob, domain in self.spaces[method].items():
+            if (name := f"{method}.{knob}") in trial.params:
+                scale = scale_of(domain)  # whose values Optuna holds as floats, whole numbers too
+                knobs[knob] = scale.nearest(trial.params[name]) if scale is not None else trial.params[name]
+        return cell, knobs
+
+    def _candidates(self, best: list[tuple[Cell, dict[str, Any]]], seed: int) -> list[tuple[Cell, dict[str, Any]]]:
+        if self._all <= WHOLE and not any(
+            isinstance(d, Range) for space in self.spaces.values() for d in space.values()
+        ):
+            drawn = [(cell, knobs) for cell in self.cells for knobs in grid(self.spaces[cell.method], cell.method)]
+        else:
+            dice = random.Random(seed)
+            drawn = []
+            for _ in range(DRAWN):
+                method = dice.choice(self._methods)
+                cell = dice.choice([c for c in self.cells if c.method == method])
+                drawn.append((cell, sample(self.spaces[method], method, Dice(dice.getrandbits(32)))))
+            for cell, knobs in best:
+                space = self.spaces[cell.method]
+                fixed = {knob: value for knob, value in space.items() if not isinstance(value, Range | Choice)}
+                drawn += [(cell, near) for near in neighbours(space, fixed | knobs, dice)]
+        fresh = {key: point for point in drawn if (key := _key(*point)) not in self._seen}
+        return list(fresh.values())
 
     def _runs(self, cell: Cell, knobs: dict[str, Any]) -> bool:
         config = configure(self.spec, TrialConfig("", 0, cell, knobs, 0))
@@ -218,13 +304,13 @@ class Study:
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
         seed = _seed(self.spec.search.seed, number, *([attempt] if attempt else []))
-        if self._along and attempt < LEARNED:
+        if self.spec.search.sampler == "tpe" and attempt < LEARNED:
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
         return optuna.samplers.RandomSampler(seed=seed)
 
     @property
     def _along(self) -> bool:
-        return self.spec.search.sampler == "tpe"
+        return self.spec.search.sampler in ("gp", "tpe")
 
     def _record(self, number: int) -> FrozenTrial:
         storage = self._study._storage
