@@ -333,10 +333,10 @@ def as_table(result: dict[str, Any]) -> str:
     goals = "; ".join(
         f"{GOALS[which]}: {goal['value']:.3f}, by {goal['good']} of them" for which, goal in result["goals"].items()
     )
-    seeds = "mean ± sd over seeds, of random search over orders"
+    spread = "mean ± sd over seeds, of random search over orders"
     return (
-        f"`{result['command']}`: {grid['trials']} configurations{means}; best val {grid['best']:.3f}; {goals}; {seeds}; "
-        f"{result['machine']}; {result['versions']}.\n\n{markdown(head, rows)}"
+        f"`{result['command']}`: {grid['trials']} configurations{means}; best val {grid['best']:.3f}; {goals}; "
+        f"{spread}; {result['machine']}; {result['versions']}.\n\n{markdown(head, rows)}"
     )
 
 
