@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   a first sweep on packaged data: offline after installation, minutes on two cores"
 	@echo "make test         lint, types, tests"
 	@echo "make nightly      the tests that make test leaves out, too"
-	@echo "make bench        every comparison of docs/performance.md, anew: about two and a half hours on two cores"
+	@echo "make bench        every comparison of docs/performance.md, anew: about three hours on two cores"
 
 $(VENV)/.quickstart: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed, and none was found."; exit 1; }
@@ -57,10 +57,12 @@ $(VENV)/.bench: $(VENV)/.test
 	@touch $@
 
 bench: $(VENV)/.bench quickstart
-	@echo "Two and a half hours on two quiet cores; each line can be run alone, and none needs another."
+	@echo "Three hours on two quiet cores; each line can be run alone, and none needs another."
 	$(PY) -m benchmarks.search_cost --storage $(RUNS)
 	$(PY) -m benchmarks.search_cost --storage $(RUNS) --task icons
 	$(PY) -m benchmarks.search_cost --storage $(RUNS) --task icons --repeats 3
+	$(PY) -m benchmarks.search_cost --storage $(RUNS) --task clipart_cnn --repeats 3
+	$(PY) -m benchmarks.search_ranges
 	$(PY) -m benchmarks.views --storage $(RUNS)
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.sweep_against_plain
