@@ -10,11 +10,11 @@ The grid is trained through the product's own trials; what is written down of ea
 its budget and the CPU seconds until then. The best of one seed each may owe it to luck: with `--repeats` a
 configuration scores the mean of that many seeds, and costs what they cost together.
 
-Searches are then replayed against that table, one trial at a time: proposals are the product's (`sweep.study.Study`:
-Optuna), decisions to stop are those of the scheduler that the product hands to Ray Tune (`sweep.tune`), and what a
-trial costs and scores is read from the table. A configuration that is proposed twice costs nothing the second time, in
-every search. A search that misses the goal is counted as a miss, and what it spent is added to the expected cost of
-those that reach it.
+Searches are then replayed against that table, one trial at a time: proposals are the product's (`sweep.study.Study`),
+decisions to stop are those of the scheduler that the product hands to Ray Tune (`sweep.tune`), and what a trial costs
+and scores is read from the table. A configuration that is proposed twice costs nothing the second time, in every
+search; those of the product end when every configuration was proposed. A search that misses the goal is counted as a
+miss, and what it spent is added to the expected cost of those that reach it.
 """
 
 from __future__ import annotations
@@ -212,8 +212,8 @@ def product(sampler: str, scheduler: str) -> Search:
             spec = spec_of(table["task"], Path(folder), sampler, scheduler, seed)
             study = Study(spec, Path(folder), prepared.cells, prepared.spaces, prepared.task.info)
             judge = scheduler_of(SweepContext(spec, folder))
-            seen: set[str] = set()
-            for _ in range(4 * len(table["trials"])):
+            paid: dict[str, float] = {}
+            while len(paid) < len(table["trials"]):
                 config = study.ask()
                 key = key_of(config.cell.method, config.knobs)
                 known = table["trials"][key]
@@ -228,8 +228,8 @@ def product(sampler: str, scheduler: str) -> Search:
                 else:
                     judge.on_trial_complete(None, trial, {"progress": 100, "val_metric": value})  # type: ignore[arg-type]
                 study.tell(config.number, {"status": status, "val_metric": value, "trial_id": config.trial_id})
-                yield (0.0 if key in seen else spent), (value if status == "complete" else float("-inf"))
-                seen.add(key)
+                yield max(0.0, spent - paid.get(key, 0.0)), (value if status == "complete" else float("-inf"))
+                paid[key] = max(spent, paid.get(key, 0.0))
 
     return search
 
@@ -320,6 +320,12 @@ def main() -> None:
         publish(f"search_cost_{options.task}{'_means' if options.repeats > 1 else ''}", result, text)
 
 
+def _seconds(found: dict[str, Any]) -> str:
+    if not found["reached"]:
+        return "never"
+    return f"{found['mean']:.0f}" + (f" ± {found['sd']:.0f}" if found["reached"] == found["seeds"] else "")
+
+
 def as_table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     grid, searches = result["grid"], result["searches"]
@@ -336,18 +342,18 @@ def as_table(result: dict[str, Any]) -> str:
                     search,
                     f"{found['reached']:,} of {found['seeds']:,}",
                     f"{found['median']:.0f}",
-                    f"{mean:.0f} ± {found['sd']:.0f}" if mean else "never",
+                    _seconds(found),
                     f"{100 * mean / grid['seconds']:.0f} %" if mean else "never",
                     f"{100 * mean / chance:.0f} %" if mean else "never",
                 ]
             )
-    head = ["until", "search", "seeds that reach it", "trials, median", "device-seconds"]
+    head = ["until", "search", "seeds that reach it", "trials, median", "expected device-seconds"]
     head += ["of the grid", "of random search"]
     means = f", each the mean of {result['repeats']} seeds" if result["repeats"] > 1 else ""
     goals = "; ".join(
         f"{GOALS[which]}: {goal['value']:.3f}, by {goal['good']} of them" for which, goal in result["goals"].items()
     )
-    spread = "mean ± sd over seeds, of random search over orders"
+    spread = "expected: mean ± sd over seeds (of random search, orders), or what all spend for each that reaches it"
     return (
         f"`{result['command']}`: {grid['trials']} configurations{means}; best val {grid['best']:.3f}; {goals}; "
         f"{spread}; {result['machine']}; {result['versions']}.\n\n{markdown(head, rows)}"

@@ -1,12 +1,14 @@
 """The searches on spaces with ranges, which no grid can hold: six methods' own spaces on made-up landscapes.
 
-    python -m benchmarks.search_ranges                # 3 minutes, one core
+    python -m benchmarks.search_ranges                # 10 minutes, one core
     python -m benchmarks.search_ranges --landscapes 2 --dry
 
-A landscape is drawn from a seed: a height for each method; for each range a parabola whose peak and depth differ a
-little from method to method where these share the knob's name, deepest for the rate of learning; for each choice a step
-to each value. What is told to the search has noise, what is compared has none. All searches go over the same
-landscapes, so that differences are in pairs. Nothing is trained: this says how searches learn, not how students do.
+A landscape is drawn from a seed: a height for each method; for each range a parabola, deepest for the rate of learning;
+for each choice a step to each value. Where methods share a knob's name, its parabola is alike in all of them, which is
+what the process over all methods is made for; in other landscapes it is drawn anew for each method. What is told to the
+search has noise, what is compared has none. All searches go over the same landscapes, so that differences are in pairs.
+Searches here begin with the methods' defaults, the script does not. Nothing is trained: this says how searches learn,
+not how students do.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ SEARCHES = {
     "tpe": "here, `sampler: tpe`",
     "gp": "here by default: a process over all methods",
 }
+KINDS = {"alike in all methods": True, "each method's own": False}
 AFTER = (12, 24, 48)
 NOISE = 0.05
 
@@ -57,7 +60,7 @@ def spec_of(folder: Path, sampler: str, seed: int) -> Any:
 class Landscape:
     """What a configuration is worth, without noise; see the module's docstring."""
 
-    def __init__(self, spaces: dict[str, dict[str, Any]], seed: int) -> None:
+    def __init__(self, spaces: dict[str, dict[str, Any]], seed: int, alike: bool) -> None:
         dice = np.random.default_rng(seed)
         self.heights = {method: 0.6 * dice.normal() for method in spaces}
         self.shapes: dict[tuple[str, str], tuple[Any, Any]] = {}
@@ -65,7 +68,8 @@ class Landscape:
         for method, space in spaces.items():
             for knob, domain in space.items():
                 depth = 12.0 if knob == "lr" else 3.2
-                peak, deep = common.setdefault(knob, (dice.uniform(0.1, 0.9), depth * abs(dice.normal())))
+                drawn = (dice.uniform(0.1, 0.9), depth * abs(dice.normal()))
+                peak, deep = common.setdefault(knob, drawn) if alike else drawn
                 if isinstance(domain, Range):
                     own = float(np.clip(peak + 0.12 * dice.normal(), 0, 1)), deep * math.exp(0.3 * dice.normal())
                     self.shapes[method, knob] = (domain, own)
@@ -86,11 +90,11 @@ class Landscape:
         return worth
 
 
-def best_after(prepared: Any, sampler: str, seed: int) -> list[float]:
+def best_after(prepared: Any, sampler: str, seed: int, alike: bool) -> list[float]:
     """The best that a search has tried after each of `AFTER` trials."""
     from orchestrator.sweep.study import Study
 
-    land, noise = Landscape(prepared.spaces, seed), np.random.default_rng(1000 + seed)
+    land, noise = Landscape(prepared.spaces, seed, alike), np.random.default_rng(1000 + seed)
     tried: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         spec = spec_of(Path(name), "random" if sampler == PLAIN else sampler, seed)
@@ -118,7 +122,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         prepared = prepare(spec_of(Path(name), "random", 0), dry=True)
-    found = {s: [best_after(prepared, s, seed) for seed in range(options.landscapes)] for s in SEARCHES}
+    found = {
+        kind: {s: [best_after(prepared, s, seed, alike) for seed in range(options.landscapes)] for s in SEARCHES}
+        for kind, alike in KINDS.items()
+    }
     result = {
         "command": command_of(MARK, parser, options),
         "machine": machine(1),
@@ -138,14 +145,16 @@ def table(result: dict[str, Any]) -> str:
         return f"{statistics.fmean(values):+.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
 
     rows = []
-    for sampler, label in SEARCHES.items():
-        pairs = list(zip(result["best"][sampler], result["best"]["random"], strict=True))
-        rows.append([label, *(told([own[at] - chance[at] for own, chance in pairs]) for at in range(len(AFTER)))])
-    head = ["search", *(f"after {trials} trials" for trials in result["after"])]
-    count = len(result["best"]["random"])
-    told_of = f"the best trial so far, less random search's; mean and its standard error over {count} landscapes"
-    facts = f"`{result['command']}`: {told_of}; {result['machine']}; {result['versions']}."
-    return f"{facts}\n\n{markdown(head, rows[1:])}"
+    for kind, best in result["best"].items():
+        for sampler, label in SEARCHES.items():
+            pairs = list(zip(best[sampler], best["random"], strict=True))
+            if sampler != "random":
+                means = [told([own[at] - chance[at] for own, chance in pairs]) for at in range(len(AFTER))]
+                rows.append([kind, label, *means])
+    head = ["parabolas", "search", *(f"after {trials} trials" for trials in result["after"])]
+    what = f"the best trial so far, less random search's; mean and its standard error over {len(pairs)} landscapes"
+    facts = f"`{result['command']}`: {what}; {result['machine']}; {result['versions']}."
+    return f"{facts}\n\n{markdown(head, rows)}"
 
 
 if __name__ == "__main__":

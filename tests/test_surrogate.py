@@ -139,6 +139,31 @@ def test_chances_are_told_in_the_scores_own_units() -> None:
     assert high < 0.05
 
 
+def test_a_limit_that_a_minority_breaks_is_not_taken_for_kept() -> None:
+    """Fifteen results of one student keep it by the same half, five of another break it by the same third."""
+    space: dict[str, dict[str, Any]] = {"a": {"x": Range(low=0, high=1)}}
+    small, large = Cell("a", 0, 0), Cell("a", 0, 1)
+    told = [(small, {"x": i / 15}) for i in range(15)] + [(large, {"x": i / 5}) for i in range(5)]
+    model = Surrogate(Places(space), told, [0.5] * 15 + [-0.3] * 5, [], seed=0)
+    again, other = model.chances([(large, {"x": 0.5}), (small, {"x": 0.5})], 0.0).tolist()
+    assert again < 0.1
+    assert other > 0.9
+
+
+def test_a_choice_of_zero_beside_ratios_does_not_bring_the_others_together() -> None:
+    places = Places({"a": {"decay": Choice(values=(0.0, 1e-4, 1e-3, 1e-2))}})
+    rows = places([(A, {"decay": value}) for value in (0.0, 1e-4, 1e-3, 1e-2)])
+    torch.testing.assert_close(rows[:, 3], torch.tensor([0, 1, 2, 3], dtype=torch.float64) / 3)
+
+
+def test_chance_draws_whole_numbers_by_ratios_where_the_range_says_so() -> None:
+    dice = Dice(0)
+    drawn = [dice.suggest_int("rank", 1, 1024, log=True) for _ in range(2000)]
+    assert min(drawn) == 1
+    assert max(drawn) == 1024
+    assert 0.4 < sum(rank <= 32 for rank in drawn) / 2000 < 0.6
+
+
 def test_every_part_of_a_front_is_sought_by_some_weighing() -> None:
     """Three results that nothing dominates, and one that all dominate; accuracy up, latency down."""
     values = [[0.9, 30.0], [0.8, 12.0], [0.5, 3.0], [0.4, 31.0]]
@@ -203,6 +228,55 @@ def test_the_search_finds_a_lone_best_in_a_third_of_what_chance_takes(
         assert statistics.fmean(taken) <= 8
     else:
         assert statistics.fmean(taken) > 8
+
+
+def test_a_method_that_always_fails_is_left_alone(colours: Path, tmp_path: Path) -> None:
+    """Of the proposals after the defaults few are the failing method's, although nothing is known of its worth."""
+    methods = {
+        "kd": {"lr": {"low": 1e-4, "high": 1e-1, "log": True}},
+        "finetune": {"lr": {"low": 1e-4, "high": 1e-1, "log": True}},
+        "fitnet": {"lr": {"low": 1e-4, "high": 1e-1, "log": True}},
+    }
+    spec = small_spec(colours, tmp_path, methods=methods, search={"trials": 40})
+    prepared = prepare(spec)
+    (folder := tmp_path / "s").mkdir()
+    study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
+    seen = []
+    for number in range(30):
+        config = study.ask()
+        seen.append(config.cell.method)
+        value = 0.5 - 0.1 * abs(math.log10(config.knobs["lr"] / 1e-2)) - 0.1 * (config.cell.method == "kd")
+        row = {"reason": "", "status": "failed" if config.cell.method == "fitnet" else "complete", "val_metric": value}
+        study.tell(number, row)
+    assert seen[3:].count("fitnet") <= 5
+    assert seen[15:].count("finetune") > seen[15:].count("kd")
+
+
+def test_what_is_not_searched_any_more_is_not_learned_from(colours: Path, tmp_path: Path) -> None:
+    """A sweep that is continued after its method has one more knob: its earlier trials lack it."""
+    spec = small_spec(colours, tmp_path, methods={"kd": {"lr": [1e-3, 1e-2, 1e-1]}}, search={"trials": 9})
+    prepared = prepare(spec)
+    (folder := tmp_path / "s").mkdir()
+    study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
+    study.ask()
+    study.tell(0, {"status": "complete", "reason": "", "val_metric": 0.5})
+    spaces = {"kd": {**prepared.spaces["kd"], "weight": Choice(values=(0.5, 0.9))}}
+    again = Study(spec, folder, prepared.cells, spaces, prepared.task.info)
+    assert "weight" in again.ask().knobs
+
+
+def test_a_stopped_trial_is_not_told_the_zeros_of_its_row(colours: Path, tmp_path: Path) -> None:
+    spec = small_spec(colours, tmp_path, objectives=["val_metric", "flops"], limits={"params_total": 1e6})
+    prepared = prepare(spec)
+    (folder := tmp_path / "s").mkdir()
+    study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
+    study.ask()
+    study.tell(0, {"status": "pruned", "reason": "", "val_metric": 0.2, "flops": 0, "params_total": 0})
+    trial = study._study.trials[0]
+    assert trial.user_attrs["val_metric"] == 0.2
+    assert trial.user_attrs["flops"] is None
+    assert trial.constraints == {}
+    assert study._values(trial) is None
 
 
 def json_key(method: str, knobs: dict[str, Any]) -> str:

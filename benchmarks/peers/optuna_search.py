@@ -1,7 +1,7 @@
 """The search as a plain Optuna script has it: TPE over one space in which a method's knobs depend on the method.
 
-Multivariate and by groups, which is what Optuna has for such spaces (and does better here than its default, one knob at
-a time). Numbers to choose from are categories, as scripts write them.
+Multivariate and by groups, which is what Optuna has for such spaces. Numbers to choose from are categories, as scripts
+write them.
 """
 
 from __future__ import annotations

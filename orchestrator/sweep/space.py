@@ -197,7 +197,7 @@ def grid(space: Space, method: str) -> Iterator[dict[str, Any]]:
         if isinstance(domain, Range):
             raise UserError(
                 f"methods.{method}.{knob}: search.sampler grid needs a list or a fixed value, and this is the range "
-                f"{domain.low:g} to {domain.high:g}; list its values, or use tpe or random."
+                f"{domain.low:g} to {domain.high:g}; list its values, or use gp, tpe or random."
             )
     axes = [list(d.values) if isinstance(d, Choice) else [d] for d in space.values()]
     for values in itertools.product(*axes):
@@ -219,6 +219,8 @@ class Dice:
         return self._random.uniform(low, high)
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        if log:
+            return min(max(round(self.suggest_float(name, low - 0.5, high + 0.5, log=True)), low), high)
         return self._random.randint(low, high)
 
 

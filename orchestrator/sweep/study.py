@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from methods.knobs import Choice, Range
 from orchestrator.spec import METRICS, SweepSpec
 from orchestrator.sweep.earlier import earlier, first_trials, trials_in_all
-from orchestrator.sweep.space import Dice, Space, Suggests, count, grid, neighbours, sample, scale_of
+from orchestrator.sweep.proposals import Told, key_of, most_promising
+from orchestrator.sweep.space import Space, Suggests, count, grid, sample, scale_of
 from orchestrator.sweep.study_storage import Result, StudyPlace
-from orchestrator.sweep.surrogate import Places, Surrogate, weighed
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -29,10 +27,6 @@ REPORTED = (TrialState.COMPLETE, TrialState.PRUNED)
 REDRAWS = 50  # of a configuration that cannot run, or was proposed before
 LEARNED = 40  # of them, before chance alone draws
 STARTUP = 4  # results before TPE draws; the methods' defaults are among them
-WHOLE = 2000  # configurations in all, up to which the surrogate compares every one
-DRAWN = 400  # with more: so many by chance, and
-BEST = 4  # neighbours of so many of the best
-UNLIKELY = 0.1  # what keeps the limits with less than that chance comes last
 
 
 def _seed(*parts: Any) -> int:
@@ -43,9 +37,9 @@ class Study:
     """Proposes configurations and hears how they ended. Opening the same folder again continues where it stopped.
 
     The sampler is built anew for each proposal with a seed from the sweep's seed and the proposal's number: proposals
-    depend on nothing but the results told so far, and continuing does not replay old draws. A proposal that a killed
-    driver left half made is void: Optuna hears that it failed, and its number is proposed again. So our numbers have no
-    holes, and may differ from Optuna's.
+    depend on nothing but the results told so far and on what runs, and continuing does not replay old draws. A proposal
+    that a killed driver left half made is void: Optuna hears that it failed, and its number is proposed again. So our
+    numbers have no holes, and may differ from Optuna's.
 
     Of numbers to choose from, TPE is told their places along a line (`Scale`), so that it learns from neighbours; what
     it then proposes, and Optuna records, is one of them. No configuration is proposed twice while there are others.
@@ -72,6 +66,7 @@ class Study:
         self.spec, self.cells, self.spaces, self.task = spec, cells, spaces, task
         self._place = StudyPlace(spec, folder, sole)
         self._whole: list[tuple[TrialConfig, int]] = []  # what was proposed whole, with Optuna's number of it
+        self._points: dict[int, tuple[Cell, dict[str, Any]]] = {}  # by Optuna's number, as the surrogate takes them
         self._patiently(self._open)
         self._fixed = first_trials(spec, cells, spaces)
         if spec.search.warm_start is not None:
@@ -83,7 +78,7 @@ class Study:
         self._waits = any(trial.state is TrialState.WAITING for trial in trials)  # a dead driver's proposal
         whole = [trial for trial in trials if "config" in trial.user_attrs]
         self._whole = [(TrialConfig.from_json(trial.user_attrs["config"]), trial.number) for trial in whole]
-        self._seen = {_key(config.cell, config.knobs) for config, _ in self._whole}
+        self._seen = {key_of(config.cell, config.knobs) for config, _ in self._whole}
         for trial in trials:
             if trial.state is TrialState.RUNNING and "config" not in trial.user_attrs:
                 self._study.tell(trial.number, state=TrialState.FAIL)
@@ -178,17 +173,17 @@ class Study:
             self._study.enqueue_trial(self._parameters(*self._drawn(number)))
         trial = self._study.ask()
         self._waits = False
-        config = TrialConfig(f"t{number:04d}", number, *self._choose(trial), self.spec.search.seed)
+        config = TrialConfig(f"t{number:04d}", number, *self._choose(trial, None, self._along), self.spec.search.seed)
         trial.set_user_attr("config", config.to_json())
         self._whole.append((config, trial.number))
-        self._seen.add(_key(config.cell, config.knobs))
+        self._seen.add(key_of(config.cell, config.knobs))
         return config
 
-    def _choose(self, trial: Suggests, cell: Cell | None = None) -> tuple[Cell, dict[str, Any]]:
+    def _choose(self, trial: Suggests, cell: Cell | None, along: bool) -> tuple[Cell, dict[str, Any]]:
         if cell is None:
             method = trial.suggest_categorical("method", self._methods)
             cell = self._cell(trial, method, [c for c in self.cells if c.method == method])
-        return cell, sample(self.spaces[cell.method], cell.method, trial, self._along)
+        return cell, sample(self.spaces[cell.method], cell.method, trial, along)
 
     def _drawn(self, number: int) -> tuple[Cell, dict[str, Any]]:
         """The configuration of that number, by what was told until now: one that can run and was not proposed before,
@@ -197,17 +192,20 @@ class Study:
         first, given = self._fixed[number] if number < len(self._fixed) else (None, {})
         fresh = first is None and len(self._seen) < self._all
         if fresh and self.spec.search.sampler == "gp":
-            for cell, knobs in self._most_promising(number):
+            signs = [1 if o.direction == "max" else -1 for o in self.spec.objectives]
+            seed = _seed(self.spec.search.seed, number)
+            for cell, knobs in most_promising(self._told(), self.cells, self.spaces, self._seen, signs, seed):
                 if self._runs(cell, knobs):
                     return cell, knobs
         fallback = None
         for attempt in range(REDRAWS):
-            cell, knobs = self._choose(_Draw(self._study, self._sampler(number, attempt)), first)
+            draw = _Draw(self._study, self._sampler(number, attempt))
+            cell, knobs = self._choose(draw, first, self.spec.search.sampler == "tpe")
             if attempt < LEARNED:
                 knobs |= given
             if not self._runs(cell, knobs):
                 fallback = fallback or (cell, knobs)
-            elif fresh and _key(cell, knobs) in self._seen:
+            elif fresh and key_of(cell, knobs) in self._seen:
                 fallback = (cell, knobs)
             else:
                 return cell, knobs
@@ -218,76 +216,53 @@ class Study:
     def _all(self) -> float:
         return sum(count(self.spaces[cell.method]) for cell in self.cells)
 
-    def _most_promising(self, number: int) -> list[tuple[Cell, dict[str, Any]]]:
-        """Configurations that were not proposed yet, the one with the largest expected improvement first.
-
-        Where limits were broken, the improvement counts as often as the limits are likely to be kept (Gardner et al.
-        2014). None before anything was told.
-        """
-        trials = self._study.get_trials(deepcopy=False)
-        ended = [trial for trial in trials if trial.state in REPORTED]
-        running = [self._point(t) for t in trials if t.state is TrialState.RUNNING and "config" in t.user_attrs]
-        seed, places = _seed(self.spec.search.seed, number), Places(self.spaces)
-        over = {trial.number: max(trial.constraints.values()) for trial in ended if trial.constraints}
-        values = {trial.number: v for trial in ended if (v := self._values(trial)) is not None}
-        if not values and not over:
-            return []
-        points = {trial.number: self._point(trial) for trial in ended}
-        signs = [1 if o.direction == "max" else -1 for o in self.spec.objectives]
-        worth = dict(zip(values, weighed(list(values.values()), signs, seed), strict=True)) if values else {}
-        good = sorted((n for n in worth if over.get(n, 0) <= 0), key=lambda n: -worth[n])
-        candidates = self._candidates([points[n] for n in (good or list(points))[:BEST]], seed)
-        if not candidates:
-            return []
-        hope = torch.ones(len(candidates), dtype=torch.float64)
-        if good:
-            model = Surrogate(places, [points[n] for n in worth], list(worth.values()), running, seed)
-            hope = model.improvements(candidates, worth[good[0]])
-        if any(excess > 0 for excess in over.values()):
-            kept = [-math.copysign(math.sqrt(abs(excess)), excess) for excess in over.values()]  # finest at the limit
-            chances = Surrogate(places, [points[n] for n in over], kept, running, seed).chances(candidates, 0.0)
-            hope = torch.where(chances >= min(UNLIKELY, chances.max().item()), hope, 0) * chances
-        return [candidates[at] for at in hope.argsort(descending=True, stable=True).tolist()]
+    def _told(self) -> list[Told]:
+        found = []
+        for trial in self._study.get_trials(deepcopy=False):
+            point = self._point(trial)
+            if point is not None:
+                over = max(trial.constraints.values(), default=None) if trial.state in REPORTED else None
+                found.append(Told(point, self._values(trial), over, trial.state is TrialState.RUNNING))
+        return found
 
     def _values(self, trial: FrozenTrial) -> list[float] | None:
         """Objectives of a trial; of one that was stopped, those it had until then."""
         if trial.state is TrialState.COMPLETE:
             return list(trial.values)
+        if trial.state is not TrialState.PRUNED:
+            return None
         known = [trial.user_attrs.get(o.metric) for o in self.spec.objectives]
         finite = [float(value) for value in known if value is not None and math.isfinite(value)]
         return finite if len(finite) == len(known) else None
 
-    def _point(self, trial: FrozenTrial) -> tuple[Cell, dict[str, Any]]:
-        """Cell and searched knobs, by what Optuna recorded: trials of an earlier sweep have nothing else."""
-        method = trial.params["method"]
-        networks = trial.params.get(f"{method}.networks")
-        cells = [c for c in self.cells if c.method == method]
-        cell = next(c for c in cells if networks is None or _cell_name(self.spec, c) == networks)
-        knobs = {}
-        for knob, domain in self.spaces[method].items():
-            if (name := f"{method}.{knob}") in trial.params:
-                scale = scale_of(domain)  # whose values Optuna holds as floats, whole numbers too
-                knobs[knob] = scale.nearest(trial.params[name]) if scale is not None else trial.params[name]
-        return cell, knobs
+    def _point(self, trial: FrozenTrial) -> tuple[Cell, dict[str, Any]] | None:
+        """Cell and searched knobs; None of a proposal that was broken off, and of what is not searched any more."""
+        if trial.number not in self._points:
+            point = self._read(trial)
+            if point is None:
+                return None
+            self._points[trial.number] = point
+        return self._points[trial.number]
 
-    def _candidates(self, best: list[tuple[Cell, dict[str, Any]]], seed: int) -> list[tuple[Cell, dict[str, Any]]]:
-        if self._all <= WHOLE and not any(
-            isinstance(d, Range) for space in self.spaces.values() for d in space.values()
-        ):
-            drawn = [(cell, knobs) for cell in self.cells for knobs in grid(self.spaces[cell.method], cell.method)]
+    def _read(self, trial: FrozenTrial) -> tuple[Cell, dict[str, Any]] | None:
+        if "config" in trial.user_attrs:
+            config = TrialConfig.from_json(trial.user_attrs["config"])
+            cell, knobs = config.cell, config.knobs
+        elif "earlier" in trial.user_attrs:  # what Optuna recorded is all there is of an earlier sweep's
+            method = trial.params["method"]
+            networks = trial.params.get(f"{method}.networks")
+            cells = [c for c in self.cells if c.method == method and networks in (None, _cell_name(self.spec, c))]
+            if not cells:
+                return None
+            cell, knobs = cells[0], {}
+            for knob, domain in self.spaces[method].items():
+                if (name := f"{method}.{knob}") in trial.params:
+                    scale = scale_of(domain)  # whose values Optuna holds as floats, whole numbers too
+                    knobs[knob] = scale.nearest(trial.params[name]) if scale is not None else trial.params[name]
         else:
-            dice = random.Random(seed)
-            drawn = []
-            for _ in range(DRAWN):
-                method = dice.choice(self._methods)
-                cell = dice.choice([c for c in self.cells if c.method == method])
-                drawn.append((cell, sample(self.spaces[method], method, Dice(dice.getrandbits(32)))))
-            for cell, knobs in best:
-                space = self.spaces[cell.method]
-                fixed = {knob: value for knob, value in space.items() if not isinstance(value, Range | Choice)}
-                drawn += [(cell, near) for near in neighbours(space, fixed | knobs, dice)]
-        fresh = {key: point for point in drawn if (key := _key(*point)) not in self._seen}
-        return list(fresh.values())
+            return None
+        searched = {knob for knob, d in self.spaces.get(cell.method, {}).items() if isinstance(d, Range | Choice)}
+        return (cell, {k: knobs[k] for k in searched}) if cell in self.cells and searched <= knobs.keys() else None
 
     def _runs(self, cell: Cell, knobs: dict[str, Any]) -> bool:
         config = configure(self.spec, TrialConfig("", 0, cell, knobs, 0))
@@ -299,7 +274,7 @@ class Study:
             space = self.spaces[cell.method]
             if not any(isinstance(domain, Range) for domain in space.values()):
                 for knobs in grid(space, cell.method):
-                    if _key(cell, knobs) not in self._seen and self._runs(cell, knobs):
+                    if key_of(cell, knobs) not in self._seen and self._runs(cell, knobs):
                         yield cell, knobs
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
@@ -341,6 +316,8 @@ class Study:
         frozen = self._record(self._whole[number][1])
         if frozen.state.is_finished():
             return
+        if row["status"] == "pruned":  # its network and costs are not known, and stand as zeros in its row
+            row = {key: row.get(key) for key in ("status", "reason", "trial_id", "val_metric")}
         values = [float(row.get(o.metric, float("nan"))) for o in self.spec.objectives]
         known = all(math.isfinite(v) for v in values)
         state = STATES.get(row["status"], TrialState.FAIL)
@@ -357,10 +334,6 @@ class Study:
         for metric in (*METRICS, *(m for m in self.spec.latencies if m not in METRICS)):
             storage.set_trial_user_attr(trial_id, metric, json.loads(json.dumps(row.get(metric))))
         self._study.tell(frozen.number, values if state is TrialState.COMPLETE else None, state=state)
-
-
-def _key(cell: Cell, knobs: dict[str, Any]) -> str:
-    return json.dumps([cell.method, cell.teacher, cell.student, sorted(knobs.items())])
 
 
 class _Draw:

@@ -31,7 +31,8 @@ from orchestrator.trial.plan import Cell
 DRAWS = 32  # of the kernel's variances and lengths
 KEPT = 8  # likeliest draws that candidates are compared under
 MOST = 160  # results that are looked at: a proposal's time does not grow with the sweep
-LOWEST = 2.0  # deviations below the median: how bad a bad result was teaches nothing
+LOWEST = 2.0  # `Surrogate.lowest` of a val metric
+ZERO = 10.0  # a choice of 0 beside ratios lies as far below the next as this ratio
 
 Point = tuple[Cell, Mapping[str, Any]]
 
@@ -47,7 +48,7 @@ class Line:
     def place(self, value: float) -> float:
         """Where a number lies."""
         if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
@@ -105,7 +106,12 @@ def _ends(domain: Range | Choice) -> tuple[float, float, bool] | None:
     if isinstance(domain, Range):
         return domain.low, domain.high, domain.log
     scale = scale_of(domain)
-    return (scale.values[0], scale.values[-1], scale.log) if scale is not None else None
+    if scale is None:
+        return None
+    above = scale_of(Choice(values=scale.values[1:])) if scale.values[0] == 0 else None
+    if above is not None and above.log:
+        return above.values[0] / ZERO, above.values[-1], True
+    return scale.values[0], scale.values[-1], scale.log
 
 
 def _line(domains: Sequence[Range | Choice]) -> Line:
@@ -124,10 +130,18 @@ class Surrogate:
         running: configurations whose scores are not known yet: near them nothing is uncertain any more (Desautels et
             al. 2014), so that trials at a time do not crowd.
         seed: of the draws.
+        lowest: robust deviations below the median at which scores end, so that how bad a bad one was teaches nothing;
+            infinite: every score counts.
     """
 
     def __init__(
-        self, places: Places, told: Sequence[Point], scores: Sequence[float], running: Sequence[Point], seed: int
+        self,
+        places: Places,
+        told: Sequence[Point],
+        scores: Sequence[float],
+        running: Sequence[Point],
+        seed: int,
+        lowest: float = math.inf,
     ) -> None:
         self._places = places
         self._dice = torch.Generator().manual_seed(seed)
@@ -137,7 +151,7 @@ class Surrogate:
         self._deviation = given[kept].std(correction=0).item() + 1e-9
         z = (given[kept] - self._mean) / self._deviation
         middle = z.median()
-        self._z = z.clamp_min(middle - LOWEST * (1.48 * (z - middle).abs().median() + 0.3))
+        self._z = z.clamp_min((middle - lowest * (1.48 * (z - middle).abs().median() + 0.3)).item())
         self._rows = places([told[int(i)] for i in kept] + list(running)[-MOST:])
         self._draw()
 
@@ -157,7 +171,7 @@ class Surrogate:
         noise = self._lognormal(0.03, 1.0)
         n = len(self._z)
         apart = self._places.apart(self._rows, self._rows)
-        covariance = torch.stack([self._kernel(apart, draw) for draw in range(DRAWS)])
+        covariance = self._kernels(apart, range(DRAWS))
         covariance.diagonal(dim1=1, dim2=2).add_(noise[:, None])
         # The first n rows of the whole's factor are the factor of what was told, so both come from one.
         factor = torch.linalg.cholesky(covariance)
@@ -170,15 +184,20 @@ class Surrogate:
         self._weights = torch.softmax(best.values, 0)
         self._factor, self._solved = factor, torch.cholesky_solve(centred, told)
 
-    def _kernel(self, apart: Tensor, draw: int) -> Tensor:
+    def _kernels(self, apart: Tensor, draws: Sequence[int]) -> Tensor:
+        """Covariances [draws, n, m] under some draws, of squared distances [n, m, columns]."""
         same = 1 - apart[..., :3]
-        covariance = same @ self._v[draw]
-        for column, common in enumerate(self._places.common):
-            if common:
-                near = torch.exp(-0.5 * apart[..., 3 + column] / self._l_knob[draw, column] ** 2)
-                covariance += self._v_knob[draw, column] * near.nan_to_num(0)
-        within = (apart[..., 1:].nan_to_num(0) @ self._l[draw, 1:] ** -2).mul_(-0.5).exp_()
-        return covariance + self._v_within[draw] * same[..., 0] * within
+        shared = [at for at, common in enumerate(self._places.common) if common]
+        near = [apart[..., 3 + at].nan_to_num(math.inf) for at in shared]  # no knob in common: nothing in common
+        inside = apart[..., 1:].nan_to_num(0)  # counts within a method alone, whose trials have the same knobs
+        found = []
+        for draw in draws:
+            covariance = same @ self._v[draw]
+            for at, square in zip(shared, near, strict=True):
+                covariance += self._v_knob[draw, at] * torch.exp(-0.5 / self._l_knob[draw, at] ** 2 * square)
+            within = (inside @ self._l[draw, 1:] ** -2).mul_(-0.5).exp_()
+            found.append(covariance + self._v_within[draw] * same[..., 0] * within)
+        return torch.stack(found)
 
     def improvements(self, candidates: Sequence[Point], best: float) -> Tensor:
         """[m] expected improvement over a score."""
@@ -201,8 +220,8 @@ class Surrogate:
         rows = self._places(candidates)
         apart = self._places.apart(rows, self._rows)
         present = (~rows[:, 3:].isnan() & torch.tensor(self._places.common, dtype=torch.bool)).double()
-        for weight, draw in zip(self._weights, self._likeliest, strict=True):
-            across = self._kernel(apart, draw)
+        kernels = self._kernels(apart, self._likeliest)
+        for weight, draw, across in zip(self._weights, self._likeliest, kernels, strict=True):
             mean = self._z.mean() + across[:, : len(self._z)] @ self._solved[draw, :, 0]
             prior = self._v[draw].sum() + self._v_within[draw] + present @ self._v_knob[draw]
             known = torch.linalg.solve_triangular(self._factor[draw], across.T, upper=False).square().sum(0)
@@ -222,6 +241,8 @@ def weighed(values: Sequence[Sequence[float]], signs: Sequence[int], seed: int) 
         signs: of each objective: 1 for more is better, -1 for less.
         seed: of the weights.
     """
+    if not values:
+        return []
     table = np.array(values, dtype=float) * np.array(signs)
     if len(signs) == 1:
         return [float(value) for value in table[:, 0]]
