@@ -61,6 +61,7 @@ bench: $(VENV)/.bench quickstart
 	$(PY) -m benchmarks.search_cost --storage $(RUNS)
 	$(PY) -m benchmarks.search_cost --storage $(RUNS) --task icons
 	$(PY) -m benchmarks.search_cost --storage $(RUNS) --task icons --repeats 3
+	$(PY) -m benchmarks.search_cost --storage $(RUNS) --task clipart_cnn
 	$(PY) -m benchmarks.search_cost --storage $(RUNS) --task clipart_cnn --repeats 3
 	$(PY) -m benchmarks.search_ranges
 	$(PY) -m benchmarks.views --storage $(RUNS)

@@ -254,6 +254,14 @@ def test_view_0_is_the_central_square_as_it_is(size, square):
     assert torch.equal(render(image, parameters, side, "bicubic"), image[:, top : top + side, left : left + side])
 
 
+def test_a_view_is_what_it_always_was():
+    """Its address says nothing of the code that draws it: other numbers would mix with those that stores hold."""
+    assert draw(Policy(0.35, 0.2), "id", (40, 56), 3).tolist() == pytest.approx(
+        [5, 4, 26, 31, 0, 0.8797004222869873, 1.1404767036437988, 1.0283833742141724], rel=1e-7
+    )
+    assert draw(Policy(0.35, 0.0), "id", (40, 56), 3).tolist() == [2, 16, 37, 29, 1, 1, 1, 1]
+
+
 def test_parameters_depend_on_the_image_the_view_and_the_policy_alone():
     drawn = draw(POLICY, "id", (40, 56), 3)
     assert np.array_equal(drawn, draw(POLICY, "id", (40, 56), 3))

@@ -30,7 +30,7 @@ from orchestrator.trial.plan import Cell
 
 DRAWS = 32  # of the kernel's variances and lengths
 KEPT = 8  # likeliest draws that candidates are compared under
-MOST = 160  # results that are looked at: a proposal's time does not grow with the sweep
+MOST = 100  # results that are looked at: a proposal's time does not grow with the sweep
 LOWEST = 2.0  # `Surrogate.lowest` of a val metric
 ZERO = 10.0  # a choice of 0 beside ratios lies as far below the next as this ratio
 
