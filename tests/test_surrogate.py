@@ -16,6 +16,7 @@ from small import small_spec
 
 from methods.knobs import Choice, Range
 from orchestrator.sweep import surrogate
+from orchestrator.sweep.proposals import Told, key_of, most_promising
 from orchestrator.sweep.run import prepare
 from orchestrator.sweep.space import Dice, grid, neighbours, sample
 from orchestrator.sweep.study import Study
@@ -60,9 +61,11 @@ def test_improvements_are_those_of_a_plain_gaussian_process(monkeypatch: pytest.
         (A, {"lr": 1e-2, "loss": "l2"}),
         (B, {"lr": 1e-3, "depth": 4}),
         (B, {"lr": 1e-5, "depth": 1}),
+        (B, {"lr": 1e-2, "depth": 2}),
     ]
+    worth = [0.30, 0.33, 0.31, 0.32, -9.0]  # the last one's badness is cut off
     running = [(A, {"lr": 1e-1, "loss": "l1"})]
-    model = Surrogate(Places(SPACES), told, [0.3, 0.5, 0.4, 0.35], running, seed=3)
+    model = Surrogate(Places(SPACES), told, worth, running, seed=3, lowest=2.0)
     candidates = [(A, {"lr": 1e-2, "loss": "l1"}), (B, {"lr": 5e-3, "depth": 5}), (A, {"lr": 1e-1, "loss": "l1"})]
     places = Places(SPACES)
     rows = places([*told, *running, *candidates]).numpy()
@@ -82,17 +85,20 @@ def test_improvements_are_those_of_a_plain_gaussian_process(monkeypatch: pytest.
     gram = np.array([[k(x, y) for y in rows] for x in rows])
     noise = float(model._factor[0].square().sum(1)[0]) - gram[0, 0]
     assert noise > 0
-    z = np.array([0.3, 0.5, 0.4, 0.35])
+    z = np.array(worth)
     unit = z.std()
     z = (z - z.mean()) / unit
-    middle = np.sort(z)[1]  # the lower one of the two in the middle, as torch's median
-    z = np.maximum(z, middle - 2 * (1.48 * np.sort(np.abs(z - middle))[1] + 0.3))
-    for number, got in enumerate(model.improvements(candidates, 0.5).tolist()):
-        across = gram[5 + number, :5]
-        mean = z.mean() + across[:4] @ np.linalg.inv(gram[:4, :4] + noise * np.eye(4)) @ (z - z.mean())
-        inverse = np.linalg.inv(gram[:5, :5] + noise * np.eye(5))
-        sd = math.sqrt(gram[5 + number, 5 + number] - across @ inverse @ across)
-        above = (mean - z.max()) / sd
+    best = z.max()
+    cut = np.median(z) - 2 * (1.48 * np.median(np.abs(z - np.median(z))) + 0.3)
+    assert z[-1] < cut < z[:-1].min()
+    z = np.maximum(z, cut)
+    n = len(told)
+    for number, got in enumerate(model.improvements(candidates, 0.33).tolist()):
+        across = gram[n + 1 + number, : n + 1]
+        mean = z.mean() + across[:n] @ np.linalg.inv(gram[:n, :n] + noise * np.eye(n)) @ (z - z.mean())
+        inverse = np.linalg.inv(gram[: n + 1, : n + 1] + noise * np.eye(n + 1))
+        sd = math.sqrt(gram[n + 1 + number, n + 1 + number] - across @ inverse @ across)
+        above = (mean - best) / sd
         assert got == pytest.approx(unit * sd * (above * norm.cdf(above) + norm.pdf(above)), rel=1e-5)
 
 
@@ -156,6 +162,24 @@ def test_a_choice_of_zero_beside_ratios_does_not_bring_the_others_together() -> 
     torch.testing.assert_close(rows[:, 3], torch.tensor([0, 1, 2, 3], dtype=torch.float64) / 3)
 
 
+@pytest.mark.parametrize("values", [(0, 1, 2), (0.0, 0.5, 0.9), (0.0, 0.01, 0.02), (0.0, 1e-3)])
+def test_a_choice_of_even_steps_from_zero_stays_even(values: tuple[float, ...]) -> None:
+    places = Places({"a": {"x": Choice(values=values)}})
+    rows = places([(A, {"x": value}) for value in values])
+    torch.testing.assert_close(rows[:, 3], torch.tensor([v / max(values) for v in values], dtype=torch.float64))
+
+
+def test_ratios_of_one_method_are_not_lost_beside_anothers_range_from_zero() -> None:
+    spaces: dict[str, dict[str, Any]] = {
+        "a": {"decay": Choice(values=(0.0, 1e-3, 1e-2, 1e-1))},
+        "b": {"decay": Range(low=0, high=0.1)},
+    }
+    rows = Places(spaces)(
+        [(A, {"decay": v}) for v in (0.0, 1e-3, 1e-2, 1e-1)] + [(B, {"decay": v}) for v in (0.0, 0.1)]
+    )
+    torch.testing.assert_close(rows[:, 3], torch.tensor([0, 1, 2, 3, 0, 3], dtype=torch.float64) / 3)
+
+
 def test_chance_draws_whole_numbers_by_ratios_where_the_range_says_so() -> None:
     dice = Dice(0)
     drawn = [dice.suggest_int("rank", 1, 1024, log=True) for _ in range(2000)]
@@ -187,6 +211,57 @@ def test_neighbours_change_one_knob_and_stay_in_the_space() -> None:
         assert isinstance(one["depth"], int)
     chosen = {"lr": 1e-3, "loss": "l1", "fixed": 3}
     assert [n["lr"] for n in neighbours(SPACES["a"], chosen, dice)][:3] == [1e-4, 1e-2, 1e-1]
+
+
+CELLS = [Cell("a", None, 0), Cell("a", None, 1), Cell("b", None, 0)]
+LINES: dict[str, dict[str, Any]] = {"a": {"x": Range(low=0, high=1)}, "b": {"x": Range(low=0, high=1)}}
+
+
+def first_of(told: list[Told], count: int = 20) -> list[Cell]:
+    return [cell for cell, _ in most_promising(told, CELLS, LINES, set(), [1], 0)[:count]]
+
+
+def test_a_limit_that_few_of_many_trials_break_keeps_its_student_away() -> None:
+    """Of 300 trials 12 broke it, less than the surrogate would see of them by their worth."""
+    told = [Told((CELLS[0], {"x": i / 288}), [0.5], -0.5, False) for i in range(288)]
+    told += [Told((CELLS[1], {"x": i / 12}), None, 0.3, False) for i in range(12)]
+    assert CELLS[1] not in first_of(told)
+
+
+def test_what_fails_is_left_alone_while_nothing_keeps_the_limits() -> None:
+    told = [Told((CELLS[0], {"x": i / 9}), None, 0.05 + i / 20, False) for i in range(10)]
+    told += [Told((CELLS[2], {"x": i / 9}), None, None, False) for i in range(10)]
+    assert CELLS[2] not in first_of(told)
+
+
+def test_what_fails_is_bad_even_where_one_value_is_all_that_is_known() -> None:
+    told = [Told((CELLS[0], {"x": 0.5}), [0.5], None, False)]
+    told += [Told((CELLS[2], {"x": i / 9}), None, None, False) for i in range(10)]
+    assert first_of(told).count(CELLS[2]) <= 2
+
+
+def test_where_all_excesses_are_alike_something_is_still_hoped_for() -> None:
+    """Every student breaks the limit by nearly the same: the untried one comes first, not a random one."""
+    told = [Told((cell, {"x": i / 9}), None, 0.3 + i / 1e4, False) for i in range(10) for cell in (CELLS[0], CELLS[2])]
+    assert first_of(told, 10).count(CELLS[1]) >= 9
+
+
+def test_ties_are_in_a_random_order_that_the_seed_decides() -> None:
+    """Nothing tells configurations of words apart that nobody tried: the first one listed has no privilege."""
+    space: dict[str, dict[str, Any]] = {"a": {"w": Choice(values=tuple("pqrstuvw"))}}
+    told = [Told((A, {"w": "p"}), [0.5], None, False)]
+    seen = {key_of(A, {"w": "p"})}
+    firsts = [most_promising(told, [A], space, seen, [1], seed)[0][1]["w"] for seed in range(12)]
+    assert len(set(firsts)) > 3
+    assert firsts == [most_promising(told, [A], space, seen, [1], seed)[0][1]["w"] for seed in range(12)]
+
+
+def test_a_method_that_cannot_run_here_has_no_part_in_the_search() -> None:
+    """Its range would turn the whole comparison of a small grid into draws."""
+    spaces = {"a": {"w": Choice(values=(1, 2, 3))}, "b": {"x": Range(low=0, high=1)}}
+    told = [Told((A, {"w": 1}), [0.5], None, False)]
+    found = most_promising(told, [A], spaces, {key_of(A, {"w": 1})}, [1], 0)
+    assert sorted(knobs["w"] for _, knobs in found) == [2, 3]
 
 
 def landscape(method: str, knobs: dict[str, Any]) -> float:

@@ -13,13 +13,14 @@ import torch
 
 from methods.knobs import Choice, Range
 from orchestrator.sweep.space import Dice, Space, count, grid, neighbours, sample
-from orchestrator.sweep.surrogate import LOWEST, Places, Surrogate, weighed
+from orchestrator.sweep.surrogate import LOWEST, MOST, Places, Surrogate, weighed
 from orchestrator.trial.plan import Cell
 
 WHOLE = 1000  # configurations in all, up to which every one is compared
 DRAWN = 400  # with more: so many by chance, and
 BEST = 4  # neighbours of so many of the best
-UNLIKELY = 0.1  # what keeps the limits with less than that chance comes last
+WITHIN = 0.1  # root of the share of a limit, which excesses that are much alike are told apart by
+UNLIKELY = 0.1  # what keeps the limits with less than that chance comes last, by its chance
 
 Configuration = tuple[Cell, dict[str, Any]]
 
@@ -67,6 +68,7 @@ def most_promising(
         signs: of each objective: 1 for more is better, -1 for less.
         seed: of everything that is drawn.
     """
+    spaces = {method: space for method, space in spaces.items() if any(cell.method == method for cell in cells)}
     running = [one.point for one in told if one.running]
     ended = [one for one in told if not one.running]
     valued = [one for one in ended if one.values is not None]
@@ -82,19 +84,35 @@ def most_promising(
         return []
     places = Places(spaces)
     hope = torch.ones(len(among), dtype=torch.float64)
+    # What failed, or was stopped without all objectives, counts as bad; else it would be new for ever.
+    bad = [one.point for one in ended if one.values is None and one.over is None]
     if good:
-        # What failed, or was stopped without all objectives, is as bad as the worst; else it would be new for ever.
-        bad = [one.point for one in ended if one.values is None and one.over is None]
+        worst = min(worth) - (max(worth) - min(worth) or 1.0)
         points = [one.point for one in valued] + bad
-        model = Surrogate(places, points, [*worth, *[min(worth)] * len(bad)], running, seed, lowest=LOWEST)
+        model = Surrogate(places, points, [*worth, *[worst] * len(bad)], running, seed, lowest=LOWEST)
         hope = model.improvements(among, worth[good[0]])
     if any(over > 0 for _, over in limited):
-        kept = [-math.copysign(math.sqrt(abs(over)), over) for _, over in limited]  # finest at the limit
-        chances = Surrogate(places, [point for point, _ in limited], kept, running, seed).chances(among, 0.0)
-        hope = torch.where(chances >= min(UNLIKELY, chances.max().item()), hope, 0) * chances
+        told_of = _nearest_the_limit(limited) + ([] if good else [(point, 1.0) for point in bad[-MOST:]])
+        kept = [-math.copysign(math.sqrt(abs(over)), over) for _, over in told_of]  # finest at the limit
+        model = Surrogate(places, [point for point, _ in told_of], kept, running, seed, narrowest=WITHIN)
+        chances = model.chances(among, 0.0)
+        hope = torch.where(chances >= UNLIKELY, 1 + _share(hope * chances), chances)
     # Rounded, since the last bits depend on the machine; where equal, the candidates' own random order counts.
-    ranks = (hope / hope.max().clamp_min(1e-300)).round(decimals=9).argsort(descending=True, stable=True)
+    ranks = _share(hope).round(decimals=9).argsort(descending=True, stable=True)
     return [among[at] for at in ranks.tolist()]
+
+
+def _share(hope: torch.Tensor) -> torch.Tensor:
+    return hope / hope.max().clamp_min(1e-300)
+
+
+def _nearest_the_limit(limited: list[tuple[Configuration, float]]) -> list[tuple[Configuration, float]]:
+    """As many as the surrogate looks at, half of them broken and half kept where there are as many."""
+    order = sorted(limited, key=lambda one: abs(one[1]))
+    broken, kept = [one for one in order if one[1] > 0], [one for one in order if one[1] <= 0]
+    share = max(MOST // 2, MOST - len(kept))
+    broken = broken[:share]
+    return broken + kept[: MOST - len(broken)]
 
 
 def candidates(

@@ -15,6 +15,7 @@ Williams 2006; Jones et al. 1998; Snoek et al. 2012 (acquisition averaged over d
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,22 +103,33 @@ class Places:
 
 
 def _ends(domain: Range | Choice) -> tuple[float, float, bool] | None:
-    """Smallest and largest number, and whether by ratios; None if it holds no numbers."""
+    """Smallest and largest number, and whether by ratios; None if it holds no numbers.
+
+    Of a choice of 0 and of others that lie by ratios, the smallest is taken for a `ZERO`th of the next.
+    """
     if isinstance(domain, Range):
         return domain.low, domain.high, domain.log
     scale = scale_of(domain)
     if scale is None:
         return None
-    above = scale_of(Choice(values=scale.values[1:])) if scale.values[0] == 0 else None
-    if above is not None and above.log:
-        return above.values[0] / ZERO, above.values[-1], True
-    return scale.values[0], scale.values[-1], scale.log
+    values = scale.values
+    if values[0] == 0 and len(values) > 2:
+        by_ratios = (values[1] / ZERO, *values[1:])
+        if _unevenness([math.log(v) for v in by_ratios]) < _unevenness(values):
+            return by_ratios[0], by_ratios[-1], True
+    return values[0], values[-1], scale.log
+
+
+def _unevenness(places: Sequence[float]) -> float:
+    steps = [b - a for a, b in itertools.pairwise(places)]
+    return max(steps) / min(steps)
 
 
 def _line(domains: Sequence[Range | Choice]) -> Line:
     ends = [end for end in map(_ends, domains) if end is not None]
     low, high = min(e[0] for e in ends), max(e[1] for e in ends)
-    return Line(low, high, low > 0 and any(e[2] for e in ends))
+    ratios = any(log for _, _, log in ends) and all(e[0] >= 0 for e in ends)
+    return Line(min(e[0] for e in ends if e[0] > 0) if ratios else low, high, ratios)
 
 
 class Surrogate:
@@ -132,6 +144,7 @@ class Surrogate:
         seed: of the draws.
         lowest: robust deviations below the median at which scores end, so that how bad a bad one was teaches nothing;
             infinite: every score counts.
+        narrowest: deviation of the scores at least, where differences below it are nothing.
     """
 
     def __init__(
@@ -142,13 +155,14 @@ class Surrogate:
         running: Sequence[Point],
         seed: int,
         lowest: float = math.inf,
+        narrowest: float = 1e-9,
     ) -> None:
         self._places = places
         self._dice = torch.Generator().manual_seed(seed)
         given = torch.tensor(scores, dtype=torch.float64)
         kept = _worth_most(given)
         self._mean = given[kept].mean().item()
-        self._deviation = given[kept].std(correction=0).item() + 1e-9
+        self._deviation = max(given[kept].std(correction=0).item(), narrowest)
         z = (given[kept] - self._mean) / self._deviation
         middle = z.median()
         self._z = z.clamp_min((middle - lowest * (1.48 * (z - middle).abs().median() + 0.3)).item())
