@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.sweep.run import prepare
+from orchestrator.sweep.study import Study
 
 
 def small_spec(data: Path, storage: Path, **changes: Any) -> SweepSpec:
@@ -21,3 +23,10 @@ def small_spec(data: Path, storage: Path, **changes: Any) -> SweepSpec:
         "storage": str(storage),
     }
     return parse_spec(raw | changes)
+
+
+def study_of(spec: SweepSpec, folder: Path) -> Study:
+    """The study of a checked sweep; the folder is made, or its study continued."""
+    prepared = prepare(spec)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)

@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from small import small_spec
-from test_study import row, study_of
+from small import small_spec, study_of
+from test_study import row
 
 from methods import discover, method_names
 from orchestrator import Sweep

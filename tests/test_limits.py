@@ -11,9 +11,9 @@ import timm
 import torch
 import yaml
 from optuna.trial import TrialState
-from small import small_spec
+from small import small_spec, study_of
 from small_clip import clip_folder
-from test_study import row, study_of
+from test_study import row
 from torch import nn
 
 from methods.parts.cells import CellNetwork

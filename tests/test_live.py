@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from small import small_spec
-from test_study import study_of
+from small import small_spec, study_of
 
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.ledger import Ledger

@@ -9,22 +9,15 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from small import small_spec
+from small import small_spec, study_of
 
 from methods.knobs import Choice
 from orchestrator.errors import UserError
-from orchestrator.spec import SweepSpec
 from orchestrator.sweep.run import prepare
 from orchestrator.sweep.space import scale_of
 from orchestrator.sweep.study import Study
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-
-
-def study_of(spec: SweepSpec, folder: Path) -> Study:
-    prepared = prepare(spec)
-    folder.mkdir(parents=True, exist_ok=True)
-    return Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
 
 
 def row(status: str, **values: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from servers import PASSWORD, Postgres, postgres_binaries
-from small import small_spec
+from small import small_spec, study_of
 
 from orchestrator.errors import UserError
 from orchestrator.spec import SweepSpec, parse_spec
@@ -62,12 +62,6 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def spec_of(data: Path, storage: Path, study: str, **search: Any) -> SweepSpec:
     return small_spec(data, storage, search={"trials": 5, "study": study, **search})
-
-
-def study_of(spec: SweepSpec, folder: Path) -> Study:
-    prepared = prepare(spec)
-    folder.mkdir(parents=True, exist_ok=True)
-    return Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
 
 
 def row(number: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
-from small import small_spec
+from small import small_spec, study_of
 
 from methods.knobs import Choice, Range
 from orchestrator.sweep import surrogate
@@ -286,15 +286,15 @@ def test_the_search_finds_a_lone_best_in_a_third_of_what_chance_takes(
     for seed in range(5):
         search = {"sampler": sampler, "trials": 48, "seed": seed}
         spec = small_spec(colours, tmp_path, methods=methods, search=search)
-        prepared = prepare(spec)
-        (folder := tmp_path / str(seed)).mkdir()
-        study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
-        values = {json_key(m, k): landscape(m, k) for m in methods for k in grid(prepared.spaces[m], m)}
+        study = study_of(spec, tmp_path / str(seed))
+        values = {
+            key_of(c, k): landscape(c.method, k) for c in study.cells for k in grid(study.spaces[c.method], c.method)
+        }
         assert len(values) == 48
         best = max(values.values())
         for number in range(48):
             config = study.ask()
-            value = values[json_key(config.cell.method, config.knobs)]
+            value = values[key_of(config.cell, config.knobs)]
             study.tell(number, {"status": "complete", "reason": "", "val_metric": value})
             if value == best:
                 taken.append(number + 1)
@@ -313,9 +313,7 @@ def test_a_method_that_always_fails_is_left_alone(colours: Path, tmp_path: Path)
         "fitnet": {"lr": {"low": 1e-4, "high": 1e-1, "log": True}},
     }
     spec = small_spec(colours, tmp_path, methods=methods, search={"trials": 40})
-    prepared = prepare(spec)
-    (folder := tmp_path / "s").mkdir()
-    study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
+    study = study_of(spec, tmp_path / "s")
     seen = []
     for number in range(30):
         config = study.ask()
@@ -342,9 +340,7 @@ def test_what_is_not_searched_any_more_is_not_learned_from(colours: Path, tmp_pa
 
 def test_a_stopped_trial_is_not_told_the_zeros_of_its_row(colours: Path, tmp_path: Path) -> None:
     spec = small_spec(colours, tmp_path, objectives=["val_metric", "flops"], limits={"params_total": 1e6})
-    prepared = prepare(spec)
-    (folder := tmp_path / "s").mkdir()
-    study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
+    study = study_of(spec, tmp_path / "s")
     study.ask()
     study.tell(0, {"status": "pruned", "reason": "", "val_metric": 0.2, "flops": 0, "params_total": 0})
     trial = study._study.trials[0]
@@ -352,10 +348,6 @@ def test_a_stopped_trial_is_not_told_the_zeros_of_its_row(colours: Path, tmp_pat
     assert trial.user_attrs["flops"] is None
     assert trial.constraints == {}
     assert study._values(trial) is None
-
-
-def json_key(method: str, knobs: dict[str, Any]) -> str:
-    return repr((method, sorted(knobs.items())))
 
 
 def test_limits_several_objectives_and_ranges_are_searched_to_the_end(colours: Path, tmp_path: Path) -> None:
@@ -373,9 +365,7 @@ def test_limits_several_objectives_and_ranges_are_searched_to_the_end(colours: P
         search={"trials": 60},
         limits={"latency_ms": 5.0},
     )
-    prepared = prepare(spec)
-    (folder := tmp_path / "s").mkdir()
-    study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
+    study = study_of(spec, tmp_path / "s")
     kept = []
     for number in range(60):
         config = study.ask()

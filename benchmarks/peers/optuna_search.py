@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 
-from methods.knobs import Choice, Range
+from orchestrator.sweep.space import Space, sample
 
 
 class PlainSearch:
@@ -22,7 +22,7 @@ class PlainSearch:
         seed: of the sampler.
     """
 
-    def __init__(self, spaces: Mapping[str, Mapping[str, Any]], seed: int) -> None:
+    def __init__(self, spaces: Mapping[str, Space], seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.spaces = spaces
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, warn_independent_sampling=False)
@@ -32,16 +32,7 @@ class PlainSearch:
         """A method and its knobs."""
         self.trial = self.study.ask()
         method = self.trial.suggest_categorical("method", list(self.spaces))
-        return method, {knob: self._value(f"{method}.{knob}", d) for knob, d in self.spaces[method].items()}
-
-    def _value(self, name: str, domain: Any) -> Any:
-        if isinstance(domain, Choice):
-            return self.trial.suggest_categorical(name, list(domain.values))
-        if isinstance(domain, Range) and domain.int:
-            return self.trial.suggest_int(name, int(domain.low), int(domain.high), log=domain.log)
-        if isinstance(domain, Range):
-            return self.trial.suggest_float(name, domain.low, domain.high, log=domain.log)
-        return domain
+        return method, sample(self.spaces[method], method, self.trial)
 
     def tell(self, value: float) -> None:
         """Of what was asked for last."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from methods.knobs import Choice, Range
-from orchestrator.sweep.space import Dice, Space, count, grid, neighbours, sample
+from orchestrator.sweep.space import Dice, Space, count, grid, has_range, neighbours, sample
 from orchestrator.sweep.surrogate import LOWEST, MOST, Places, Surrogate, weighed
 from orchestrator.trial.plan import Cell
 
@@ -123,9 +123,8 @@ def candidates(
     seed: int,
 ) -> list[Configuration]:
     """What is compared: everything that was not proposed yet, or of many, some by chance and neighbours of the best."""
-    ranges = any(isinstance(domain, Range) for space in spaces.values() for domain in space.values())
     dice = random.Random(seed)
-    if not ranges and sum(count(spaces[cell.method]) for cell in cells) <= WHOLE:
+    if not any(map(has_range, spaces.values())) and sum(count(spaces[cell.method]) for cell in cells) <= WHOLE:
         drawn = [(cell, knobs) for cell in cells for knobs in grid(spaces[cell.method], cell.method)]
     else:
         methods = list(dict.fromkeys(cell.method for cell in cells))

@@ -126,16 +126,23 @@ def scale_of(domain: Any) -> Scale | None:
     if len(values) < 2:
         return None
 
-    def uneven(places: Sequence[float]) -> float:
-        steps = [b - a for a, b in itertools.pairwise(places)]
-        return max(steps) / min(steps)
-
     logs = [math.log(v) for v in values] if values[0] > 0 else []
-    if logs and uneven(logs) <= uneven(values):
+    if logs and unevenness(logs) <= unevenness(values):
         below, above = (math.sqrt(values[at + 1] / values[at]) for at in (0, len(values) - 2))
         return Scale(values, values[0] / below, values[-1] * above, True)
     below, above = ((values[at + 1] - values[at]) / 2 for at in (0, len(values) - 2))
     return Scale(values, values[0] - below, values[-1] + above, False)
+
+
+def unevenness(places: Sequence[float]) -> float:
+    """The largest step between rising places over the smallest."""
+    steps = [b - a for a, b in itertools.pairwise(places)]
+    return max(steps) / min(steps)
+
+
+def has_range(space: Space) -> bool:
+    """Whether its configurations cannot be listed by `grid`."""
+    return any(isinstance(domain, Range) for domain in space.values())
 
 
 def count(space: Space) -> float:

@@ -17,7 +17,7 @@ from methods.knobs import Choice, Range
 from orchestrator.spec import METRICS, SweepSpec
 from orchestrator.sweep.earlier import earlier, first_trials, trials_in_all
 from orchestrator.sweep.proposals import Told, key_of, most_promising
-from orchestrator.sweep.space import Space, Suggests, count, grid, sample, scale_of
+from orchestrator.sweep.space import Space, Suggests, count, grid, has_range, sample, scale_of
 from orchestrator.sweep.study_storage import Result, StudyPlace
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 
@@ -272,7 +272,7 @@ class Study:
         """What was not proposed yet of the cells without ranges: chance takes long to find the last of them."""
         for cell in self.cells:
             space = self.spaces[cell.method]
-            if not any(isinstance(domain, Range) for domain in space.values()):
+            if not has_range(space):
                 for knobs in grid(space, cell.method):
                     if key_of(cell, knobs) not in self._seen and self._runs(cell, knobs):
                         yield cell, knobs

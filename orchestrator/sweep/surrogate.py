@@ -15,7 +15,6 @@ Williams 2006; Jones et al. 1998; Snoek et al. 2012 (acquisition averaged over d
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from methods.knobs import Choice, Range
-from orchestrator.sweep.space import Space, scale_of
+from orchestrator.sweep.space import Space, scale_of, unevenness
 from orchestrator.trial.plan import Cell
 
 DRAWS = 32  # of the kernel's variances and lengths
@@ -115,14 +114,9 @@ def _ends(domain: Range | Choice) -> tuple[float, float, bool] | None:
     values = scale.values
     if values[0] == 0 and len(values) > 2:
         by_ratios = (values[1] / ZERO, *values[1:])
-        if _unevenness([math.log(v) for v in by_ratios]) < _unevenness(values):
+        if unevenness([math.log(v) for v in by_ratios]) < unevenness(values):
             return by_ratios[0], by_ratios[-1], True
     return values[0], values[-1], scale.log
-
-
-def _unevenness(places: Sequence[float]) -> float:
-    steps = [b - a for a, b in itertools.pairwise(places)]
-    return max(steps) / min(steps)
 
 
 def _line(domains: Sequence[Range | Choice]) -> Line:
