@@ -1,6 +1,7 @@
 """What `train.compile` costs before the first step, and what a step takes with it and without.
 
     python -m benchmarks.compiled        # minutes on one core; published
+    python -m benchmarks.compiled --networks resnet34 vit_small_patch16_224 --size 64   # of timm; written nowhere
 
 CPU seconds of one thread for the steps, by turns in a process of its own for each network; the pause by the clock, with
 an empty cache of the compiler, as a new machine has it. Steps that make the pause good: it over what a step saves.
@@ -17,15 +18,14 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks.record import machine, markdown, publish, quiet_environment, versions
+from benchmarks.record import command_of, machine, markdown, network_of, publish, quiet_environment, versions
 
-NETWORKS = {"vit_tiny_patch16_224": 96, "resnet18": 96, "mobilenetv3_small_050": 96, "convnext_atto": 96}
-BATCH, CLASSES, STEPS = 32, 20, 9
+NETWORKS = ("vit_tiny_patch16_224", "resnet18", "mobilenetv3_small_050", "convnext_atto")
+BATCH, SIZE, CLASSES, STEPS = 32, 96, 20, 9
 
 
-def measured(name: str) -> dict[str, float]:
+def measured(name: str, size: int) -> dict[str, float]:
     """Milliseconds of a step, plain and compiled, and seconds of the first compiled one."""
-    import timm
     import torch
     import torch.nn.functional as F
 
@@ -33,9 +33,7 @@ def measured(name: str) -> dict[str, float]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    size = NETWORKS[name]
-    options: dict[str, Any] = {"img_size": size} if "vit" in name else {}
-    network = timm.create_model(name, num_classes=CLASSES, **options).train()
+    network = network_of(name, size, CLASSES)
     network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     images = torch.randn(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
@@ -65,26 +63,29 @@ def measured(name: str) -> dict[str, float]:
 def main() -> None:
     """Measures each network in a process of its own, prints and publishes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=NETWORKS, help="print one network's figures as JSON")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="names of timm")
+    parser.add_argument("--size", type=int, default=SIZE)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(measured(options.only)))
+        print(json.dumps(measured(options.only, options.size)))
         return
     rows = {}
-    for name in NETWORKS:
+    for name in options.networks:
         with tempfile.TemporaryDirectory() as cache:
-            command = [sys.executable, "-m", "benchmarks.compiled", "--only", name]
+            command = [sys.executable, "-m", "benchmarks.compiled", "--only", name, "--size", str(options.size)]
             environment = quiet_environment() | {"TORCHINDUCTOR_CACHE_DIR": cache}
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             rows[name] = json.loads(done.stdout.splitlines()[-1])
     result = {
-        "command": "python -m benchmarks.compiled",
+        "command": command_of("compiled", parser, options),
         "machine": machine(1),
         "versions": versions("torch", "timm"),
         "networks": rows,
     }
     print(table(result))
-    publish("compiled", result, table(result))
+    if (options.networks, options.size) == (list(NETWORKS), SIZE):
+        publish("compiled", result, table(result))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.groups            # minutes; writes benchmarks/results/ and docs/performance.md
     python -m benchmarks.groups --quick    # one round, nothing written
+    python -m benchmarks.groups --networks test_convnext resnet18 --data packaged/icons   # written nowhere
 
 By turns, on the same two cores and the same images, student, batch and steps: a plain `TorchTrainer`, torchrun of the
 same plain loop, and ours: the first job of a group and later ones. Then whole trials, one after another: a
@@ -34,13 +35,13 @@ LATER = 2  # jobs of a group after its first
 LARGER = 8  # steps of a larger network are so many times fewer
 
 
-NETWORKS = ("test_vit", "vit_tiny_patch16_224")  # the first one's jobs and trials are what the costs are of
+NETWORKS = ("test_vit", "vit_tiny_patch16_224")
 
 
-def spec_of(folder: Path, options: argparse.Namespace, trials: int, network: str = NETWORKS[0]) -> dict[str, Any]:
+def spec_of(folder: Path, options: argparse.Namespace, trials: int, network: str) -> dict[str, Any]:
     return {
         "name": "ours",
-        "task": {"data": "packaged/clipart"},
+        "task": {"data": options.data},
         "students": [{"model": f"timm/{network}", "image_size": SIZE, "pretrained": False}],
         "methods": {"finetune": {}},
         "search": {"trials": trials, "sampler": "random", "concurrency": 1, "defaults_first": False},
@@ -52,7 +53,7 @@ def spec_of(folder: Path, options: argparse.Namespace, trials: int, network: str
 class Ours:
     """Jobs of trials on the runner that a trial's process has."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace, network: str = NETWORKS[0]) -> None:
+    def __init__(self, folder: Path, options: argparse.Namespace, network: str) -> None:
         from orchestrator.spec import parse_spec
         from orchestrator.train.group import GroupRunner
         from orchestrator.trial.context import SweepContext
@@ -83,12 +84,13 @@ class Ours:
         return found
 
 
-def torchrun(folder: Path, options: argparse.Namespace, network: str = NETWORKS[0]) -> dict[str, float]:
+def torchrun(folder: Path, options: argparse.Namespace, network: str) -> dict[str, float]:
     """The plain loop under torchrun."""
     out = folder / "torchrun.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "benchmarks.peers.plain_ddp", str(out)]
     command += ["--steps", str(options.steps), "--batch", str(options.batch), "--network", network]
+    command += ["--data", options.data]
     began = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     return {"wall": time.perf_counter() - began, **json.loads(out.read_text(encoding="utf-8"))}
@@ -111,7 +113,7 @@ def nested(config: dict[str, Any], trials: int) -> list[float]:
 def swept(folder: Path, options: argparse.Namespace, trials: int) -> list[float]:
     """The same of a sweep of ours through the command line; also its evaluation."""
     path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(spec_of(folder, options, trials)))
+    path.write_text(yaml.safe_dump(spec_of(folder, options, trials, options.networks[0])))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "orchestrator", "sweep", str(path), "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -130,13 +132,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument(
+        "--networks", nargs="+", default=list(NETWORKS), help="of timm; costs are of the first one's jobs"
+    )
+    parser.add_argument("--data", default="packaged/clipart", help="packaged/NAME or folder:PATH")
     parser.add_argument("--quick", action="store_true", help="one round of 50 steps, two trials, nothing written")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.rounds, options.trials = 50, 1, 2
     os.environ["OMP_NUM_THREADS"] = "1"
+    first = options.networks[0]
     costs: dict[str, list[float]] = {}
-    rates: dict[str, dict[str, list[float]]] = {name: {"torchrun": [], "ours": []} for name in NETWORKS}
+    rates: dict[str, dict[str, list[float]]] = {name: {"torchrun": [], "ours": []} for name in options.networks}
 
     def add(name: str, one: dict[str, float]) -> None:
         costs.setdefault(name, []).append(one["wall"] - one["loop"])
@@ -146,27 +153,28 @@ def main() -> None:
         folder = Path(name)
         start_ray(1)
         config = {
-            "network": NETWORKS[0],
+            "network": first,
+            "data": options.data,
             "steps": options.steps,
             "batch": options.batch,
             "storage": name,
             "out": f"{name}/plain.json",
         }
-        ours = Ours(folder / "jobs", options)
+        ours = Ours(folder / "jobs", options, first)
         ours.job()  # stores the pixels, which every later job reads
         ours.runner.end()
         images = options.steps * options.batch
         for _ in range(options.rounds):
             add("plain", fit(config))
-            add("torchrun", one := torchrun(folder, options))
-            rates[NETWORKS[0]]["torchrun"].append(images / one["loop"])
+            add("torchrun", one := torchrun(folder, options, first))
+            rates[first]["torchrun"].append(images / one["loop"])
             add("first", ours.job())
             for _ in range(LATER):
                 add("later", one := ours.job())
-                rates[NETWORKS[0]]["ours"].append(images / one["loop"])
+                rates[first]["ours"].append(images / one["loop"])
             ours.runner.end()
         fewer = argparse.Namespace(**{**vars(options), "steps": max(10, options.steps // LARGER)})
-        for network in NETWORKS[1:]:
+        for network in options.networks[1:]:
             larger, images = Ours(folder / network, fewer, network), fewer.steps * fewer.batch
             larger.job()
             for _ in range(options.rounds):
@@ -177,14 +185,14 @@ def main() -> None:
         ray.shutdown()
         costs["swept"] = swept(folder / "jobs", options, options.trials)
     result = {
-        "command": command_of(MARK, parser, options),
+        "command": command_of(MARK, parser, options, but=("quick",)),
         "machine": machine(2),
         "versions": versions("torch", "ray"),
         "outside_loop_s": costs,
         "images_per_s": rates,
     }
     print(table(result))
-    if not options.quick:
+    if not options.quick and (options.networks, options.data) == (list(NETWORKS), parser.get_default("data")):
         publish(MARK, result, table(result))
 
 

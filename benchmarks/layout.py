@@ -1,30 +1,25 @@
 """A training step and a pass of evaluation on images whose channels lie last in memory, against channels first.
 
     python -m benchmarks.layout        # a minute on one core; writes benchmarks/results/ and docs/performance.md
+    python -m benchmarks.layout --networks resnet34 vit_small_patch16_224 --size 64     # of timm; written nowhere
 
 Counted in CPU seconds of one thread, by turns.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
 from torch.nn import functional as F
 
-from benchmarks.record import machine, markdown, publish, versions
+from benchmarks.record import command_of, machine, markdown, network_of, publish, versions
 
-NETWORKS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("resnet18", {}),
-    ("mobilenetv3_small_050", {}),
-    ("efficientnet_lite0", {}),
-    ("convnext_atto", {}),
-    ("vit_tiny_patch16_224", {"img_size": 96}),
-)
+NETWORKS = ("resnet18", "mobilenetv3_small_050", "efficientnet_lite0", "convnext_atto", "vit_tiny_patch16_224")
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
 BATCH, SIZE, CLASSES, ROUNDS = 32, 96, 20, 9
 
@@ -35,13 +30,13 @@ def cpu_seconds(call: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def compared(name: str, options: dict[str, Any]) -> dict[str, float]:
+def compared(name: str, size: int) -> dict[str, float]:
     """Medians of `ROUNDS` by turns, after one of warm-up."""
     torch.manual_seed(0)
-    network = timm.create_model(name, num_classes=CLASSES, **options)
+    network = network_of(name, size, CLASSES)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     labels = torch.randint(0, CLASSES, (BATCH,))
-    images = torch.randn(BATCH, 3, SIZE, SIZE)
+    images = torch.randn(BATCH, 3, size, size)
     given = {layout: images.contiguous(memory_format=form) for layout, form in LAYOUTS.items()}
 
     def step(layout: str) -> None:
@@ -67,12 +62,18 @@ def compared(name: str, options: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     """Measures, prints and publishes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="names of timm")
+    parser.add_argument("--size", type=int, default=SIZE)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = {name: compared(name, options) for name, options in NETWORKS}
-    about = {"command": "python -m benchmarks.layout", "machine": machine(1), "versions": versions("torch", "timm")}
-    result = {**about, "batch": BATCH, "size": SIZE, "rounds": ROUNDS, "networks": rows}
+    rows = {name: compared(name, options.size) for name in options.networks}
+    about = {"command": command_of("layout", parser, options), "machine": machine(1)}
+    about |= {"versions": versions("torch", "timm")}
+    result = {**about, "batch": BATCH, "size": options.size, "rounds": ROUNDS, "networks": rows}
     print(table(result))
-    publish("layout", result, table(result))
+    if (options.networks, options.size) == (list(NETWORKS), SIZE):
+        publish("layout", result, table(result))
 
 
 def table(result: dict[str, Any]) -> str:

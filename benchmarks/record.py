@@ -34,9 +34,10 @@ def versions(*packages: str) -> str:
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
 
 
-def command_of(name: str, parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
-    """What runs `python -m benchmarks.NAME` again: every option with a value that is not its default."""
-    changed = [(key, value) for key, value in vars(options).items() if value != parser.get_default(key)]
+def command_of(name: str, parser: argparse.ArgumentParser, options: argparse.Namespace, but: Sequence[str] = ()) -> str:
+    """What runs `python -m benchmarks.NAME` again: every option with a value that is not its default, but these."""
+    given = {key: value for key, value in vars(options).items() if key not in but}
+    changed = [(key, value) for key, value in given.items() if value != parser.get_default(key)]
     words = [f"--{key.replace('_', '-')} {' '.join(map(str, v if isinstance(v, list) else [v]))}" for key, v in changed]
     return " ".join([f"python -m benchmarks.{name}", *words])
 
@@ -63,6 +64,46 @@ def begun(path: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found if found["spec"] == json.loads(json.dumps(spec)) else None
+
+
+def own_sweep(path: Path) -> dict[str, Any]:
+    """What a user's sweep file says, read as `sweep` reads it, with absolute paths."""
+    from orchestrator.errors import UserError
+    from orchestrator.spec import read_spec
+    from orchestrator.sweep.folder import resolved
+
+    try:
+        given = read_spec(path, [])
+    except UserError as error:
+        raise SystemExit(f"Error: {error}") from None
+    whole, said = resolved(given).model_dump(mode="json"), given.model_dump(mode="json", exclude_unset=True)
+    return {key: whole[key] for key in said}
+
+
+def checked(raw: dict[str, Any]) -> Any:
+    """What `orchestrator check` makes of a sweep: its task, cells and spaces."""
+    from orchestrator.errors import UserError
+    from orchestrator.spec import parse_spec
+    from orchestrator.sweep.folder import resolved
+    from orchestrator.sweep.run import prepare
+
+    try:
+        return prepare(resolved(parse_spec(raw)))
+    except UserError as error:
+        raise SystemExit(f"Error: {error}") from None
+
+
+def network_of(name: str, size: int, classes: int) -> Any:
+    """A network of timm with new weights, made for images of that size, as the product makes it; for training."""
+    from orchestrator.errors import UserError
+    from orchestrator.models.load import build_network
+    from orchestrator.spec import Model
+
+    try:
+        entry = Model(model=f"timm/{name}", image_size=size, pretrained=False)
+        return build_network(entry, num_classes=classes).train()
+    except UserError as error:
+        raise SystemExit(f"Error: {error}") from None
 
 
 def write_result(path: Path, result: Any) -> None:

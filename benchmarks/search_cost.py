@@ -1,10 +1,11 @@
-"""Device-seconds until a search has found the exhaustive grid's best, less one percent, on a packaged task.
+"""Device-seconds until a search has found the exhaustive grid's best, less one percent, on a real task.
 
     python -m benchmarks.search_cost                 # trains the grid: 10 minutes; goes on from its table in --storage
     python -m benchmarks.search_cost --task icons    # another task, teacher, kind of student and other methods
     python -m benchmarks.search_cost --task icons --repeats 3   # a configuration is the mean of three seeds' trainings
     python -m benchmarks.search_cost --task clipart_cnn --repeats 3   # unseen when the search was written
     python -m benchmarks.search_cost --replay        # from benchmarks/results/search_cost_grid_TASK.json alone: seconds
+    python -m benchmarks.search_cost --spec my_sweep.yaml   # your data, networks and methods, knobs as lists
 
 The grid is trained through the product's own trials; what is written down of each is its val metric at every eighth of
 its budget and the CPU seconds until then. The best of one seed each may owe it to luck: with `--repeats` a
@@ -15,6 +16,9 @@ decisions to stop are those of the scheduler that the product hands to Ray Tune 
 and scores is read from the table. The product proposes none twice, and ends when all were proposed; what the plain
 script proposes twice costs nothing the second time. A search that misses the goal is counted as a
 miss, and what it spent is added to the expected cost of those that reach it.
+
+Of a sweep file of your own its networks, data, methods and training are read; search, limits and objectives are this
+benchmark's. Grid and table lie in --storage as JSON.
 """
 
 from __future__ import annotations
@@ -32,11 +36,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.optuna_search import PlainSearch
-from benchmarks.record import RESULTS, begun, machine, markdown, publish, versions, write_result
+from benchmarks.record import RESULTS, begun, machine, markdown, own_sweep, publish, versions, write_result
 
 MARGIN = 0.01
+FIVE = 5  # of which one is good enough
 ORDERS = 2000  # random orders: what chance takes should owe nothing to chance
 WARM_SEED = 1000  # of trainings that are not counted; none that is has it
+OWN = ("search", "limits", "objectives", "latency", "storage", "store", "cluster")  # not what is compared
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 SPECS: dict[str, dict[str, Any]] = {
     "clipart": {
@@ -88,13 +94,13 @@ def grid_file(task: str) -> Path:
     return RESULTS / f"search_cost_grid_{task}.json"
 
 
-def spec_of(task: str, folder: Path, sampler: str, scheduler: str, seed: int, trials: int = 1000) -> Any:
+def spec_of(raw: dict[str, Any], folder: Path, sampler: str, scheduler: str, seed: int, trials: int = 1000) -> Any:
     """The sweep, parsed."""
     from orchestrator.spec import parse_spec
     from orchestrator.sweep.folder import resolved
 
     search = {"sampler": sampler, "scheduler": scheduler, "seed": seed, "trials": trials, "concurrency": 1}
-    return resolved(parse_spec({**SPECS[task], "search": search, "storage": str(folder)}))
+    return resolved(parse_spec({**raw, "search": search, "storage": str(folder)}))
 
 
 def key_of(method: str, knobs: dict[str, Any]) -> str:
@@ -102,7 +108,7 @@ def key_of(method: str, knobs: dict[str, Any]) -> str:
     return json.dumps([method, sorted(knobs.items())])
 
 
-def record(task: str, folder: Path, repeats: int) -> dict[str, Any]:
+def record(name: str, raw: dict[str, Any], folder: Path, repeats: int) -> dict[str, Any]:
     """Trains the grid with that many seeds, or what a run that was stopped has not; the folder holds it so far."""
     from orchestrator.sweep.run import prepare
     from orchestrator.sweep.space import grid, wanted_outputs
@@ -110,14 +116,14 @@ def record(task: str, folder: Path, repeats: int) -> dict[str, Any]:
     from orchestrator.trial.plan import TrialConfig
     from orchestrator.trial.run import run_trial
 
-    spec = spec_of(task, folder, "grid", "asha", 0)
+    spec = spec_of(raw, folder, "grid", "asha", 0)
     prepared = prepare(spec)
     wanted = wanted_outputs(spec, prepared.spaces, prepared.cells, prepared.task.info)
     context = SweepContext(spec, f"{folder}/{spec.name}", prefetch=wanted)
-    table: dict[str, Any] = {"task": task, "spec": SPECS[task], "machine": machine(1)}
+    table: dict[str, Any] = {"task": name, "spec": raw, "machine": machine(1)}
     table |= {"versions": versions("torch", "timm"), "runs": {}}
-    progress = folder / grid_file(task).name
-    table = begun(progress, SPECS[task]) or table
+    progress = folder / grid_file(name).name
+    table = begun(progress, raw) or table
     todo = [(cell, knobs) for cell in prepared.cells for knobs in grid(prepared.spaces[cell.method], cell.method)]
     warm: set[str] = set()
     for seed in range(repeats):
@@ -162,7 +168,7 @@ def averaged(table: dict[str, Any], repeats: int) -> dict[str, Any]:
         curves = zip(*(run["curve"] for run in runs[:repeats]), strict=True)
         curve = [(at[0][0], statistics.fmean(p[1] for p in at), sum(p[2] for p in at)) for at in curves]
         trials[key] = {"curve": curve, "seconds": sum(run["seconds"] for run in runs[:repeats])}
-    return {"task": table["task"], "machine": table["machine"], "trials": trials}
+    return {"spec": table["spec"], "machine": table["machine"], "trials": trials}
 
 
 Search = Callable[[dict[str, Any], int], Iterator[tuple[float, float]]]
@@ -178,7 +184,7 @@ def at_random(table: dict[str, Any], seed: int) -> Iterator[tuple[float, float]]
 
 def script(table: dict[str, Any], seed: int) -> Iterator[tuple[float, float]]:
     """The same of a plain Optuna script, which may propose a configuration again."""
-    search = PlainSearch(checked(table["task"]).spaces, seed)
+    search = PlainSearch(checked(json.dumps(table["spec"])).spaces, seed)
     seen: set[str] = set()
     for _ in range(4 * len(table["trials"])):
         key = key_of(*search.ask())
@@ -189,12 +195,12 @@ def script(table: dict[str, Any], seed: int) -> Iterator[tuple[float, float]]:
 
 
 @functools.lru_cache
-def checked(task: str) -> Any:
-    """The cells and spaces of a task's sweep, which no seed changes."""
+def checked(spec: str) -> Any:
+    """The cells and spaces of a sweep, given as JSON, which no seed changes."""
     from orchestrator.sweep.run import prepare
 
     with tempfile.TemporaryDirectory() as folder:
-        return prepare(spec_of(task, Path(folder), "tpe", "none", 0))
+        return prepare(spec_of(json.loads(spec), Path(folder), "tpe", "none", 0))
 
 
 def product(sampler: str, scheduler: str) -> Search:
@@ -208,8 +214,8 @@ def product(sampler: str, scheduler: str) -> Search:
         from orchestrator.trial.context import SweepContext
 
         with tempfile.TemporaryDirectory() as folder:
-            prepared = checked(table["task"])
-            spec = spec_of(table["task"], Path(folder), sampler, scheduler, seed)
+            prepared = checked(json.dumps(table["spec"]))
+            spec = spec_of(table["spec"], Path(folder), sampler, scheduler, seed)
             study = Study(spec, Path(folder), prepared.cells, prepared.spaces, prepared.task.info)
             judge = scheduler_of(SweepContext(spec, folder))
             for _ in table["trials"]:  # none comes twice
@@ -273,25 +279,36 @@ def main() -> None:
     """Records, replays, prints the table, writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=SPECS, default="clipart")
+    parser.add_argument("--spec", type=Path, help="a sweep file of yours, in place of a packaged task")
     parser.add_argument("--seeds", type=int, default=20, help="of each search")
     parser.add_argument("--repeats", type=int, default=1, help="seeds of each configuration")
     parser.add_argument("--replay", action="store_true", help="train nothing")
     parser.add_argument("--storage", type=Path, default=Path("runs"), help="where the grid's store lies")
     parser.add_argument("--dry", action="store_true", help="write no table")
     options = parser.parse_args()
+    raw = SPECS[options.task]
+    if options.spec:
+        raw = {key: value for key, value in own_sweep(options.spec).items() if key not in OWN}
+    name = raw["name"] if options.spec else options.task
+    kept = options.storage.absolute() / grid_file(name).name if options.spec else grid_file(name)
     if options.replay:
-        recorded = json.loads(grid_file(options.task).read_text(encoding="utf-8"))
+        recorded = begun(kept, raw)
+        if recorded is None:
+            parser.error(f"--replay: {kept} holds no grid of this sweep; train it first.")
     else:
-        recorded = record(options.task, options.storage.absolute(), options.repeats)
+        recorded = record(name, raw, options.storage.absolute(), options.repeats)
         if not options.dry:
-            write_result(grid_file(options.task), recorded)
+            write_result(kept, recorded)
     table = averaged(recorded, options.repeats)
+    if len(table["trials"]) < FIVE:
+        parser.error(f"the grid has {len(table['trials'])} configurations; {FIVE} at least are needed.")
     whole = sum(trial["seconds"] for trial in table["trials"].values())
     values = sorted((trial["curve"][-1][1] for trial in table["trials"].values()), reverse=True)
-    goals = {"best": values[0] - MARGIN, "five": values[4]}
+    goals = {"best": values[0] - MARGIN, "five": values[FIVE - 1]}
+    source = f"--spec {options.spec}" if options.spec else f"--task {name}"
     again = f" --repeats {options.repeats}" if options.repeats > 1 else ""
     result: dict[str, Any] = {
-        "command": f"python -m benchmarks.search_cost --task {options.task}{again}",
+        "command": f"python -m benchmarks.search_cost {source}{again}",
         "repeats": options.repeats,
         "machine": table["machine"],
         "versions": versions("torch", "timm", "ray", "optuna"),
@@ -304,8 +321,8 @@ def main() -> None:
         runs = [reached(table, search, seed, list(goals.values())) for seed in range(seeds)]
         for which, found in zip(goals, zip(*runs, strict=True), strict=True):
             seconds, trials, hits = (list(column) for column in zip(*found, strict=True))
-            kept = {"seconds": seconds, "trials": trials, "hits": hits}
-            result["searches"][name][which] = {k: v[: options.seeds] for k, v in kept.items()} | {
+            runs_of = {"seconds": seconds, "trials": trials, "hits": hits}
+            result["searches"][name][which] = {k: v[: options.seeds] for k, v in runs_of.items()} | {
                 "seeds": seeds,
                 "reached": sum(hits),
                 "mean": sum(seconds) / sum(hits) if any(hits) else None,  # a seed that misses begins anew: all is paid
@@ -314,8 +331,11 @@ def main() -> None:
             }
             print(f"{name}, {which}: reached in {sum(hits)} of {len(hits)} seeds", file=sys.stderr, flush=True)
     print(text := as_table(result))
-    if not options.dry:
-        publish(f"search_cost_{options.task}{'_means' if options.repeats > 1 else ''}", result, text)
+    mark = f"search_cost_{name}{'_means' if options.repeats > 1 else ''}"
+    if options.spec:
+        write_result(options.storage / f"{mark}.json", result)
+    elif not options.dry:
+        publish(mark, result, text)
 
 
 def _seconds(found: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                      # 6 minutes; writes benchmarks/results/ and docs/performance.md
     python -m benchmarks.step --methods kd tdmr    # only these; the others stay as they were measured
+    python -m benchmarks.step --spec my_sweep.yaml # every combination of your sweep file, at its knobs' defaults
 
 Each method's job comes from the product (`run_trial`), its batches from the product's feeder, its steps from the
 product's loop. Without a teacher: the same student, images, optimiser and loop; no outputs are read, no part of the
@@ -31,13 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import RESULTS, machine, markdown, publish, spread, versions
+from benchmarks.record import RESULTS, checked, command_of, machine, markdown, own_sweep, publish, spread, versions
 from methods.contract import Batch, Deployed, Given, Learner, TrainStage, supervised_loss
 from orchestrator.data.task import load_task
 from orchestrator.errors import WorkError
 from orchestrator.spec import parse_spec
 from orchestrator.sweep.folder import resolved
-from orchestrator.sweep.space import method_space, wanted_outputs
+from orchestrator.sweep.space import default_knobs, method_space, wanted_outputs
 from orchestrator.train.batches import opened
 from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import Report, fit
@@ -59,16 +60,17 @@ ICONS: dict[str, Any] = {
     "teachers": ["packaged/clip_icons"],
     "students": [SMALL],
 }
-CASES: list[tuple[str, dict[str, Any], int | None, dict[str, Any]]] = [
-    ("kd", CLIPART, 0, {}),
-    ("kd", CLIPART, 1, {}),
-    ("fitnet", CLIPART, 0, {}),
-    ("rkd", CLIPART, 0, {}),
-    ("attention_transfer", CLIPART, 0, {}),
-    ("tdmr", CLIPART, 0, {}),
-    ("tdmr", CLIPART, 1, {}),
-    ("wecolora", CLIPART, None, {"factor": 4}),
-    ("embedding_regression", ICONS, 0, {}),
+Case = tuple[dict[str, Any], Cell, dict[str, Any]]  # a sweep, one of its combinations, and knobs
+CASES: list[Case] = [
+    (CLIPART, Cell("kd", 0, 0), {}),
+    (CLIPART, Cell("kd", 0, 1), {}),
+    (CLIPART, Cell("fitnet", 0, 0), {}),
+    (CLIPART, Cell("rkd", 0, 0), {}),
+    (CLIPART, Cell("attention_transfer", 0, 0), {}),
+    (CLIPART, Cell("tdmr", 0, 0), {}),
+    (CLIPART, Cell("tdmr", 0, 1), {}),
+    (CLIPART, Cell("wecolora", 0, None), {"factor": 4}),
+    (ICONS, Cell("embedding_regression", 0, 0), {}),
 ]
 WARM = 3  # steps of a turn before its clock starts
 
@@ -91,31 +93,42 @@ class Alone(Learner):
         raise NotImplementedError
 
 
-def context_of(folder: str, base: dict[str, Any], batch: int) -> SweepContext:
+def own_cases(path: Path) -> list[Case]:
+    """Every combination of a user's sweep whose method has a teacher, at its knobs' defaults."""
+    raw = own_sweep(path)
+    prepared = checked(raw)
+    base = {key: value for key, value in raw.items() if key not in ("search", "storage")}
+    return [
+        (base, cell, default_knobs(prepared.spaces[cell.method], cell.method))
+        for cell in prepared.cells
+        if cell.teacher is not None
+    ]
+
+
+def context_of(folder: str, base: dict[str, Any], cases: list[Case], batch: int) -> SweepContext:
     """A sweep over every case on this base: one pass of its teacher gives the outputs of all of them."""
-    cases = [(name, student, knobs) for name, one, student, knobs in CASES if one is base]
-    methods = {name: knobs for name, _, knobs in cases}
-    train = {"steps": 50, "batch": batch, "views": 2}
+    train = {"steps": 50, "views": 2} | base.get("train", {}) | {"batch": batch}
+    methods = base.get("methods", {cell.method: knobs for _, cell, knobs in cases})
     spec = resolved(parse_spec({**base, "methods": methods, "train": train, "storage": folder}))
-    cells = [Cell(name, 0, student) for name, student, _ in cases]
+    cells = [cell for _, cell, _ in cases]
     context = SweepContext(spec, f"{folder}/{base['name']}")
     task = load_task(spec.task, context.store)
-    wanted = wanted_outputs(spec, {name: method_space(spec, name) for name in methods}, cells, task.info, draws=1)
-    return replace(context, prefetch=wanted)
+    spaces = {name: method_space(spec, name) for name in methods}
+    return replace(context, prefetch=wanted_outputs(spec, spaces, cells, task.info, draws=1))
 
 
-def job_of(context: SweepContext, name: str, student: int | None, knobs: dict[str, Any]) -> TrainJob:
-    """The last training stage of a method, with everything that it reads in the store."""
+def job_of(context: SweepContext, cell: Cell, knobs: dict[str, Any]) -> TrainJob | None:
+    """The last training stage of a method, with everything that it reads in the store; None if it reads no outputs."""
     caught: list[TrainJob] = []
 
     def catch(job: TrainJob, folder: Path, report: Any) -> dict[str, Any]:
         caught.append(job)
         raise WorkError("The job is all that is wanted.")
 
-    row = run_trial(context, TrialConfig(f"{name}-{time.time_ns()}", 0, Cell(name, 0, student), knobs, 0), runner=catch)
+    row = run_trial(context, TrialConfig(f"{cell.method}-{time.time_ns()}", 0, cell, knobs, 0), runner=catch)
     if not caught:
-        raise SystemExit(f"{name}: {row['reason']}")
-    return caught[-1]
+        raise SystemExit(f"{cell.method}: {row['reason']}")
+    return caught[-1] if caught[-1].outputs else None
 
 
 def variants(job: TrainJob) -> dict[str, TrainJob]:
@@ -175,7 +188,10 @@ def profile(job: TrainJob, steps: int) -> None:
 def main() -> None:
     """Measures every case, prints the table, writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=sorted({name for name, *_ in CASES}))
+    parser.add_argument("--methods", nargs="+", help="these alone")
+    parser.add_argument(
+        "--spec", type=Path, help="a sweep file of yours, in place of the packaged data's; never published"
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=64)
@@ -185,46 +201,53 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     pin(options.cores)
+    cases = own_cases(options.spec) if options.spec else CASES
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         contexts: dict[str, SweepContext] = {}
-        for name, base, student, knobs in CASES:
-            if name not in options.methods:
+        for base, cell, knobs in cases:
+            if options.methods and cell.method not in options.methods:
                 continue
             data = base["task"]["data"]
-            context = contexts.setdefault(data, context_of(f"{folder}/{len(contexts)}", base, options.batch))
-            job = job_of(context, name, student, knobs)
-            label = f"1 block in {knobs['factor']}" if student is None else job.spec.students[student].model
+            same = [case for case in cases if case[0] is base]
+            context = contexts.setdefault(data, context_of(f"{folder}/{len(contexts)}", base, same, options.batch))
+            job = job_of(context, cell, knobs)
+            if job is None:
+                print(f"{cell.method} reads no stored outputs of its teacher: left out.", file=sys.stderr, flush=True)
+                continue
+            label = f"1 block in {knobs['factor']}" if "factor" in knobs else "the teacher's copy"
+            if cell.student is not None:
+                label = job.spec.students[cell.student].model
             if options.profile:
-                print(f"\n{name}, {label}", file=sys.stderr)
+                print(f"\n{cell.method}, {label}", file=sys.stderr)
                 profile(job, options.steps)
                 continue
             found = measure(job, options.rounds, options.steps)
-            row: dict[str, Any] = {"method": name, "student": label.removeprefix("timm/"), "ms": found}
+            row: dict[str, Any] = {"method": cell.method, "student": label.removeprefix("timm/"), "ms": found}
             for number, clock in enumerate(("wall", "cpu")):
                 for which in ("stored", "live"):
                     row[f"{which}_{clock}"] = [
                         a[number] / b[number] for a, b in zip(found.get(which, []), found["none"], strict=False)
                     ]
             rows.append(row)
-            print(f"{name}, {label}: {spread(row['stored_cpu'])}", file=sys.stderr, flush=True)
+            print(f"{cell.method}, {label}: {spread(row['stored_cpu'])}", file=sys.stderr, flush=True)
     if options.profile:
         return
     path = RESULTS / "step.json"
     setting = {"batch": options.batch, "rounds": options.rounds, "steps": options.steps, "cores": options.cores}
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not options.spec else {}
     fresh = {row["method"] for row in rows}
     kept = [row for row in old.get("rows", []) if row["method"] not in fresh and old["setting"] == setting]
-    order = [name for name, *_ in CASES]
+    order = [cell.method for _, cell, _ in cases]
     result = {
-        "command": "python -m benchmarks.step",
+        "command": command_of("step", parser, options, but=("methods", "dry")),
         "setting": setting,
         "machine": f"{machine(1)}, on {options.cores} of the cores",
         "versions": versions("torch", "timm"),
         "rows": sorted([*kept, *rows], key=lambda row: order.index(row["method"])),
     }
     print(text := table(result))
-    if not options.dry:
+    if not (options.dry or options.spec):
         publish("step", result, text)
 
 

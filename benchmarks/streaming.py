@@ -2,6 +2,7 @@
 
     python -m benchmarks.streaming            # writes benchmarks/results/streaming.json and docs/performance.md
     python -m benchmarks.streaming --quick    # under a minute, nothing written
+    python -m benchmarks.streaming --corpus FOLDER --size 224    # your own corpus (`corpus build`); written nowhere
 
 The bare reader has the same threads, row groups in file order, the same decoder, crops and resize, and neither order
 nor window nor position. Rates are taken from the first batch on, for every reader, so start-up is not in them: that is
@@ -11,6 +12,7 @@ the time to the first batch. Memory is that of a fresh process for each size.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -59,15 +61,18 @@ def bare(corpus: Path, size: int, threads: int) -> Batches:
     """uint8 [64, 3, S, S]: pyarrow, PIL and a resize of a random crop; row groups hold 64 images at least."""
 
     def read(path: Path, group: int) -> np.ndarray:
-        column = pq.ParquetFile(path).read_row_group(group, columns=["image"])["image"]
-        pixels = np.empty((len(column), 3, size, size), dtype=np.uint8)
-        for i, data in enumerate(column):
+        rows = pq.ParquetFile(path).read_row_group(group, columns=["image", "height", "width"])
+        pixels = np.empty((len(rows), 3, size, size), dtype=np.uint8)
+        for i, (data, *shape) in enumerate(zip(*rows.columns, strict=True)):
+            views = views_of(*(side.as_py() for side in shape))
             pixels[i] = render(decode(data.as_py()), views[i % len(views)], size, "bilinear").numpy()
         return pixels
 
+    @functools.cache
+    def views_of(height: int, width: int) -> list[np.ndarray]:
+        return [draw(POLICY, str(i), (height, width), 1) for i in range(64)]  # beforehand; of the same distribution
+
     files = sorted(corpus.glob("*.parquet"))
-    side = pq.read_table(files[0], columns=["height"])["height"][0].as_py()
-    views = [draw(POLICY, str(i), (side, side), 1) for i in range(64)]  # of the same distribution, drawn beforehand
     groups = [(f, g) for f in files for g in range(pq.read_metadata(f).num_row_groups)]
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Any] = deque()
@@ -302,6 +307,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="small, threads only, nothing written")
     parser.add_argument("--part", choices=["throughput", "memory"], help="measure this alone, keep the rest as written")
+    parser.add_argument("--corpus", type=Path, help="of images, of yours: its throughput alone, written nowhere")
+    parser.add_argument("--size", type=int, default=224, help="pixels of the student, with --corpus")
     parser.add_argument("--memory", nargs=3, metavar=("CORPUS", "READER", "WINDOW"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
@@ -317,6 +324,9 @@ def main() -> None:
         "rounds": 1 if quick else options.rounds,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
+    if options.corpus:
+        own_throughput(options.corpus, options.size, result["rounds"], ["threads"] if quick else ["threads", "ray"])
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.part != "memory":
@@ -360,6 +370,29 @@ def both_throughputs(folder: Path, quick: bool, rounds: int) -> dict[str, Any]:
     if not quick:
         end_ray()
     return found
+
+
+def own_throughput(corpus: Path, size: int, rounds: int, readers: list[str]) -> None:
+    """Prints the rates of a user's corpus, of at most 10,000 images a reader; the order window is the product's."""
+    from orchestrator.errors import UserError
+    from orchestrator.spec import Corpus
+
+    try:
+        rows = sum(shard.rows for shard in corpus_at(str(corpus), "images").shards)
+    except UserError as error:
+        raise SystemExit(f"Error: {error}") from None
+    if rows < 4 * BATCH:
+        raise SystemExit(f"Error: {corpus} has {rows} images; {4 * BATCH} at least are needed.")
+    images, window = min(10_240, rows), min(Corpus().window, rows)
+    for reader in readers:
+        if reader == "ray":
+            from orchestrator.sweep.cluster import start_ray
+
+            start_ray(1)
+        for consumer in ("trivial", "step"):
+            tell(f"{size} px", throughput(corpus, size, images, rounds, window, [reader, "bare"], (consumer,)))
+    if "ray" in readers:
+        end_ray()
 
 
 def tell(name: str, found: dict[str, Any]) -> None:

@@ -1,11 +1,13 @@
-"""Accuracy with V stored views against fresh augmentation with a live teacher, on packaged clip art.
+"""Accuracy with V stored views against fresh augmentation with a live teacher.
 
     python -m benchmarks.views             # 15 minutes of one core; goes on where it was stopped, by STORAGE/views.json
     python -m benchmarks.views --table     # table and picture from benchmarks/results/views.json alone
+    python -m benchmarks.views --spec my_sweep.yaml     # your data and networks; table and picture lie in --storage
 
-KD at equal steps, the same seeds in every arm: each draws other labelled images, another initial student and another
-order. Stored: an image's view is drawn in each step from its V stored ones. Fresh: a view that the image never had,
-which the teacher then sees live. Scored is the student on val; test is not read.
+KD on packaged clip art, or the first combination of method, teacher and student of your sweep file, at its knobs'
+defaults. Equal steps, the same seeds in every arm: each draws other labelled images, another initial student and
+another order. Stored: an image's view is drawn in each step from its V stored ones. Fresh: a view that the image never
+had, which the teacher then sees live. Scored is the student on val; test is not read.
 """
 
 from __future__ import annotations
@@ -17,7 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations.harness import Arm, run_arm
-from benchmarks.record import RESULTS, ROOT, begun, machine, markdown, publish, versions, write_result
+from benchmarks.record import (
+    RESULTS,
+    ROOT,
+    begun,
+    checked,
+    command_of,
+    machine,
+    markdown,
+    own_sweep,
+    publish,
+    versions,
+    write_result,
+)
 
 PICTURE = ROOT / "docs" / "pictures" / "views.svg"
 VIEWS = (1, 2, 4, 8, 16)
@@ -27,15 +41,24 @@ SPEC: dict[str, Any] = {
     "task": {"data": "packaged/clipart", "shots": 20},
     "teachers": ["packaged/vit_clipart"],
     "students": [{"model": "timm/test_resnet", "image_size": 48}],
+    "methods": {"kd": {"lr": 3e-3}},
     "train": {"steps": 240, "batch": 64},
 }
-ARM = Arm("kd", "kd", {"lr": 3e-3}, 0, 0)
 
 
-def measured(views: int | str, seed: int, storage: str) -> dict[str, float]:
+def arm_of(prepared: Any) -> Arm:
+    """The sweep's first combination, at its knobs' defaults."""
+    from orchestrator.sweep.space import default_knobs
+
+    cell = prepared.cells[0]
+    knobs = default_knobs(prepared.spaces[cell.method], cell.method)
+    return Arm(cell.method, cell.method, knobs, cell.teacher, cell.student)
+
+
+def measured(spec: dict[str, Any], arm: Arm, views: int | str, seed: int, storage: str) -> dict[str, float]:
     """Val, device-seconds and the teacher's images of one trial."""
-    train = SPEC["train"] | ({"fresh": True} if views == FRESH else {"views": views})
-    row = run_arm({**SPEC, "train": train, "storage": storage, "name": f"views-{views}"}, ARM, seed)
+    train = spec.get("train", {}) | ({"fresh": True} if views == FRESH else {"views": views, "fresh": False})
+    row = run_arm({**spec, "train": train, "storage": storage, "name": f"{spec['name']}-{views}"}, arm, seed)
     return {name: row[name] for name in ("val_metric", "loop_seconds", "teacher_forwards")}
 
 
@@ -44,27 +67,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--storage", default="runs")
+    parser.add_argument("--spec", type=Path, help="a sweep file of yours, in place of packaged clip art")
     parser.add_argument("--table", action="store_true", help="train nothing")
     options = parser.parse_args()
-    result: dict[str, Any] = {"spec": SPEC, "arms": {}}
-    path = RESULTS / "views.json" if options.table else Path(options.storage) / "views.json"
-    result = begun(path, SPEC) or result
+    if options.seeds < 2:
+        parser.error("--seeds: two at least, for a standard deviation.")
+    spec = own_sweep(options.spec) if options.spec else SPEC
+    folder = Path(options.storage)
+    path = folder / (f"views-{spec['name']}.json" if options.spec else "views.json")
+    if options.table and not options.spec:
+        path = RESULTS / "views.json"
+    prepared = checked({**spec, "storage": str(folder)})
+    arm = arm_of(prepared)
+    result: dict[str, Any] = begun(path, spec) or {"spec": spec, "arms": {}}
     result |= {
-        "command": "python -m benchmarks.views",
+        "command": command_of("views", parser, options, but=("storage", "table")),
         "machine": machine(1),
         "versions": versions("torch", "timm"),
+        "method": arm.method,
+        "teacher": prepared.spec.teachers[arm.teacher or 0].model,
+        "student": prepared.spec.students[arm.student].model if arm.student is not None else "its own student",
+        "steps": prepared.spec.train.total_steps(len(prepared.task.train)),
+        "batch": prepared.spec.train.batch,
+        "images": len(prepared.task.train),
     }
     for seed in range(options.seeds if not options.table else 0):
         for views in (*VIEWS, FRESH):
             seeds = result["arms"].setdefault(str(views), {})
             if str(seed) not in seeds:
-                seeds[str(seed)] = measured(views, seed, options.storage)
+                seeds[str(seed)] = measured(spec, arm, views, seed, options.storage)
                 write_result(path, result)
                 print(f"{views}, seed {seed}: {seeds[str(seed)]['val_metric']:.3f}", file=sys.stderr, flush=True)
-    PICTURE.parent.mkdir(exist_ok=True)
-    PICTURE.write_text(picture(result), encoding="utf-8")
+    drawn = path.with_suffix(".svg") if options.spec else PICTURE
+    drawn.parent.mkdir(exist_ok=True)
+    drawn.write_text(picture(result), encoding="utf-8")
     print(text := table(result))
-    publish("views", result, text)
+    if not options.spec:
+        publish("views", result, text)
 
 
 def values_of(result: dict[str, Any], views: int | str) -> list[float]:
@@ -88,14 +127,13 @@ def table(result: dict[str, Any]) -> str:
                 ", ".join(f"{v:.3f}" for v in values),
                 "" if views == FRESH else f"{statistics.mean(apart):+.3f} ± {statistics.stdev(apart):.3f}",
                 f"{statistics.median(one['loop_seconds'] for one in result['arms'][str(views)].values()):.0f}",
-                f"{images:,.0f}" if views == FRESH else f"{1145 * views:,.0f}, shared",
+                f"{images:,.0f}" if views == FRESH else f"{result['images'] * views:,.0f}, shared",
             ]
         )
     head = ["views", "val, mean ± sd", "seeds", "against fresh", "training loop, s", "teacher's images"]
-    spec = result["spec"]
     return (
-        f"`{result['command']}`: KD, {spec['teachers'][0]} into {spec['students'][0]['model']}, "
-        f"{spec['train']['steps']} steps x {spec['train']['batch']} images, {len(fresh)} seeds; {result['machine']}; "
+        f"`{result['command']}`: {result['method']}, {result['teacher']} into {result['student']}, "
+        f"{result['steps']} steps x {result['batch']} images, {len(fresh)} seeds; {result['machine']}; "
         f"{result['versions']}.\n\n{markdown(head, rows)}"
     )
 
@@ -144,7 +182,7 @@ def picture(result: dict[str, Any]) -> str:
     parts.append(f'<text x="{middle:.0f}" y="{bottom + 38}" text-anchor="middle">stored views an image</text>')
     parts.append(
         f'<text x="16" y="{(top + bottom) / 2:.0f}" transform="rotate(-90 16 {(top + bottom) / 2:.0f})" '
-        'text-anchor="middle">val accuracy</text>'
+        'text-anchor="middle">val metric</text>'
     )
     return "\n".join([*parts, "</svg>", ""])
 

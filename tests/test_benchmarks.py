@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.profile import part_of
+from benchmarks.record import own_sweep
 from benchmarks.search_cost import SPECS, Search, at_random, averaged, checked, grid_file, key_of, product, reached
 from orchestrator.sweep.space import grid
 
@@ -16,13 +18,13 @@ from orchestrator.sweep.space import grid
 @pytest.fixture(scope="module")
 def table() -> dict[str, Any]:
     """Trials of 8 seconds that score what they end with all along; one of them is good."""
-    prepared = checked("clipart")
+    prepared = checked(json.dumps(SPECS["clipart"]))
     keys = [key_of(c.method, knobs) for c in prepared.cells for knobs in grid(prepared.spaces[c.method], c.method)]
     trials = {}
     for number, key in enumerate(keys):
         value = 0.9 if number == 40 else (number * 37 % 101) / 200
         trials[key] = {"seconds": 8.0, "curve": [(s / 8, value, float(s)) for s in range(1, 9)]}
-    return {"task": "clipart", "trials": trials}
+    return {"spec": SPECS["clipart"], "trials": trials}
 
 
 def test_a_replayed_search_pays_for_what_it_trains_and_for_that_once(table: dict[str, Any]) -> None:
@@ -51,19 +53,32 @@ def test_a_replayed_search_pays_for_what_it_trains_and_for_that_once(table: dict
 
 def test_a_configuration_of_several_seeds_scores_their_mean_and_costs_their_sum() -> None:
     runs = [{"seconds": 4.0, "curve": [(0.5, v, 2.0), (1.0, 2 * v, 4.0)]} for v in (0.1, 0.3, 9.0)]
-    found = averaged({"task": "clipart", "machine": "m", "runs": {"k": runs}}, 2)["trials"]["k"]
+    found = averaged({"task": "clipart", "spec": {}, "machine": "m", "runs": {"k": runs}}, 2)["trials"]["k"]
     assert found == {"seconds": 8.0, "curve": [(0.5, pytest.approx(0.2), 4.0), (1.0, pytest.approx(0.4), 8.0)]}
     with pytest.raises(SystemExit, match="has 3 seeds, not 4"):
-        averaged({"task": "clipart", "machine": "m", "runs": {"k": runs}}, 4)
+        averaged({"task": "clipart", "spec": {}, "machine": "m", "runs": {"k": runs}}, 4)
 
 
 @pytest.mark.parametrize("task", SPECS)
 def test_the_recorded_grid_is_whole(task: str) -> None:
     known = json.loads(grid_file(task).read_text(encoding="utf-8"))["runs"]
-    prepared = checked(task)
+    prepared = checked(json.dumps(SPECS[task]))
     keys = {key_of(c.method, knobs) for c in prepared.cells for knobs in grid(prepared.spaces[c.method], c.method)}
     assert set(known) == keys
     assert all(run["curve"][-1][2] == run["seconds"] for runs in known.values() for run in runs)
+
+
+def test_a_benchmark_reads_no_more_of_a_sweep_file_than_it_says(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\ntask: {data: 'folder:images'}\nstudents: [timm/test_vit]\nmethods: {finetune: {lr: [0.1, 0.2]}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = own_sweep(Path("mine.yaml"))
+    assert set(found) == {"name", "task", "students", "methods"}
+    assert found["task"]["data"] == f"folder:{tmp_path}/images"
+    assert found["methods"] == {"finetune": {"lr": [0.1, 0.2]}}
+    with pytest.raises(SystemExit, match=r"Did you mean 'mine\.yaml'"):
+        own_sweep(Path("mine.yml"))
 
 
 TRIAL = "run_trial (orchestrator/trial/run.py:1);fit (orchestrator/train/loop.py:1);"

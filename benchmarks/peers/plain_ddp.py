@@ -31,12 +31,11 @@ def train(config: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     rank, world = dist.get_rank(), dist.get_world_size()
     steps, batch = config["steps"], config["batch"]
-    images, labels = load_data("packaged/clipart")["train"]
+    images, labels = load_data(config["data"])["train"]
     pixels, classes = normalised(images, SIZE), torch.from_numpy(labels).long()
     torch.manual_seed(0)
-    network = DistributedDataParallel(
-        timm.create_model(config["network"], img_size=SIZE, num_classes=int(classes.max()) + 1)
-    )
+    size: dict[str, Any] = {"img_size": SIZE} if "vit" in config["network"] else {}
+    network = DistributedDataParallel(timm.create_model(config["network"], **size, num_classes=int(classes.max()) + 1))
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.1)
     order = torch.Generator().manual_seed(0)
@@ -81,7 +80,8 @@ def main() -> None:
     """A rank of torchrun."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out")
-    parser.add_argument("--network", default="test_vit", help="a ViT of timm")
+    parser.add_argument("--network", default="test_vit", help="of timm")
+    parser.add_argument("--data", default="packaged/clipart", help="packaged/NAME or folder:PATH")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64)
     options = parser.parse_args()
