@@ -15,7 +15,7 @@ from torch import Tensor
 from methods.contract import Texts
 from methods.outputs import Output
 from orchestrator.data.corpus import Corpus, CorpusShard, Shard, corpus_at, is_there
-from orchestrator.data.outputs import live_outputs
+from orchestrator.data.passes import live_outputs
 from orchestrator.data.pixels import READ_THREADS, rendered_view
 from orchestrator.data.pool import Mapper, Resources, ShardJob, ensure_shards
 from orchestrator.data.task import TaskData

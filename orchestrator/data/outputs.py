@@ -1,28 +1,17 @@
-"""Teacher outputs in the store: one pass of the teacher over one view of the images gives every output asked for."""
+"""Teacher outputs in the store, and what trials pay for them."""
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from methods.outputs import Output, read_outputs
-from orchestrator.data.pixels import rendered_view
+from methods.outputs import Output
+from orchestrator.data.passes import Pass
 from orchestrator.data.task import ImageSet, Split
-from orchestrator.data.views import Policy, stored_view, view_parameters
-from orchestrator.models.load import Network, describe
-from orchestrator.store import Entry, JoinedRecords, Records, Store, key_of, write_records
-from orchestrator.store.records import TYPES
-from orchestrator.store.store import BusyError
+from orchestrator.data.views import Policy, stored_view
+from orchestrator.models.load import Network
+from orchestrator.store import Entry, JoinedRecords, Records, Store, in_turns
 
-VERSION = 1
 DTYPE = "float16"
 
 
@@ -46,29 +35,21 @@ class Bill:
     def add(self, entry: Entry) -> Entry:
         """Counts one entry; returns it."""
         forwards, seconds = int(entry.meta["forwards"]), float(entry.meta["seconds"])
-        if entry.computed:
-            self.misses += 1
-            self.forwards_paid += forwards
-            self.seconds_paid += seconds
-        else:
-            self.hits += 1
-            # Whoever reads any output of a pass would have had to make the whole pass.
-            about = entry.meta["about"]
-            self.forwards_shared += int(about.get("pass_forwards", forwards))
-            self.seconds_saved += float(about.get("pass_seconds", seconds))
+        self.share(entry, *((forwards, seconds) if entry.computed else (0, 0.0)))
         return entry
 
-
-def output_reads(teacher: Network, parameters_key: str, output: Output, dtype: str = DTYPE) -> dict[str, Any]:
-    """What the address of one output of one view hashes."""
-    return {
-        "weights": teacher.weights_hash,
-        "preprocessing": describe(teacher.preprocessing),
-        "parameters": parameters_key,
-        "output": asdict(output),
-        "dtype": dtype,
-        "version": VERSION,
-    }
+    def share(self, entry: Entry, forwards: int, seconds: float) -> None:
+        """Counts one entry for which this trial paid so much, and others the rest."""
+        about = entry.meta["about"]
+        self.forwards_paid += forwards
+        self.seconds_paid += seconds
+        if entry.computed or forwards:
+            self.misses += 1
+        else:
+            self.hits += 1
+        # Whoever reads any output of a pass would have had to make the whole pass.
+        self.forwards_shared += max(0, int(about.get("pass_forwards", entry.meta["forwards"])) - forwards)
+        self.seconds_saved += max(0.0, float(about.get("pass_seconds", entry.meta["seconds"])) - seconds)
 
 
 def ensure_outputs(
@@ -88,7 +69,7 @@ def ensure_outputs(
     """Entries of `wanted` outputs for each of `views`, computed where missing.
 
     A pass over a view computes everything that is missing of `wanted` and of `also` (what other trials will want):
-    the teacher sees each view once. Views that another trial is computing are left to it while others remain.
+    the teacher sees each view once. Trials that need a view at the same time share the pass (`Pass`).
 
     Args:
         store, images, split: what is read, and where results go.
@@ -104,138 +85,17 @@ def ensure_outputs(
     """
     wanted = list(dict.fromkeys(wanted))
     bill = bill if bill is not None else Bill()
-    entries: dict[int, dict[str, Entry]] = {}
-    waiting = list(views)
-    while waiting:
-        before = len(waiting)
-        for view in list(waiting):
-            last_resort = before == len(waiting) and view == waiting[-1]
-            found = _ensure_view(
-                store, images, split, teacher, policy, view, wanted, also, device, dtype, wait=last_resort
-            )
-            if found is not None:
-                entries[view] = found
-                waiting.remove(view)
-    for view in views:
-        # One pass gave all outputs of a view, so its forwards are counted once, with the first of them.
-        paid = [e for e in entries[view].values() if e.computed]
-        for number, entry in enumerate(paid or entries[view].values()):
-            if number == 0:
-                bill.add(entry)
+    passes = {
+        view: Pass(
+            store, images, split, teacher, stored_view(store, split, policy, view), view, wanted, also, device, dtype
+        )
+        for view in views
+    }
+    entries = in_turns(passes, lambda view, wait: passes[view].entries(wait))
+    for view, done in passes.items():
+        if wanted:
+            bill.share(entries[view][wanted[0].key], done.forwards, done.seconds)
     return {o.key: [entries[v][o.key] for v in views] for o in wanted}
-
-
-def _ensure_view(
-    store: Store,
-    images: ImageSet,
-    split: Split,
-    teacher: Network,
-    policy: Policy,
-    view: int,
-    wanted: list[Output],
-    also: Iterable[Output],
-    device: str,
-    dtype: str,
-    *,
-    wait: bool,
-) -> dict[str, Entry] | None:
-    parameters = stored_view(store, split, policy, view)
-
-    def lookup() -> dict[str, Entry]:
-        found = {}
-        for output in wanted:
-            entry = store.get("outputs", key_of(output_reads(teacher, parameters.key, output, dtype)))
-            if entry is not None:
-                found[output.key] = entry
-        return found
-
-    found = lookup()
-    if len(found) == len(wanted):
-        return found
-    flight = key_of({"weights": teacher.weights_hash, "parameters": parameters.key, "size": teacher.preprocessing.size})
-    try:
-        with store.lock("pass", flight, wait=wait):
-            found = lookup()
-            if len(found) == len(wanted):
-                return found
-            missing = [
-                o
-                for o in dict.fromkeys([*wanted, *also])
-                if store.get("outputs", key_of(output_reads(teacher, parameters.key, o, dtype))) is None
-            ]
-            folder = store.scratch("pass", flight)
-            shutil.rmtree(folder, ignore_errors=True)  # of a pass that was killed
-            try:
-                found.update(_pass(store, images, split, teacher, parameters, view, missing, device, dtype, folder))
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            return {o.key: found[o.key] for o in wanted}
-    except BusyError:
-        return None
-
-
-def _pass(
-    store: Store,
-    images: ImageSet,
-    split: Split,
-    teacher: Network,
-    parameters: Entry,
-    view: int,
-    outputs: list[Output],
-    device: str,
-    dtype: str,
-    folder: Path,
-) -> dict[str, Entry]:
-    started = time.perf_counter()
-    folder.mkdir(parents=True)
-    module = teacher.module.to(device)
-    raw = {o.key: (folder / f"{o.key}.raw").open("wb") for o in outputs}
-    shapes: dict[str, tuple[int, ...]] = {}
-    try:
-        for pixels in rendered_view(images, split, view_parameters(parameters), teacher.preprocessing):
-            results = live_outputs(teacher, module, pixels.to(device), outputs)
-            for key, value in results.items():
-                stored = value.to(TYPES[dtype]).cpu().contiguous()
-                shapes[key] = tuple(stored.shape[1:])
-                raw[key].write(stored.flatten().view(torch.uint8).numpy().tobytes())
-    finally:
-        for file in raw.values():
-            file.close()
-    seconds = time.perf_counter() - started
-    entries = {}
-    for number, output in enumerate(outputs):
-        reads = output_reads(teacher, parameters.key, output, dtype)
-
-        def write(target: Path, output: Output = output, number: int = number) -> dict[str, Any]:
-            values = np.memmap(folder / f"{output.key}.raw", dtype=np.uint8, mode="c")
-            table = torch.from_numpy(np.asarray(values)).view(TYPES[dtype]).view(len(split), *shapes[output.key])
-            step = 256
-            batches = (table[i : i + step] for i in range(0, len(split), step))
-            write_records(target / "records.arrow", len(split), batches, dtype)
-            return {
-                # The pass is paid once, whatever the number of outputs that it gave.
-                "forwards": len(split) if number == 0 else 0,
-                "seconds": seconds if number == 0 else 0.0,
-                "pass_forwards": len(split),
-                "pass_seconds": seconds,
-                "teacher": teacher.entry.model_dump(mode="json"),
-                **images.identity(),
-                "view": view,
-                "output": asdict(output),
-            }
-
-        entries[output.key] = store.compute("outputs", key_of(reads), write, reads=reads)
-        (folder / f"{output.key}.raw").unlink()
-    return entries
-
-
-def live_outputs(
-    teacher: Network, module: torch.nn.Module, pixels: Tensor, outputs: Sequence[Output]
-) -> dict[str, Tensor]:
-    """Teacher outputs of uint8 pixels [B, 3, S, S] at the teacher's size, computed now."""
-    with torch.inference_mode():
-        results = read_outputs(module, teacher.preprocessing.normalise(pixels), outputs)
-    return {key: value.detach().clone() for key, value in results.items()}
 
 
 def open_outputs(entries: Sequence[Entry]) -> list[Records]:

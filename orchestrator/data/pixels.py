@@ -15,7 +15,7 @@ from torch import Tensor
 from orchestrator.data.task import ImageSet, Split
 from orchestrator.data.views import Policy, draw, render, stored_view, view_parameters
 from orchestrator.models.load import Preprocessing
-from orchestrator.store import JoinedRecords, Records, Store, key_of, write_records
+from orchestrator.store import JoinedRecords, Records, Store, in_turns, key_of, write_records
 
 VERSION = 1
 READ_THREADS = 2
@@ -70,16 +70,21 @@ def rendered_view(
     preprocessing: Preprocessing,
     batch: int = 64,
     threads: int = READ_THREADS,
+    rows: range | None = None,
 ) -> Iterator[Tensor]:
-    """uint8 [b, 3, S, S] batches of one view of every image, in order; the next one is rendered while one is used."""
+    """uint8 [b, 3, S, S] batches of one view of every image, in order; the next one is rendered while one is used.
+
+    `rows`: of these images of the split only.
+    """
+    wanted = range(len(split)) if rows is None else rows
 
     def one(row: int) -> Tensor:
         return render(images.image(split, row), parameters[row], preprocessing.size, preprocessing.interpolation)
 
     waiting: deque[list[Future[Tensor]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(split), batch):
-            waiting.append([pool.submit(one, row) for row in range(start, min(start + batch, len(split)))])
+        for start in range(0, len(wanted), batch):
+            waiting.append([pool.submit(one, row) for row in wanted[start : start + batch]])
             if len(waiting) > 1:
                 yield torch.stack([rendered.result() for rendered in waiting.popleft()])
         while waiting:
@@ -87,9 +92,20 @@ def rendered_view(
 
 
 def stored_pixels(
-    store: Store, images: ImageSet, split: Split, policy: Policy, view: int, preprocessing: Preprocessing
+    store: Store,
+    images: ImageSet,
+    split: Split,
+    policy: Policy,
+    view: int,
+    preprocessing: Preprocessing,
+    *,
+    wait: bool = True,
 ) -> Records:
-    """One view of every image at one size, from the store."""
+    """One view of every image at one size, from the store.
+
+    Raises:
+        BusyError: if another process is rendering it (only without `wait`).
+    """
     parameters = stored_view(store, split, policy, view)
     reads: dict[str, Any] = {
         "parameters": parameters.key,
@@ -103,7 +119,7 @@ def stored_pixels(
         write_records(folder / "pixels.arrow", len(split), batches, "uint8")
         return {}
 
-    entry = store.compute("pixels", key_of(reads), write, reads=reads)
+    entry = store.compute("pixels", key_of(reads), write, reads=reads, wait=wait)
     return Records(entry.path / "pixels.arrow")
 
 
@@ -119,4 +135,9 @@ def open_pixels(
     """Pixels of the first `views` views; None: any number of fresh ones. Stored where they take at most `limit_gb`."""
     if views is None or len(split) * views * 3 * preprocessing.size**2 > limit_gb * 1e9:
         return RenderedPixels(images, split, policy, preprocessing)
-    return StoredPixels([stored_pixels(store, images, split, policy, v, preprocessing) for v in range(views)])
+
+    def stored(view: int, wait: bool) -> Records:
+        return stored_pixels(store, images, split, policy, view, preprocessing, wait=wait)
+
+    tables = in_turns(range(views), stored)
+    return StoredPixels([tables[view] for view in range(views)])

@@ -3,7 +3,7 @@
 from orchestrator.store.keys import key_of
 from orchestrator.store.records import JoinedRecords, OpenFiles, Records, records_bytes, write_records
 from orchestrator.store.remote import RemoteStore, check_remote, open_store, store_at
-from orchestrator.store.store import Entry, Store
+from orchestrator.store.store import Entry, Store, in_turns
 
 __all__ = [
     "Entry",
@@ -13,6 +13,7 @@ __all__ = [
     "RemoteStore",
     "Store",
     "check_remote",
+    "in_turns",
     "key_of",
     "open_store",
     "records_bytes",

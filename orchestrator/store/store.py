@@ -16,16 +16,18 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
 from orchestrator.errors import FullDiskError, disk_full
 
 META = "meta.json"
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,29 @@ class Mirror(Protocol):
 
 class BusyError(Exception):
     """Another process is computing this entry (only with `wait=False`)."""
+
+
+def in_turns(keys: Iterable[K], attempt: Callable[[K, bool], T | None]) -> dict[K, T]:
+    """What `attempt(key, wait)` gives for each key; those that others are computing are left to them while any remain.
+
+    Args:
+        keys: what is needed.
+        attempt: with `wait` False it gives None, or raises `BusyError`, where another process is at it.
+    """
+    found: dict[K, T] = {}
+    waiting = list(keys)
+    stuck = False
+    while waiting:
+        before = len(waiting)
+        for key in list(waiting):
+            with contextlib.suppress(BusyError):
+                result = attempt(key, stuck)
+                if result is not None:
+                    found[key] = result
+                    waiting.remove(key)
+                    stuck = False
+        stuck = len(waiting) == before
+    return found
 
 
 class Store:

@@ -10,7 +10,8 @@ import torch
 from methods.outputs import Output
 from orchestrator.data.corpus import CorpusShard, shard_of
 from orchestrator.data.embed import plain_views
-from orchestrator.data.outputs import live_outputs, open_outputs
+from orchestrator.data.outputs import open_outputs
+from orchestrator.data.passes import live_outputs
 from orchestrator.data.pool import PoolShard
 from orchestrator.data.task import ImageSet, load_task
 from orchestrator.data.views import render, view_parameters

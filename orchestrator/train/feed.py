@@ -13,7 +13,7 @@ from torch import Tensor
 
 from methods.contract import Batch, Feed, Table
 from methods.outputs import Output
-from orchestrator.data.outputs import live_outputs
+from orchestrator.data.passes import live_outputs
 from orchestrator.data.pixels import Pixels
 from orchestrator.data.stream import Stream
 from orchestrator.models.load import Network, Preprocessing

@@ -1,0 +1,271 @@
+"""One pass of a teacher over one view of the images, for all who need it: in parts, which several processes share.
+
+Whoever needs outputs of a view takes parts of it that nobody is working on: the trials with which a sweep begins
+make its first pass together. What a part gives lies in its scratch folder until all parts are there; then they are
+joined into the store's entries, which know nothing of parts. A part is held by a lock while it is computed: if its
+holder dies, what is done stays, and another takes that part again. Where nodes do not see each other's folders (a store
+on object storage), a pass is one part.
+
+`store gc` in the middle of a pass may take parts that are done and that nobody holds: they are made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from methods.outputs import Output, read_outputs
+from orchestrator.data.pixels import rendered_view
+from orchestrator.data.task import ImageSet, Split
+from orchestrator.data.views import view_parameters
+from orchestrator.models.load import Network, describe
+from orchestrator.store import Entry, Store, key_of, write_records
+from orchestrator.store.records import TYPES
+from orchestrator.store.store import BusyError
+
+VERSION = 1
+ROWS = 256  # of a part, at least
+PARTS = 64  # at most
+
+
+def output_reads(teacher: Network, parameters_key: str, output: Output, dtype: str) -> dict[str, Any]:
+    """What the address of one output of one view hashes."""
+    return {
+        "weights": teacher.weights_hash,
+        "preprocessing": describe(teacher.preprocessing),
+        "parameters": parameters_key,
+        "output": asdict(output),
+        "dtype": dtype,
+        "version": VERSION,
+    }
+
+
+def live_outputs(
+    teacher: Network, module: torch.nn.Module, pixels: Tensor, outputs: Sequence[Output]
+) -> dict[str, Tensor]:
+    """Teacher outputs of uint8 pixels [B, 3, S, S] at the teacher's size, computed now."""
+    with torch.inference_mode():
+        results = read_outputs(module, teacher.preprocessing.normalise(pixels), outputs)
+    return {key: value.detach().clone() for key, value in results.items()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a view's images.
+
+    Attributes:
+        key: its lock's and its folder's.
+        folder: `OUTPUT.npy` for each output that is done: uint8 [rows, ..., bytes of a number]; `seconds.json`.
+        rows: of the split.
+    """
+
+    key: str
+    folder: Path
+    rows: range
+
+    def has(self, outputs: Iterable[Output]) -> bool:
+        """Whether all of these are done."""
+        return all(self.file(output).is_file() for output in outputs)
+
+    def file(self, output: Output) -> Path:
+        """Where an output is, or will be."""
+        return self.folder / f"{output.key}.npy"
+
+    @property
+    def seconds(self) -> float:
+        """What it has taken, by whomever."""
+        path = self.folder / "seconds.json"
+        return float(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else 0.0
+
+    def read(self, output: Output, dtype: str, step: int = 256) -> Iterator[Tensor]:
+        """Its values, [up to `step`, ...] at a time."""
+        table = np.load(self.file(output), mmap_mode="c")
+        for start in range(0, len(table), step):
+            yield torch.from_numpy(table[start : start + step]).view(TYPES[dtype]).squeeze(-1)
+
+
+class Pass:
+    """A view as one trial needs it, and what this process has done for it.
+
+    Args:
+        store, images, split: what is read, and where results go.
+        teacher: loaded; its module is run in inference mode.
+        parameters: the view's entry.
+        view: its number.
+        wanted: outputs that this trial needs.
+        also: what other trials will want: computed along with what is missing.
+        device: where the teacher runs.
+        dtype: of the stored values.
+
+    Attributes:
+        forwards, seconds: images that the teacher saw here for it, and the time that took.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        images: ImageSet,
+        split: Split,
+        teacher: Network,
+        parameters: Entry,
+        view: int,
+        wanted: Sequence[Output],
+        also: Iterable[Output],
+        device: str,
+        dtype: str,
+    ) -> None:
+        self.store, self.images, self.split, self.teacher = store, images, split, teacher
+        self.parameters, self.view, self.wanted, self.device, self.dtype = parameters, view, wanted, device, dtype
+        self.mine = list(dict.fromkeys([*wanted, *also]))
+        self.forwards, self.seconds = 0, 0.0
+
+    def entries(self, wait: bool) -> dict[str, Entry] | None:
+        """Entries of what is wanted, by `Output.key`, computed as far as they are missing and nobody else is at it.
+
+        Args:
+            wait: for parts that others are computing; else None while there are such.
+        """
+        while len(found := self._found()) < len(self.wanted):
+            lacking = [output for output in self.wanted if output.key not in found]
+            busy = [part for part in self._parts if not self._take(part, lacking)]
+            if not busy:
+                self._join(lacking)
+            elif wait:
+                with self.store.lock("pass", busy[0].key):
+                    pass  # its holder is done, or dead
+            else:
+                return None
+        return found
+
+    def _reads(self, output: Output) -> dict[str, Any]:
+        return output_reads(self.teacher, self.parameters.key, output, self.dtype)
+
+    def _stored(self, output: Output) -> Entry | None:
+        return self.store.get("outputs", key_of(self._reads(output)))
+
+    def _found(self) -> dict[str, Entry]:
+        return {o.key: entry for o in self.wanted if (entry := self._stored(o)) is not None}
+
+    @cached_property
+    def _parts(self) -> list[Part]:
+        flight = {
+            "weights": self.teacher.weights_hash,
+            "preprocessing": describe(self.teacher.preprocessing),
+            "parameters": self.parameters.key,
+            "dtype": self.dtype,
+            "version": VERSION,
+        }
+        count = len(self.split)
+        rows = max(ROWS, -(-count // (PARTS * ROWS)) * ROWS)
+        if self.store.mirror(self.store.scratch("pass", key_of(flight))) is not None:
+            rows = max(count, 1)
+        found = []
+        for start in range(0, count, rows):
+            key = key_of(flight | {"start": start, "rows": rows})
+            found.append(Part(key, self.store.scratch("pass", key), range(start, min(start + rows, count))))
+        return found
+
+    def _asked(self) -> list[Output]:
+        """What everybody wants who needs this view now, as far as they have said so; says it for this trial."""
+        folder = self._parts[0].folder / "asked"
+        text = json.dumps([asdict(output) for output in self.mine])
+        with contextlib.suppress(OSError):  # to know is worth a second pass at most, and a full disk is told elsewhere
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{key_of(text)}.json").write_text(text, encoding="utf-8")
+        outputs = dict.fromkeys(self.mine)
+        for file in sorted(folder.glob("*.json")):
+            with contextlib.suppress(OSError, ValueError):  # being written, or gone
+                outputs |= dict.fromkeys(Output(**one) for one in json.loads(file.read_text(encoding="utf-8")))
+        return list(outputs)
+
+    def _take(self, part: Part, lacking: Sequence[Output]) -> bool:
+        """Computes what a part lacks; False if another process is at it."""
+        if part.has(lacking):
+            return True
+        try:
+            with self.store.lock("pass", part.key, wait=False):
+                if not part.has(lacking) and len(self._found()) < len(self.wanted):
+                    missing = [o for o in self._asked() if not part.has([o]) and self._stored(o) is None]
+                    self._compute(part, missing)
+        except BusyError:
+            return False
+        return True
+
+    def _compute(self, part: Part, outputs: Sequence[Output]) -> None:
+        began = time.perf_counter()
+        part.folder.mkdir(parents=True, exist_ok=True)
+        module = self.teacher.module.to(self.device)
+        parameters = view_parameters(self.parameters)
+        sizes, rows = self.teacher.preprocessing, part.rows
+        unfinished = {o: part.file(o).with_suffix(".tmp") for o in outputs}
+        try:
+            with contextlib.ExitStack() as files:
+                raw = {o.key: files.enter_context(path.open("wb")) for o, path in unfinished.items()}
+                for pixels in rendered_view(self.images, self.split, parameters, sizes, rows=rows):
+                    results = live_outputs(self.teacher, module, pixels.to(self.device), outputs)
+                    for key, value in results.items():
+                        stored = value.to(TYPES[self.dtype]).cpu().contiguous()
+                        table = stored.unsqueeze(-1).view(torch.uint8).numpy()
+                        if raw[key].tell() == 0:
+                            shape = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *table.shape[1:])}
+                            np.lib.format.write_array_header_1_0(raw[key], shape)
+                        raw[key].write(table.tobytes())
+            seconds = time.perf_counter() - began
+            (part.folder / "seconds.json").write_text(json.dumps(part.seconds + seconds), encoding="utf-8")
+            for output, path in unfinished.items():
+                os.replace(path, part.file(output))
+        finally:
+            for path in unfinished.values():
+                path.unlink(missing_ok=True)
+        self.forwards += len(rows)
+        self.seconds += seconds
+
+    def _join(self, lacking: Sequence[Output]) -> None:
+        """Publishes what all parts have; does nothing if one of them lacks something."""
+        with contextlib.ExitStack() as held:
+            for part in self._parts:
+                held.enter_context(self.store.lock("pass", part.key))
+            if not all(part.has(lacking) for part in self._parts):
+                return  # joined by another process, or collected
+            whole = [o for o in self._asked() if all(part.has([o]) for part in self._parts)]
+            seconds = sum(part.seconds for part in self._parts)
+            missing = [output for output in whole if self._stored(output) is None]
+            for number, output in enumerate(missing):
+                self._publish(output, seconds, first=number == 0)
+            for part in self._parts:
+                for output in whole:
+                    part.file(output).unlink(missing_ok=True)
+                if not any(part.folder.glob("*.npy")):  # else another trial has begun to add outputs of its own
+                    shutil.rmtree(part.folder, ignore_errors=True)
+
+    def _publish(self, output: Output, seconds: float, *, first: bool) -> None:
+        reads, count = self._reads(output), len(self.split)
+
+        def write(target: Path) -> dict[str, Any]:
+            batches = (batch for part in self._parts for batch in part.read(output, self.dtype))
+            write_records(target / "records.arrow", count, batches, self.dtype)
+            return {
+                # The pass is paid once, whatever the number of outputs that it gave.
+                "forwards": count if first else 0,
+                "seconds": seconds if first else 0.0,
+                "pass_forwards": count,
+                "pass_seconds": seconds,
+                "teacher": self.teacher.entry.model_dump(mode="json"),
+                **self.images.identity(),
+                "view": self.view,
+                "output": asdict(output),
+            }
+
+        self.store.compute("outputs", key_of(reads), write, reads=reads)
