@@ -43,7 +43,7 @@ PARTS: list[tuple[str, tuple[str, ...]]] = [
     ),
     ("rendering views", ("rendered_view (", "render (orchestrator/data/views.py", "one (orchestrator/data/pixels.py")),
     ("teacher's forward passes", ("live_outputs (",)),
-    ("teacher's pass, the rest", ("_pass (orchestrator/data/outputs.py",)),
+    ("teacher's pass, the rest", ("entries (orchestrator/data/passes.py",)),
     ("training loop, the rest", ("fit (orchestrator/train/loop.py",)),
     ("loading data and networks", ("load_task (", "load_network (", "_load (orchestrator/models/load.py")),
     ("small solves", ("_fit (orchestrator/trial/run.py",)),

@@ -82,7 +82,7 @@ def test_a_benchmark_reads_no_more_of_a_sweep_file_than_it_says(tmp_path: Path, 
 
 
 TRIAL = "run_trial (orchestrator/trial/run.py:1);fit (orchestrator/train/loop.py:1);"
-PASS = "run_trial (orchestrator/trial/run.py:1);_pass (orchestrator/data/outputs.py:1);"
+PASS = "run_trial (orchestrator/trial/run.py:1);entries (orchestrator/data/passes.py:1);"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,8 @@ PASS = "run_trial (orchestrator/trial/run.py:1);_pass (orchestrator/data/outputs
     [
         (TRIAL + "learning_rate (orchestrator/train/loop.py:9)", "training loop, the rest"),
         (TRIAL + "step (torch/optim/adamw.py:1)", "optimiser"),
-        (PASS + "live_outputs (orchestrator/data/outputs.py:9);forward (timm/x.py:1)", "teacher's forward passes"),
+        (PASS + "_join (orchestrator/data/passes.py:9)", "teacher's pass, the rest"),
+        (PASS + "live_outputs (orchestrator/data/passes.py:9);forward (timm/x.py:1)", "teacher's forward passes"),
         ("main (x.py:1);poll (ray/_private/worker.py:1)", "Ray in the driver and in trials"),
     ],
 )
