@@ -19,6 +19,10 @@ class FullDiskError(WorkError):
     """The disk is full: no fault of the trial that met it, which is run again once there is room."""
 
 
+class StudyLostError(WorkError):
+    """The study's database cannot be reached any more."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the closest known word, or an empty string."""
     matches = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)

@@ -26,7 +26,7 @@ from orchestrator.train.loop import Checkpoint
 
 KEY = key_of("an entry")
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["orchestrator.store"])
+PROCESSES.set_forkserver_preload(["orchestrator.sweep.run", "orchestrator.sweep.study"])  # `small` imports them
 SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_EC2_METADATA_DISABLED": "true"}
 
 

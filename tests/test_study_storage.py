@@ -18,12 +18,12 @@ import pytest
 from servers import PASSWORD, Postgres, postgres_binaries
 from small import small_spec, study_of
 
-from orchestrator.errors import UserError
+from orchestrator.errors import StudyLostError, UserError
 from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.sweep.ledger import FINAL, Ledger
 from orchestrator.sweep.run import prepare
 from orchestrator.sweep.study import Study
-from orchestrator.sweep.study_storage import StudyLostError, check_study, database_of
+from orchestrator.sweep.study_storage import check_study, database_of
 
 needs_postgres = pytest.mark.skipif(
     postgres_binaries() is None, reason="no PostgreSQL on this machine (initdb); .ci/run installs one"

@@ -272,7 +272,7 @@ def landscape(method: str, knobs: dict[str, Any]) -> float:
     return 0.5 + rate + 0.02 * math.log2(knobs["temperature"]) + 0.1 * (knobs["weight"] == 0.9)
 
 
-@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+@pytest.mark.parametrize("sampler", ["gp", pytest.param("tpe", marks=pytest.mark.slow)])
 def test_the_search_finds_a_lone_best_in_a_third_of_what_chance_takes(
     colours: Path, tmp_path: Path, sampler: str
 ) -> None:

@@ -288,6 +288,7 @@ def cramped(colours: Path, storage: Path, group: Any, **train: Any) -> dict[str,
     return run_trial(context_of(spec), trial(Cell("finetune", None, 0)), runner=runner)
 
 
+@pytest.mark.slow  # a minute; of one process it is in test_resume.py, a group that loses a rank is above
 @pytest.mark.ray
 def test_one_ranks_lack_of_memory_ends_the_group_and_is_tried_once_more_where_allowed(
     colours: Path, tmp_path: Path, group: Any

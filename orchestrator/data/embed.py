@@ -73,8 +73,8 @@ class EmbedJob(ShardJob):
             network = load_network(entry, "teacher")
             preprocessing = describe(network.preprocessing)
             output = asdict(self.output)
-            return common | {"weights": network.weights_hash, "preprocessing": preprocessing, "output": output}
-        return common | {"weights": text_tower_of(entry).weights_hash, "column": column_of(self.what)}
+            return common | {"weights": network.identity, "preprocessing": preprocessing, "output": output}
+        return common | {"weights": text_tower_of(entry).identity, "column": column_of(self.what)}
 
     def worker(self) -> ShardEmbedder:
         return ShardEmbedder(self)
@@ -150,7 +150,7 @@ def embedded_prompts(store: Store, task: TaskData, entry: Model, device: str) ->
     """The teacher's embeddings [C · T, d] of the task's prompts, float32."""
     texts = prompts_of(task)
     tower = text_tower_of(entry)
-    reads = {"weights": tower.weights_hash, "texts": key_of(texts), "version": VERSION}
+    reads = {"weights": tower.identity, "texts": key_of(texts), "version": VERSION}
 
     def write(folder: Path) -> dict[str, Any]:
         began = time.perf_counter()

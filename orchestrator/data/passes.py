@@ -43,7 +43,7 @@ PARTS = 64  # at most
 def output_reads(teacher: Network, parameters_key: str, output: Output, dtype: str) -> dict[str, Any]:
     """What the address of one output of one view hashes."""
     return {
-        "weights": teacher.weights_hash,
+        "weights": teacher.identity,
         "preprocessing": describe(teacher.preprocessing),
         "parameters": parameters_key,
         "output": asdict(output),
@@ -56,9 +56,9 @@ def live_outputs(
     teacher: Network, module: torch.nn.Module, pixels: Tensor, outputs: Sequence[Output]
 ) -> dict[str, Tensor]:
     """Teacher outputs of uint8 pixels [B, 3, S, S] at the teacher's size, computed now."""
-    with torch.inference_mode():
+    with torch.inference_mode(), teacher.cast(pixels.device.type):
         results = read_outputs(module, teacher.preprocessing.normalise(pixels), outputs)
-    return {key: value.detach().clone() for key, value in results.items()}
+    return {key: value.detach().float().clone() for key, value in results.items()}
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Pass:
     @cached_property
     def _parts(self) -> list[Part]:
         flight = {
-            "weights": self.teacher.weights_hash,
+            "weights": self.teacher.identity,
             "preprocessing": describe(self.teacher.preprocessing),
             "parameters": self.parameters.key,
             "dtype": self.dtype,

@@ -20,6 +20,11 @@ def check_model(entry: Model, role: Role) -> list[str]:
     Raises:
         UserError: if the model or its file does not exist.
     """
+    if role == "student" and entry.precision != "fp32":
+        raise UserError(
+            f"students: precision: {entry.precision} of {entry.model!r} is for teachers; allowed here: fp32. In what "
+            "precision students are trained says train.precision."
+        )
     if entry.model.startswith("packaged/"):
         check_files(entry)
         return []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from orchestrator.errors import UserError, listed, nearest
 from orchestrator.models.files import local_weights
+from orchestrator.models.precision import autocast, identified
 from orchestrator.models.weights import hash_weights
 from orchestrator.packaged.clip import CLIP_ICONS, CONFIG, tokenizer_of
 from orchestrator.spec import Model
@@ -229,13 +230,18 @@ class TextTower:
         probe = self._tokenize(["A tokenizer is told by what it makes of this: naïve 12,345 (ΑΩ)!"])
         self.tokenizer_hash = ".".join(str(int(i)) for i in probe[0] if i)
         self.weights_hash = f"{hash_weights(model)}-{self.tokenizer_hash}"
-        self.device = "cpu"
+        self.entry, self.device = entry, "cpu"
 
     def to(self, device: str) -> TextTower:
         """Moves it; returns it."""
         self._model.to(device)
         self.device = device
         return self
+
+    @property
+    def identity(self) -> str:
+        """Of what it computes."""
+        return identified(self.entry, self.weights_hash)
 
     @property
     def parameters(self) -> int:
@@ -252,7 +258,8 @@ class TextTower:
         parts = []
         for start in range(0, len(texts), TEXT_BATCH):
             tokens = self.tokenize(texts[start : start + TEXT_BATCH]).to(self.device)
-            parts.append(self._model.encode_text(tokens).float().cpu())
+            with autocast(self.device, self.entry.precision):
+                parts.append(self._model.encode_text(tokens).float().cpu())
         return torch.cat(parts).clone()
 
 

@@ -22,6 +22,7 @@ from orchestrator.errors import UserError, first_lines, listed
 from orchestrator.models.clip import ImageTower, image_tower, is_clip
 from orchestrator.models.files import local_weights
 from orchestrator.models.names import Role, timm_name, wants_weights
+from orchestrator.models.precision import autocast, identified
 from orchestrator.models.weights import hash_weights, read_weights
 from orchestrator.spec import Model
 
@@ -63,6 +64,15 @@ class Network:
     module: nn.Module
     preprocessing: Preprocessing
     weights_hash: str
+
+    @property
+    def identity(self) -> str:
+        """Of what it computes."""
+        return identified(self.entry, self.weights_hash)
+
+    def cast(self, device: str) -> torch.autocast:
+        """In which its outputs are computed."""
+        return autocast(device, self.entry.precision)
 
 
 def build_network(

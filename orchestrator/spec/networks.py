@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -28,6 +28,10 @@ class Model(Section):
     )
     kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Further constructor arguments, as timm names them."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="Of a teacher: autocast precision in which its outputs are computed (training: train.precision).",
     )
 
     @field_validator("model")

@@ -15,7 +15,7 @@ from orchestrator.data.corpus import corpus_at
 from orchestrator.data.embed import absent
 from orchestrator.data.memory import stream_memory
 from orchestrator.data.task import TaskData, load_task
-from orchestrator.errors import FullDiskError, UserError, disk_full, listed
+from orchestrator.errors import FullDiskError, StudyLostError, UserError, disk_full, listed
 from orchestrator.models.check import check_model
 from orchestrator.models.load import load_network, plan_network
 from orchestrator.models.names import Role
@@ -205,8 +205,6 @@ def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
         UserError: if another process runs this sweep.
         FullDiskError, StudyLostError: with what to do then.
     """
-    from orchestrator.sweep.study_storage import StudyLostError
-
     lock = FileLock(folder / ".driver.lock", timeout=0)
     try:
         with lock:

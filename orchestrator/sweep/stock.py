@@ -20,7 +20,7 @@ from orchestrator.spec import Model, Task, read_spec
 from orchestrator.store import Entry, Store, open_store
 
 SAMPLE = 16
-TOLERANCE = 2e-3  # of the largest value: half precision keeps 11 bits
+TOLERANCE = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 4e-2}  # of the largest value: 11 bits are stored, bfloat16 has 8
 
 
 def inventory(where: str) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def verify(where: str) -> dict[str, Any]:
                 continue
             compared += 1
             worst = max(worst, difference)
-            if difference > TOLERANCE:
+            if difference > TOLERANCE[entry.meta["about"]["teacher"].get("precision", "fp32")]:
                 damaged.append(f"{address}: differs from the live teacher by {difference:.2g} of the largest value")
     sentences = [*damaged, f"{len(entries)} entries, {len(damaged)} damaged."]
     if compared:
@@ -92,11 +92,12 @@ def _against_live(store: Store, entry: Entry) -> float | None:
         images = load_task(Task.model_validate(about["task"]), store)
         split = images.train
     teacher = load_network(Model.model_validate(about["teacher"]), "teacher")
-    if "/" in reads["weights"]:  # of a tuned teacher: the address of the stage that tuned it
-        tuned = store.get(*reads["weights"].split("/"))
+    weights = reads["weights"].partition("@")[0]
+    if "/" in weights:  # of a tuned teacher: the address of the stage that tuned it
+        tuned = store.get(*weights.split("/"))
         if tuned is None:
             return None
-        teacher = tuned_network(tuned.path, reads["weights"], teacher)
+        teacher = tuned_network(tuned.path, weights, teacher)
     stored = open_outputs([entry])[0]
     if "parameters" in reads:
         views = store.get("views", reads["parameters"])
@@ -104,7 +105,7 @@ def _against_live(store: Store, entry: Entry) -> float | None:
     else:
         assert isinstance(images, CorpusShard)
         parameters = plain_views(images)
-    if parameters is None or teacher.weights_hash != reads["weights"] or len(stored) != len(split):
+    if parameters is None or teacher.identity != reads["weights"] or len(stored) != len(split):
         return None
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(stored), generator=generator)[:SAMPLE].numpy()

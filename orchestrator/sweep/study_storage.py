@@ -25,7 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
-from orchestrator.errors import UserError, WorkError, behind
+from orchestrator.errors import StudyLostError, UserError, behind
 from orchestrator.spec import STUDY_SCHEMES, SweepSpec
 from orchestrator.sweep.ledger import once
 from orchestrator.sweep.study_lock import StudyLock
@@ -39,10 +39,6 @@ CONNECT_S = 10
 OPENING_S = 5.0  # a database that cannot be reached when a sweep starts is told soon
 NO_CURE = ("authentication failed", "does not exist", "no password supplied", "permission denied", "no pg_hba.conf")
 Result = TypeVar("Result")
-
-
-class StudyLostError(WorkError):
-    """The study's database cannot be reached any more."""
 
 
 @dataclass(frozen=True)

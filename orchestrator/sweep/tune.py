@@ -21,14 +21,12 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 
 from orchestrator.data.pool import ShardJob
-from orchestrator.errors import FullDiskError, WorkError
+from orchestrator.errors import FullDiskError, StudyLostError, WorkError
 from orchestrator.sweep.capacity import DRIVER, has, nodes_now
 from orchestrator.sweep.capacity import concurrency as concurrency_of
 from orchestrator.sweep.held import Held
 from orchestrator.sweep.ledger import FINAL, Clock, Ledger
 from orchestrator.sweep.nodes import GONE_S
-from orchestrator.sweep.study import Study
-from orchestrator.sweep.study_storage import StudyLostError
 from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import Reporter
 from orchestrator.train.memory import settle
@@ -40,6 +38,7 @@ from orchestrator.trial.repeat import run_repeats
 from orchestrator.trial.row import blank_row
 
 if TYPE_CHECKING:
+    from orchestrator.sweep.study import Study  # and with it Optuna, which trials' processes have no use for
     from orchestrator.train.group import GroupRunner
 
 RESTARTS = 2  # of a trial whose process died; a trial that fails by itself is not repeated

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from methods.contract import Batch, Learner, Recipe
 from methods.ranks import GlobalBatchNorm, even_labels
 from orchestrator.errors import WorkError
+from orchestrator.models.precision import autocast
 from orchestrator.store.store import Mirror
 from orchestrator.train.feed import Feeder, StreamFeeder, TokenFeeder
 from orchestrator.train.notice import Ending
@@ -274,7 +275,6 @@ def fit(
             gradient_as_bucket_view=True,
         )
     optimizer = build_optimizer(learner, recipe)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     history = History()
     start = 0
@@ -314,8 +314,7 @@ def fit(
                 # Gradients meet those of other ranks once a step.
                 alone = wrapped.no_sync() if world > 1 and not last else contextlib.nullcontext()  # type: ignore[operator]
                 with alone:
-                    cast = torch.autocast(device.split(":")[0], dtype=half, enabled=half is not None)
-                    with cast, norms, even_labels(even):
+                    with autocast(device, precision), norms, even_labels(even):
                         parts = wrapped(part_of(batch, number, accumulate), step / steps)
                     scaler.scale(parts["loss"] / accumulate).backward()
                 for name, value in parts.items():

@@ -261,7 +261,7 @@ def _measured(
     if device == "cuda" and not torch.cuda.is_available():
         raise WorkError("latency.device: cuda is asked for, and this trial has no GPU.")
     reads = {
-        "model": blueprint.entry.model_dump(mode="json"),
+        "model": blueprint.entry.model_dump(mode="json", exclude={"precision"}),
         "changes": blueprint.changes,
         "structure": asdict(blueprint.structure) if blueprint.structure is not None else None,
         "classes": blueprint.classes,

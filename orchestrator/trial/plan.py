@@ -121,7 +121,10 @@ def policy_of(spec: SweepSpec) -> Policy:
 def source_reads(entry: Model, role: Any) -> dict[str, Any]:
     """What identifies a network that a stage is built from: its weights and how they are fed."""
     network = load_network(entry, role)
-    options = entry.model_dump(mode="json", exclude={"model"} if entry.model.startswith("local:") else set())
+    left_out = ({"model"} if entry.model.startswith("local:") else set()) | (
+        {"precision"} if entry.precision == "fp32" else set()
+    )
+    options = entry.model_dump(mode="json", exclude=left_out)
     return {"entry": options, "weights": network.weights_hash, "preprocessing": describe(network.preprocessing)}
 
 
@@ -187,7 +190,7 @@ def stage_reads(
         texts += stage.feed.tokens
     if texts:
         assert cell.teacher is not None
-        tower = text_tower_of(spec.teachers[cell.teacher]).weights_hash
+        tower = text_tower_of(spec.teachers[cell.teacher]).identity
         reads["texts"] = {name: [tower, texts_identity(spec, task, name)] for name in texts}
     if labels:
         reads["labels"] = task.labels_hash

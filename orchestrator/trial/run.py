@@ -199,6 +199,11 @@ class _Trial:
         return [self.bill.add(entry) for entry in ensure_pool(job, stage.count or images, self.mapper)]
 
     def _fit(self, stage: FitStage, key: str, reads: dict[str, Any]) -> Entry:
+        tables: dict[str, list[Entry]] | None = None
+        if stage.images != "corpus" and not stage.pool and self.store.get(stage.name, key) is None:
+            # Before the stage is anybody's: whoever else needs it takes a part in the teacher's pass.
+            tables = self.materials.outputs(stage.outputs, stage.of, 1)
+
         def write(folder: Path) -> dict[str, Any]:
             rows = list(self.task.labelled) if stage.images == "labelled" else list(range(len(self.task.train)))
             outputs: dict[str, Any]
@@ -209,7 +214,7 @@ class _Trial:
                 made = self.materials.pool_outputs(stage.pool, stage.outputs, stage.of, 1)
                 outputs = {n: open_pool_outputs(e)[0].rows(list(range(len(rows)))).float() for n, e in made.items()}
             else:
-                found = self.materials.outputs(stage.outputs, stage.of, 1)
+                found = tables if tables is not None else self.materials.outputs(stage.outputs, stage.of, 1)
                 outputs = {name: open_outputs(e)[0].rows(rows).float() for name, e in found.items()}
             began = time.perf_counter()
             inputs = stage_results(self.store, {name: self.addresses[name] for name in stage.inputs})
@@ -251,12 +256,18 @@ class _Trial:
         reads = stage_reads(stage, spec, self.task, self.config, self.addresses)
         key = key_of(reads)
 
+        streamed = self.spec.corpus.streams(feed.images)
+        stored = not streamed and (feed.plain or not self.spec.train.fresh)
+
+        def outputs() -> dict[str, list[Entry]]:
+            return self.materials.outputs(feed.outputs, feed.of, 1 if feed.plain else views) if stored else {}
+
+        # As in `_fit`: a stage that several trials need is waited for with the teacher's pass made together.
+        early = outputs() if self.store.get(stage.name, key) is None else None
+
         def write(folder: Path) -> dict[str, Any]:
-            streamed = self.spec.corpus.streams(feed.images)
-            entries: dict[str, list[Entry]] = {}
+            entries = early if early is not None else outputs()
             generated: dict[str, list[list[Entry]]] = {}
-            if not streamed and (feed.plain or not self.spec.train.fresh):
-                entries = self.materials.outputs(feed.outputs, feed.of, 1 if feed.plain else views)
             if feed.pool and not self.spec.train.fresh:
                 generated = self.materials.pool_outputs(feed.pool, feed.pool_outputs, feed.of, views, feed.pool_size)
             shards = self.materials.shards(feed.pool, feed.pool_size) if feed.pool else []

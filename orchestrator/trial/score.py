@@ -186,7 +186,7 @@ def evaluate(
     if method.zero_shot:
         assert config.cell.teacher is not None
         tower = text_tower_of(spec.teachers[config.cell.teacher])
-        reads["texts"] = [tower.weights_hash, texts_identity(spec, task, "prompts")]
+        reads["texts"] = [tower.identity, texts_identity(spec, task, "prompts")]
         if texts is not None:
             reads["text_tower"] = f"{texts.stage}/{texts.key}"
     if task.spec.kind != "classification":

@@ -1,0 +1,65 @@
+"""`precision: bf16` of a teacher: outputs are computed so, keys know it, and fp32 leaves no trace in a key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small import small_spec
+
+from methods.outputs import Output
+from orchestrator.data.outputs import ensure_outputs, open_outputs
+from orchestrator.data.task import load_task
+from orchestrator.data.views import Policy
+from orchestrator.errors import UserError
+from orchestrator.models.load import load_network
+from orchestrator.spec import Model, Task
+from orchestrator.store import Store
+from orchestrator.sweep.run import prepare
+from orchestrator.sweep.stock import verify
+from orchestrator.trial.context import SweepContext
+from orchestrator.trial.plan import Cell, TrialConfig, source_reads
+from orchestrator.trial.run import run_trial
+
+SINGLE = Model(model="timm/test_vit", image_size=32, pretrained=False)
+HALF = SINGLE.model_copy(update={"precision": "bf16"})
+LOGITS = Output("logits")
+
+
+def test_outputs_in_bfloat16_are_those_in_single_precision_to_eight_bits(colours: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    task = load_task(Task(data=f"folder:{colours}", shots=4), store)
+    values = {}
+    for entry in (SINGLE, HALF):
+        found = ensure_outputs(
+            store, task, task.train, load_network(entry, "teacher"), Policy(0.35, 0.4), [0], [LOGITS]
+        )
+        values[entry.precision] = open_outputs(found[LOGITS.key])[0].all().float()
+    apart = (values["bf16"] - values["fp32"]).abs().max() / values["fp32"].abs().max()
+    assert 5e-4 < apart < 4e-2  # computed in fewer bits than are stored, and nothing worse
+    found = verify(str(tmp_path))
+    assert (found["compared"], found["damaged"]) == (2, [])
+
+
+def test_only_another_precision_is_in_a_key() -> None:
+    single, half = load_network(SINGLE, "teacher"), load_network(HALF, "teacher")
+    assert (single.identity, half.identity) == (single.weights_hash, f"{single.weights_hash}@bf16")
+    reads = source_reads(SINGLE, "teacher")
+    assert "precision" not in reads["entry"]
+    assert source_reads(HALF, "teacher") == reads | {"entry": reads["entry"] | {"precision": "bf16"}}
+
+
+def test_a_trial_learns_from_a_teacher_in_bfloat16_stored_or_live(colours: Path, tmp_path: Path) -> None:
+    for fresh in (False, True):
+        train = {"steps": 6, "batch": 12, "fresh": fresh} | ({} if fresh else {"views": 2})
+        spec = small_spec(colours, tmp_path / str(fresh), teachers=[HALF.model_dump()], train=train)
+        row = run_trial(SweepContext(spec, str(tmp_path / "sweep")), TrialConfig("t0", 0, Cell("kd", 0, 0), {}, 0))
+        assert row["status"] == "complete", row["reason"]
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_student_with_a_precision_is_refused_and_told_where_it_belongs(colours: Path, tmp_path: Path) -> None:
+    student = {"model": "timm/test_convnext", "image_size": 32, "precision": "bf16"}
+    with pytest.raises(UserError, match=r"is for teachers; allowed here: fp32\. .* says train\.precision"):
+        prepare(small_spec(colours, tmp_path, students=[student]))
