@@ -65,6 +65,7 @@ bench: $(VENV)/.bench quickstart
 	$(PY) -m benchmarks.search_cost --storage $(RUNS) --task clipart_cnn --repeats 3
 	$(PY) -m benchmarks.search_ranges
 	$(PY) -m benchmarks.views --storage $(RUNS)
+	$(PY) -m benchmarks.precision --storage $(RUNS)
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.sweep_against_plain
 	$(PY) -m benchmarks.sweep_against_plain --steps 120 --trials 24 --block sweep_against_plain_shorter
