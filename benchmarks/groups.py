@@ -140,6 +140,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.steps, options.rounds, options.trials = 50, 1, 2
+    kind, _, path = options.data.partition(":")
+    options.data = f"{kind}:{Path(path).absolute()}" if path else options.data  # workers have folders of their own
     os.environ["OMP_NUM_THREADS"] = "1"
     first = options.networks[0]
     costs: dict[str, list[float]] = {}

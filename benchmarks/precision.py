@@ -76,11 +76,15 @@ def val(arm: Arm, precision: str, seed: int, storage: str) -> float:
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teachers", nargs="+", help="of yours, by name: their passes alone, written nowhere")
+    parser.add_argument(
+        "--teachers", nargs="+", help="by name, their weights drawn anew: their passes alone, written nowhere"
+    )
     parser.add_argument("--size", type=int, help="pixels, with --teachers; else their own")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--storage", default="runs")
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error("--seeds: two at least, for a standard deviation.")
     torch.set_num_threads(1)
     entries = [{"model": name, "image_size": options.size, "pretrained": False} for name in options.teachers or ()]
     result: dict[str, Any] = {

@@ -37,6 +37,7 @@ from typing import Any
 
 from benchmarks.peers.optuna_search import PlainSearch
 from benchmarks.record import RESULTS, begun, machine, markdown, own_sweep, publish, versions, write_result
+from orchestrator.errors import UserError
 
 MARGIN = 0.01
 FIVE = 5  # of which one is good enough
@@ -108,16 +109,22 @@ def key_of(method: str, knobs: dict[str, Any]) -> str:
     return json.dumps([method, sorted(knobs.items())])
 
 
+def prepared_grid(raw: dict[str, Any], folder: Path) -> Any:
+    """The checked sweep whose trials are the grid."""
+    from orchestrator.sweep.run import prepare
+
+    return prepare(spec_of(raw, folder, "grid", "asha", 0))
+
+
 def record(name: str, raw: dict[str, Any], folder: Path, repeats: int) -> dict[str, Any]:
     """Trains the grid with that many seeds, or what a run that was stopped has not; the folder holds it so far."""
-    from orchestrator.sweep.run import prepare
     from orchestrator.sweep.space import grid, wanted_outputs
     from orchestrator.trial.context import SweepContext
     from orchestrator.trial.plan import TrialConfig
     from orchestrator.trial.run import run_trial
 
-    spec = spec_of(raw, folder, "grid", "asha", 0)
-    prepared = prepare(spec)
+    prepared = prepared_grid(raw, folder)
+    spec = prepared.spec
     wanted = wanted_outputs(spec, prepared.spaces, prepared.cells, prepared.task.info)
     context = SweepContext(spec, f"{folder}/{spec.name}", prefetch=wanted)
     table: dict[str, Any] = {"task": name, "spec": raw, "machine": machine(1)}
@@ -289,6 +296,15 @@ def main() -> None:
     raw = SPECS[options.task]
     if options.spec:
         raw = {key: value for key, value in own_sweep(options.spec).items() if key not in OWN}
+        try:
+            cells = checked(json.dumps(raw)).cells
+            prepared_grid(raw, options.storage.absolute())
+        except UserError as error:
+            parser.error(str(error))
+        if len({cell.method for cell in cells}) < len(cells):
+            parser.error(
+                "--spec: one teacher and one student, please: a configuration is told by its method and knobs."
+            )
     name = raw["name"] if options.spec else options.task
     kept = options.storage.absolute() / grid_file(name).name if options.spec else grid_file(name)
     if options.replay:
@@ -316,20 +332,20 @@ def main() -> None:
         "goals": {name: {"value": goal, "good": sum(v >= goal for v in values)} for name, goal in goals.items()},
         "searches": {name: {} for name in SEARCHES},
     }
-    for name, (_, search) in SEARCHES.items():
-        seeds = ORDERS if name == "random" else options.seeds
+    for kind, (_, search) in SEARCHES.items():
+        seeds = ORDERS if kind == "random" else options.seeds
         runs = [reached(table, search, seed, list(goals.values())) for seed in range(seeds)]
         for which, found in zip(goals, zip(*runs, strict=True), strict=True):
             seconds, trials, hits = (list(column) for column in zip(*found, strict=True))
             runs_of = {"seconds": seconds, "trials": trials, "hits": hits}
-            result["searches"][name][which] = {k: v[: options.seeds] for k, v in runs_of.items()} | {
+            result["searches"][kind][which] = {k: v[: options.seeds] for k, v in runs_of.items()} | {
                 "seeds": seeds,
                 "reached": sum(hits),
                 "mean": sum(seconds) / sum(hits) if any(hits) else None,  # a seed that misses begins anew: all is paid
                 "sd": statistics.stdev(seconds),
                 "median": statistics.median(trials),
             }
-            print(f"{name}, {which}: reached in {sum(hits)} of {len(hits)} seeds", file=sys.stderr, flush=True)
+            print(f"{kind}, {which}: reached in {sum(hits)} of {len(hits)} seeds", file=sys.stderr, flush=True)
     print(text := as_table(result))
     mark = f"search_cost_{name}{'_means' if options.repeats > 1 else ''}"
     if options.spec:

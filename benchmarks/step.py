@@ -97,7 +97,7 @@ def own_cases(path: Path) -> list[Case]:
     """Every combination of a user's sweep whose method has a teacher, at its knobs' defaults."""
     raw = own_sweep(path)
     prepared = checked(raw)
-    base = {key: value for key, value in raw.items() if key not in ("search", "storage")}
+    base = {key: value for key, value in raw.items() if key not in ("search", "storage", "store", "limits")}
     return [
         (base, cell, default_knobs(prepared.spaces[cell.method], cell.method))
         for cell in prepared.cells
@@ -105,9 +105,10 @@ def own_cases(path: Path) -> list[Case]:
     ]
 
 
-def context_of(folder: str, base: dict[str, Any], cases: list[Case], batch: int) -> SweepContext:
+def context_of(folder: str, base: dict[str, Any], cases: list[Case], batch: int | None) -> SweepContext:
     """A sweep over every case on this base: one pass of its teacher gives the outputs of all of them."""
-    train = {"steps": 50, "views": 2} | base.get("train", {}) | {"batch": batch}
+    train = {"steps": 50, "views": 2, "batch": 64} | base.get("train", {}) | {"fresh": False}
+    train |= {"batch": batch} if batch else {}
     methods = base.get("methods", {cell.method: knobs for _, cell, knobs in cases})
     spec = resolved(parse_spec({**base, "methods": methods, "train": train, "storage": folder}))
     cells = [cell for _, cell, _ in cases]
@@ -194,7 +195,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, help="else the sweep file's, or 64")
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead; write nothing")
     parser.add_argument("--dry", action="store_true", help="write nothing")
@@ -203,8 +204,8 @@ def main() -> None:
     pin(options.cores)
     cases = own_cases(options.spec) if options.spec else CASES
     rows = []
+    contexts: dict[str, SweepContext] = {}
     with tempfile.TemporaryDirectory() as folder:
-        contexts: dict[str, SweepContext] = {}
         for base, cell, knobs in cases:
             if options.methods and cell.method not in options.methods:
                 continue
@@ -233,8 +234,11 @@ def main() -> None:
             print(f"{cell.method}, {label}: {spread(row['stored_cpu'])}", file=sys.stderr, flush=True)
     if options.profile:
         return
+    if not rows:
+        raise SystemExit("No method that is asked for reads stored outputs of its teacher.")
     path = RESULTS / "step.json"
-    setting = {"batch": options.batch, "rounds": options.rounds, "steps": options.steps, "cores": options.cores}
+    batch = next(iter(contexts.values())).spec.train.batch
+    setting = {"batch": batch, "rounds": options.rounds, "steps": options.steps, "cores": options.cores}
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not options.spec else {}
     fresh = {row["method"] for row in rows}
     kept = [row for row in old.get("rows", []) if row["method"] not in fresh and old["setting"] == setting]

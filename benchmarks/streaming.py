@@ -12,7 +12,6 @@ the time to the first batch. Memory is that of a fresh process for each size.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import os
@@ -58,29 +57,33 @@ def preprocessing(size: int) -> Preprocessing:
 
 
 def bare(corpus: Path, size: int, threads: int) -> Batches:
-    """uint8 [64, 3, S, S]: pyarrow, PIL and a resize of a random crop; row groups hold 64 images at least."""
+    """uint8 [64, 3, S, S]: pyarrow, PIL and a resize of a random crop."""
 
     def read(path: Path, group: int) -> np.ndarray:
         rows = pq.ParquetFile(path).read_row_group(group, columns=["image", "height", "width"])
         pixels = np.empty((len(rows), 3, size, size), dtype=np.uint8)
         for i, (data, *shape) in enumerate(zip(*rows.columns, strict=True)):
-            views = views_of(*(side.as_py() for side in shape))
-            pixels[i] = render(decode(data.as_py()), views[i % len(views)], size, "bilinear").numpy()
+            some = views[tuple(side.as_py() for side in shape)]
+            pixels[i] = render(decode(data.as_py()), some[i % len(some)], size, "bilinear").numpy()
         return pixels
 
-    @functools.cache
-    def views_of(height: int, width: int) -> list[np.ndarray]:
-        return [draw(POLICY, str(i), (height, width), 1) for i in range(64)]  # beforehand; of the same distribution
-
     files = sorted(corpus.glob("*.parquet"))
+    sizes = {tuple(size.values()) for f in files for size in pq.read_table(f, columns=["height", "width"]).to_pylist()}
+    # Of the same distribution as the stream's, drawn beforehand: some of each size of image.
+    views = {size: [draw(POLICY, str(i), size, 1) for i in range(max(1, 64 // len(sizes)))] for size in sizes}
+
     groups = [(f, g) for f in files for g in range(pq.read_metadata(f).num_row_groups)]
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Any] = deque()
+        rest = np.empty((0, 3, size, size), dtype=np.uint8)
         for file, group in itertools.cycle(groups):
             waiting.append(pool.submit(read, file, group))
             if len(waiting) > 4 * threads:
                 block = waiting.popleft().result()
-                yield from (block[i : i + BATCH] for i in range(0, len(block) - BATCH + 1, BATCH))
+                block = np.concatenate([rest, block]) if len(rest) else block
+                whole = len(block) // BATCH * BATCH
+                yield from (block[i : i + BATCH] for i in range(0, whole, BATCH))
+                rest = block[whole:]
 
 
 def reserve(corpus: Path, size: int, window: int, readers: int) -> StreamMemory:

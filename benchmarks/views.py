@@ -47,10 +47,12 @@ SPEC: dict[str, Any] = {
 
 
 def arm_of(prepared: Any) -> Arm:
-    """The sweep's first combination, at its knobs' defaults."""
+    """The sweep's first combination with a teacher, at its knobs' defaults."""
     from orchestrator.sweep.space import default_knobs
 
-    cell = prepared.cells[0]
+    cell = next((cell for cell in prepared.cells if cell.teacher is not None), None)
+    if cell is None:
+        raise SystemExit("No method of this sweep has a teacher.")
     knobs = default_knobs(prepared.spaces[cell.method], cell.method)
     return Arm(cell.method, cell.method, knobs, cell.teacher, cell.student)
 
@@ -72,14 +74,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error("--seeds: two at least, for a standard deviation.")
-    spec = own_sweep(options.spec) if options.spec else SPEC
+    spec = SPEC
+    if options.spec:
+        spec = {
+            key: value for key, value in own_sweep(options.spec).items() if key not in ("store", "storage", "limits")
+        }
     folder = Path(options.storage)
     path = folder / (f"views-{spec['name']}.json" if options.spec else "views.json")
     if options.table and not options.spec:
         path = RESULTS / "views.json"
     prepared = checked({**spec, "storage": str(folder)})
     arm = arm_of(prepared)
-    result: dict[str, Any] = begun(path, spec) or {"spec": spec, "arms": {}}
+    known = begun(path, spec)
+    if options.table and known is None:
+        parser.error(f"--table: {path} holds no run of this sweep.")
+    result: dict[str, Any] = known or {"spec": spec, "arms": {}}
     result |= {
         "command": command_of("views", parser, options, but=("storage", "table")),
         "machine": machine(1),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from benchmarks import search_cost
 from benchmarks.profile import part_of
 from benchmarks.record import own_sweep
 from benchmarks.search_cost import SPECS, Search, at_random, averaged, checked, grid_file, key_of, product, reached
@@ -49,6 +52,30 @@ def test_a_replayed_search_pays_for_what_it_trains_and_for_that_once(table: dict
     assert (hit, missed) == (True, False)
     assert some < nothing
     assert (nothing, trials) == (8.0 * len(table["trials"]), len(table["trials"]))
+
+
+@pytest.mark.parametrize(("options", "mark"), [((), "clipart"), (("--repeats", "3", "--task", "icons"), "icons_means")])
+def test_a_grid_is_published_under_its_own_name(monkeypatch: pytest.MonkeyPatch, options: Any, mark: str) -> None:
+    published: list[str] = []
+    monkeypatch.setattr(search_cost, "publish", lambda name, result, text: published.append(name))
+    monkeypatch.setattr(search_cost, "SEARCHES", {"random": search_cost.SEARCHES["random"]})
+    monkeypatch.setattr(search_cost, "ORDERS", 3)
+    monkeypatch.setattr(sys, "argv", ["search_cost", "--replay", *options])
+    search_cost.main()
+    assert published == [f"search_cost_{mark}"]
+
+
+def test_a_grid_of_several_students_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    spec = {
+        **SPECS["clipart"],
+        "students": ["timm/test_vit", "timm/test_resnet"],
+        "methods": {"finetune": {"lr": [0.1]}},
+    }
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(spec))
+    monkeypatch.setattr(sys, "argv", ["search_cost", "--spec", str(tmp_path / "two.yaml"), "--storage", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        search_cost.main()
+    assert "one teacher and one student" in capsys.readouterr().err
 
 
 def test_a_configuration_of_several_seeds_scores_their_mean_and_costs_their_sum() -> None:

@@ -43,7 +43,7 @@ from orchestrator.data.corpus.clean import CleanImage, clean_image, clean_senten
 from orchestrator.data.corpus.seen import Seen
 from orchestrator.data.corpus.sources import Piece, Raw, open_corpus_source
 from orchestrator.data.images import CorruptError, decode
-from orchestrator.data.outputs import ensure_outputs, open_outputs
+from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
 from orchestrator.data.views import Policy
 from orchestrator.errors import UserError, WorkError
 from orchestrator.models.load import load_network
@@ -649,12 +649,14 @@ def test_teacher_outputs_of_a_shard_are_those_of_its_images_and_are_kept(corpus:
     pooled = Output("pooled")
     shard = CorpusShard(open_corpus(str(corpus)).shards[1])
     views = [0, 1]
-    made = ensure_outputs(store, shard, shard.split, teacher, Policy(0.5, 0.2), views, [pooled])
-    assert [e.computed for e in made[pooled.key]] == [True, True]
+    bill, later = Bill(), Bill()
+    made = ensure_outputs(store, shard, shard.split, teacher, Policy(0.5, 0.2), views, [pooled], bill=bill)
+    assert (bill.forwards_paid, bill.forwards_shared) == (24, 0)
     assert [(len(t), *t.shape) for t in open_outputs(made[pooled.key])] == [(12, 64), (12, 64)]
     again = CorpusShard(open_corpus(str(corpus)).shards[1])
-    kept = ensure_outputs(store, again, again.split, teacher, Policy(0.5, 0.2), views, [pooled])
-    assert [e.computed for e in kept[pooled.key]] == [False, False]
+    kept = ensure_outputs(store, again, again.split, teacher, Policy(0.5, 0.2), views, [pooled], bill=later)
+    assert (later.forwards_paid, later.forwards_shared) == (0, 24)
+    assert kept == made
     answer = verify(tmp_path / "store")  # renders the shard's images anew and asks the live teacher
     assert (answer["compared"], answer["damaged"]) == (2, [])
 

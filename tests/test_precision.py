@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,13 +51,26 @@ def test_only_another_precision_is_in_a_key() -> None:
     assert source_reads(HALF, "teacher") == reads | {"entry": reads["entry"] | {"precision": "bf16"}}
 
 
-def test_a_trial_learns_from_a_teacher_in_bfloat16_stored_or_live(colours: Path, tmp_path: Path) -> None:
+def test_a_trial_learns_from_a_teacher_in_bfloat16_stored_or_live(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cast: list[bool] = []
+    whole = load_network(HALF, "teacher").module.forward_features
+
+    def forward(images: torch.Tensor, **words: Any) -> torch.Tensor:
+        cast.append(torch.is_autocast_enabled("cpu"))
+        return whole(images, **words)
+
+    monkeypatch.setattr(load_network(HALF, "teacher").module, "forward_features", forward)
     for fresh in (False, True):
+        cast.clear()
         train = {"steps": 6, "batch": 12, "fresh": fresh} | ({} if fresh else {"views": 2})
         spec = small_spec(colours, tmp_path / str(fresh), teachers=[HALF.model_dump()], train=train)
         row = run_trial(SweepContext(spec, str(tmp_path / "sweep")), TrialConfig("t0", 0, Cell("kd", 0, 0), {}, 0))
         assert row["status"] == "complete", row["reason"]
-    assert torch.get_default_dtype() == torch.float32
+        assert row["teacher"] == "timm/test_vit@bf16"
+        assert cast
+        assert all(cast)
 
 
 def test_a_student_with_a_precision_is_refused_and_told_where_it_belongs(colours: Path, tmp_path: Path) -> None:

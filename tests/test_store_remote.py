@@ -17,7 +17,13 @@ import torch
 from servers import GCS, S3
 from small import small_spec
 
+from methods.outputs import Output
+from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
+from orchestrator.data.task import load_task
+from orchestrator.data.views import Policy
 from orchestrator.errors import FullDiskError, UserError
+from orchestrator.models.load import load_network
+from orchestrator.spec import Model, Task
 from orchestrator.store import Records, RemoteStore, bucket, key_of, lease, open_store, store_at, write_records
 from orchestrator.store.bucket import Bucket, RemoteError
 from orchestrator.store.remote import IN_USE_S
@@ -153,6 +159,32 @@ def test_nodes_and_processes_that_ask_at_once_compute_once(anywhere: S3 | GCS, t
     assert len(log.read_text().splitlines()) == 1
     assert sorted(computed for computed, _ in found) == [False] * 5 + [True]
     assert {text for _, text in found} == {"result"}
+
+
+def pass_on_a_node(address: str, cache: str, data: str, barrier: Any, answers: Any) -> None:
+    os.environ.update(SECRETS | {"ORCHESTRATOR_CACHE": cache})  # in no hurry: nobody is to be taken for dead
+    torch.set_num_threads(1)
+    store, bill = store_at(address), Bill()
+    task = load_task(Task(data=f"folder:{data}", shots=4), store)
+    teacher = load_network(Model(model="timm/test_vit", image_size=32, pretrained=False), "teacher")
+    barrier.wait()
+    found = ensure_outputs(store, task, task.train, teacher, Policy(0.35, 0.4), [1], [Output("pooled")], bill=bill)
+    answers.put((len(task.train), bill.forwards_paid, float(open_outputs(found["pooled"])[0].all().float().sum())))
+
+
+def test_of_nodes_that_need_a_view_at_once_one_makes_its_pass(s3: S3, colours: Path, tmp_path: Path) -> None:
+    barrier, answers = PROCESSES.Barrier(4), PROCESSES.Queue()
+    address = s3.address(tmp_path.name)
+    words = [(address, str(tmp_path / f"node{i}"), str(colours), barrier, answers) for i in range(4)]
+    processes = [PROCESSES.Process(target=pass_on_a_node, args=one) for one in words]
+    for process in processes:
+        process.start()
+    told = [answers.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+    count = told[0][0]
+    assert sorted(paid for _, paid, _ in told) == [0, 0, 0, count]
+    assert len({total for _, _, total in told}) == 1
 
 
 @pytest.mark.parametrize("same_node", [True, False])

@@ -34,8 +34,12 @@ def train(config: dict[str, Any]) -> None:
     images, labels = load_data(config["data"])["train"]
     pixels, classes = normalised(images, SIZE), torch.from_numpy(labels).long()
     torch.manual_seed(0)
-    size: dict[str, Any] = {"img_size": SIZE} if "vit" in config["network"] else {}
-    network = DistributedDataParallel(timm.create_model(config["network"], **size, num_classes=int(classes.max()) + 1))
+    many = int(classes.max()) + 1
+    try:
+        network = timm.create_model(config["network"], img_size=SIZE, num_classes=many)
+    except TypeError:  # a convolutional one, which works at any size
+        network = timm.create_model(config["network"], num_classes=many)
+    network = DistributedDataParallel(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.1)
     order = torch.Generator().manual_seed(0)

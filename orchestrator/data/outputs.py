@@ -91,7 +91,13 @@ def ensure_outputs(
         )
         for view in views
     }
-    entries = in_turns(passes, lambda view, wait: passes[view].entries(wait))
+    try:
+        entries = in_turns(passes, lambda view, wait: passes[view].entries(wait))
+    except BaseException:
+        for done in passes.values():  # what is done stays, and is paid
+            bill.forwards_paid += done.forwards
+            bill.seconds_paid += done.seconds
+        raise
     for view, done in passes.items():
         if wanted:
             bill.share(entries[view][wanted[0].key], done.forwards, done.seconds)

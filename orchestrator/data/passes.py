@@ -6,7 +6,8 @@ joined into the store's entries, which know nothing of parts. A part is held by 
 holder dies, what is done stays, and another takes that part again. Where nodes do not see each other's folders (a store
 on object storage), a pass is one part.
 
-`store gc` in the middle of a pass may take parts that are done and that nobody holds: they are made again.
+`store gc` in the middle of a pass may take parts that are done and that nobody holds: they are made again. So is a part
+whose file is torn.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -38,6 +40,7 @@ from orchestrator.store.store import BusyError
 VERSION = 1
 ROWS = 256  # of a part, at least
 PARTS = 64  # at most
+ASKED_S = 3600.0  # after which nobody computes what another trial has asked for: it may be dead
 
 
 def output_reads(teacher: Network, parameters_key: str, output: Output, dtype: str) -> dict[str, Any]:
@@ -61,7 +64,17 @@ def live_outputs(
     return {key: value.detach().float().clone() for key, value in results.items()}
 
 
-@dataclass(frozen=True)
+def whole(file: Path, text: str) -> None:
+    """Writes a file at once or not at all."""
+    temporary = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass
 class Part:
     """Some of a view's images.
 
@@ -86,8 +99,20 @@ class Part:
     @property
     def seconds(self) -> float:
         """What it has taken, by whomever."""
-        path = self.folder / "seconds.json"
-        return float(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else 0.0
+        with contextlib.suppress(OSError, ValueError):
+            return float(json.loads((self.folder / "seconds.json").read_text(encoding="utf-8")))
+        return 0.0
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        whole(self.folder / "seconds.json", json.dumps(value))
+
+    def forget(self, outputs: Iterable[Output]) -> None:
+        """Removes these, and the folder if no others are left; whoever does that holds the part."""
+        for output in outputs:
+            self.file(output).unlink(missing_ok=True)
+        if not any(self.folder.glob("*.npy")):  # else another trial has begun to add outputs of its own
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def read(self, output: Output, dtype: str, step: int = 256) -> Iterator[Tensor]:
         """Its values, [up to `step`, ...] at a time."""
@@ -130,6 +155,7 @@ class Pass:
         self.parameters, self.view, self.wanted, self.device, self.dtype = parameters, view, wanted, device, dtype
         self.mine = list(dict.fromkeys([*wanted, *also]))
         self.forwards, self.seconds = 0, 0.0
+        self._torn = False
 
     def entries(self, wait: bool) -> dict[str, Entry] | None:
         """Entries of what is wanted, by `Output.key`, computed as far as they are missing and nobody else is at it.
@@ -137,17 +163,23 @@ class Pass:
         Args:
             wait: for parts that others are computing; else None while there are such.
         """
-        while len(found := self._found()) < len(self.wanted):
-            lacking = [output for output in self.wanted if output.key not in found]
-            busy = [part for part in self._parts if not self._take(part, lacking)]
-            if not busy:
-                self._join(lacking)
-            elif wait:
-                with self.store.lock("pass", busy[0].key):
-                    pass  # its holder is done, or dead
-            else:
-                return None
-        return found
+        found = self._found()
+        if len(found) == len(self.wanted):
+            self._tidy()
+            return found
+        try:
+            while len(found) < len(self.wanted):
+                lacking = [output for output in self.wanted if output.key not in found]
+                busy = [part for part in self._parts if not self._take(part, lacking)]
+                if busy and wait:
+                    with self.store.lock("pass", busy[0].key):
+                        pass  # its holder is done, or dead
+                elif busy or not self._join(lacking, wait):
+                    return None
+                found = self._found()
+            return found
+        finally:
+            self._ask.unlink(missing_ok=True)
 
     def _reads(self, output: Output) -> dict[str, Any]:
         return output_reads(self.teacher, self.parameters.key, output, self.dtype)
@@ -177,17 +209,21 @@ class Pass:
             found.append(Part(key, self.store.scratch("pass", key), range(start, min(start + rows, count))))
         return found
 
+    @cached_property
+    def _ask(self) -> Path:
+        return self._parts[0].folder / "asked" / f"{uuid.uuid4().hex}.json"
+
     def _asked(self) -> list[Output]:
-        """What everybody wants who needs this view now, as far as they have said so; says it for this trial."""
-        folder = self._parts[0].folder / "asked"
-        text = json.dumps([asdict(output) for output in self.mine])
+        """What everybody wants who is at this view now; says it for this trial."""
+        folder = self._ask.parent
         with contextlib.suppress(OSError):  # to know is worth a second pass at most, and a full disk is told elsewhere
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{key_of(text)}.json").write_text(text, encoding="utf-8")
+            whole(self._ask, json.dumps([asdict(output) for output in self.mine]))
         outputs = dict.fromkeys(self.mine)
         for file in sorted(folder.glob("*.json")):
-            with contextlib.suppress(OSError, ValueError):  # being written, or gone
-                outputs |= dict.fromkeys(Output(**one) for one in json.loads(file.read_text(encoding="utf-8")))
+            with contextlib.suppress(OSError, ValueError, TypeError):  # gone, or of another version
+                if time.time() - file.stat().st_mtime < ASKED_S:
+                    outputs |= dict.fromkeys(Output(**one) for one in json.loads(file.read_text(encoding="utf-8")))
         return list(outputs)
 
     def _take(self, part: Part, lacking: Sequence[Output]) -> bool:
@@ -197,13 +233,30 @@ class Pass:
         try:
             with self.store.lock("pass", part.key, wait=False):
                 if not part.has(lacking) and len(self._found()) < len(self.wanted):
-                    missing = [o for o in self._asked() if not part.has([o]) and self._stored(o) is None]
-                    self._compute(part, missing)
+                    self._compute_asked(part)
+                if len(self._parts) == 1:  # where a lock is a lease, whoever waits for it must find the entries
+                    self._publish_all(lacking)
         except BusyError:
             return False
         return True
 
+    def _compute_asked(self, part: Part) -> None:
+        def missing(outputs: list[Output]) -> list[Output]:
+            return [o for o in outputs if not part.has([o]) and self._stored(o) is None]
+
+        everybodys, mine = missing(self._asked()), missing(self.mine)
+        try:
+            self._compute(part, everybodys)
+        except OSError:
+            raise
+        except Exception:
+            if everybodys == mine:
+                raise
+            self._compute(part, mine)  # what another trial asks for may be its own fault
+
     def _compute(self, part: Part, outputs: Sequence[Output]) -> None:
+        if not outputs:
+            return
         began = time.perf_counter()
         part.folder.mkdir(parents=True, exist_ok=True)
         module = self.teacher.module.to(self.device)
@@ -222,33 +275,64 @@ class Pass:
                             shape = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *table.shape[1:])}
                             np.lib.format.write_array_header_1_0(raw[key], shape)
                         raw[key].write(table.tobytes())
-            seconds = time.perf_counter() - began
-            (part.folder / "seconds.json").write_text(json.dumps(part.seconds + seconds), encoding="utf-8")
             for output, path in unfinished.items():
                 os.replace(path, part.file(output))
+            seconds = time.perf_counter() - began
+            part.seconds += seconds
         finally:
             for path in unfinished.values():
                 path.unlink(missing_ok=True)
         self.forwards += len(rows)
         self.seconds += seconds
 
-    def _join(self, lacking: Sequence[Output]) -> None:
-        """Publishes what all parts have; does nothing if one of them lacks something."""
-        with contextlib.ExitStack() as held:
-            for part in self._parts:
-                held.enter_context(self.store.lock("pass", part.key))
-            if not all(part.has(lacking) for part in self._parts):
-                return  # joined by another process, or collected
-            whole = [o for o in self._asked() if all(part.has([o]) for part in self._parts)]
-            seconds = sum(part.seconds for part in self._parts)
-            missing = [output for output in whole if self._stored(output) is None]
-            for number, output in enumerate(missing):
+    def _join(self, lacking: Sequence[Output], wait: bool) -> bool:
+        """Publishes what all parts have, if none of them lacks anything; False if others hold some."""
+        try:
+            with contextlib.ExitStack() as held:
+                # From the last one on: who adds outputs of his own begins with the first, and is met once.
+                for part in reversed(self._parts):
+                    held.enter_context(self.store.lock("pass", part.key, wait=wait))
+                self._publish_all(lacking)
+        except BusyError:
+            return False
+        return True
+
+    def _publish_all(self, lacking: Sequence[Output]) -> None:
+        """The same, with every part held."""
+        if not all(part.has(lacking) for part in self._parts):
+            return  # published by another process, or collected
+        outputs = [output for output in self._asked() if all(part.has([output]) for part in self._parts)]
+        seconds = sum(part.seconds for part in self._parts)
+        missing = [output for output in outputs if self._stored(output) is None]
+        for number, output in enumerate(missing):
+            try:
                 self._publish(output, seconds, first=number == 0)
+            except (ValueError, EOFError):  # a file is torn: a machine has lost its power
+                if self._torn:
+                    raise
+                self._torn = True
+                for part in self._parts:
+                    part.forget([output])
+                return
             for part in self._parts:
-                for output in whole:
-                    part.file(output).unlink(missing_ok=True)
-                if not any(part.folder.glob("*.npy")):  # else another trial has begun to add outputs of its own
-                    shutil.rmtree(part.folder, ignore_errors=True)
+                part.file(output).unlink(missing_ok=True)
+        for part in self._parts:
+            part.forget(outputs)
+            if part.folder.exists():
+                part.seconds = 0.0  # they are in the entries
+
+    def _tidy(self) -> None:
+        """Removes parts whose outputs are published: whoever did that died before he could."""
+        if self.parts_left():
+            with contextlib.suppress(BusyError), contextlib.ExitStack() as held:
+                for part in reversed(self._parts):
+                    held.enter_context(self.store.lock("pass", part.key, wait=False))
+                for part in self._parts:
+                    part.forget(self.wanted)
+
+    def parts_left(self) -> bool:
+        """Whether any part has a folder."""
+        return any(part.folder.exists() for part in self._parts)
 
     def _publish(self, output: Output, seconds: float, *, first: bool) -> None:
         reads, count = self._reads(output), len(self.split)

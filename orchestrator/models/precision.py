@@ -14,6 +14,6 @@ def autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(device.split(":")[0], dtype=HALF.get(precision), enabled=precision in HALF)
 
 
-def identified(entry: Model, weights_hash: str) -> str:
-    """What a teacher's outputs depend on: its weights, and its precision where that is not single."""
-    return weights_hash if entry.precision == "fp32" else f"{weights_hash}@{entry.precision}"
+def identified(entry: Model, name: str) -> str:
+    """A teacher's name, or the hash of its weights, with its precision where that is not single."""
+    return name if entry.precision == "fp32" else f"{name}@{entry.precision}"

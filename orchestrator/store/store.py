@@ -259,10 +259,11 @@ class Store:
         removed = 0
         for leftover in [*self.root.glob(".tmp/*"), *self.root.glob(".partial/*")]:
             stage, _, rest = leftover.name.partition("-")
-            size = sum(p.stat().st_size for p in leftover.rglob("*") if p.is_file())
             with contextlib.suppress(BusyError), self.lock(stage, rest[:20], wait=False):
+                for file in leftover.rglob("*"):
+                    with contextlib.suppress(OSError):  # gone meanwhile
+                        freed += file.stat().st_size if file.is_file() else 0
                 shutil.rmtree(leftover, ignore_errors=True)
-                freed += size
         if max_bytes is not None:
             entries = sorted(self.entries(), key=lambda e: (e.path / META).stat().st_mtime)
             total = sum(e.bytes for e in entries)

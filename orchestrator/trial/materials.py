@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from methods.contract import TEACHER, Texts
@@ -23,6 +24,11 @@ from orchestrator.trial.plan import TrialConfig, policy_of
 def address_of(entry: Entry) -> str:
     """Where an entry lies in the store."""
     return f"{entry.stage}/{entry.key}"
+
+
+def still_there(found: Mapping[str, Sequence[Entry]]) -> bool:
+    """Whether there are entries, none of which was removed since."""
+    return bool(found) and all(entry.path.is_dir() for entries in found.values() for entry in entries)
 
 
 @dataclass

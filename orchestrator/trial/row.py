@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from orchestrator.models.precision import identified
 from orchestrator.spec import SweepSpec, latency_column
 from orchestrator.trial.plan import TrialConfig
 
@@ -11,11 +12,12 @@ from orchestrator.trial.plan import TrialConfig
 def blank_row(spec: SweepSpec, config: TrialConfig) -> dict[str, Any]:
     """The leaderboard's row of a trial of which nothing is known yet."""
     cell = config.cell
+    teacher = spec.teachers[cell.teacher] if cell.teacher is not None else None
     return {
         "trial_id": config.trial_id,
         "number": config.number,
         "method": cell.method,
-        "teacher": spec.teachers[cell.teacher].model if cell.teacher is not None else None,
+        "teacher": identified(teacher, teacher.model) if teacher is not None else None,
         "student": spec.students[cell.student].model if cell.student is not None else None,
         "status": "running",
         "reason": "",

@@ -30,7 +30,7 @@ from orchestrator.train.memory import release_memory
 from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import InfeasibleError, check_before
-from orchestrator.trial.materials import Materials, address_of
+from orchestrator.trial.materials import Materials, address_of, still_there
 from orchestrator.trial.plan import (
     TEXT_SOURCES,
     TrialConfig,
@@ -199,7 +199,7 @@ class _Trial:
         return [self.bill.add(entry) for entry in ensure_pool(job, stage.count or images, self.mapper)]
 
     def _fit(self, stage: FitStage, key: str, reads: dict[str, Any]) -> Entry:
-        tables: dict[str, list[Entry]] | None = None
+        tables: dict[str, list[Entry]] = {}
         if stage.images != "corpus" and not stage.pool and self.store.get(stage.name, key) is None:
             # Before the stage is anybody's: whoever else needs it takes a part in the teacher's pass.
             tables = self.materials.outputs(stage.outputs, stage.of, 1)
@@ -214,7 +214,7 @@ class _Trial:
                 made = self.materials.pool_outputs(stage.pool, stage.outputs, stage.of, 1)
                 outputs = {n: open_pool_outputs(e)[0].rows(list(range(len(rows)))).float() for n, e in made.items()}
             else:
-                found = tables if tables is not None else self.materials.outputs(stage.outputs, stage.of, 1)
+                found = tables if still_there(tables) else self.materials.outputs(stage.outputs, stage.of, 1)
                 outputs = {name: open_outputs(e)[0].rows(rows).float() for name, e in found.items()}
             began = time.perf_counter()
             inputs = stage_results(self.store, {name: self.addresses[name] for name in stage.inputs})
@@ -263,10 +263,10 @@ class _Trial:
             return self.materials.outputs(feed.outputs, feed.of, 1 if feed.plain else views) if stored else {}
 
         # As in `_fit`: a stage that several trials need is waited for with the teacher's pass made together.
-        early = outputs() if self.store.get(stage.name, key) is None else None
+        early = outputs() if self.store.get(stage.name, key) is None else {}
 
         def write(folder: Path) -> dict[str, Any]:
-            entries = early if early is not None else outputs()
+            entries = early if still_there(early) else outputs()
             generated: dict[str, list[list[Entry]]] = {}
             if feed.pool and not self.spec.train.fresh:
                 generated = self.materials.pool_outputs(feed.pool, feed.pool_outputs, feed.of, views, feed.pool_size)
