@@ -323,16 +323,12 @@ class Pass:
 
     def _tidy(self) -> None:
         """Removes parts whose outputs are published: whoever did that died before he could."""
-        if self.parts_left():
-            with contextlib.suppress(BusyError), contextlib.ExitStack() as held:
-                for part in reversed(self._parts):
-                    held.enter_context(self.store.lock("pass", part.key, wait=False))
-                for part in self._parts:
-                    part.forget(self.wanted)
-
-    def parts_left(self) -> bool:
-        """Whether any part has a folder."""
-        return any(part.folder.exists() for part in self._parts)
+        left = [part for part in self._parts if part.folder.exists()]
+        with contextlib.suppress(BusyError), contextlib.ExitStack() as held:
+            for part in reversed(left):
+                held.enter_context(self.store.lock("pass", part.key, wait=False))
+            for part in left:
+                part.forget(self.wanted)
 
     def _publish(self, output: Output, seconds: float, *, first: bool) -> None:
         reads, count = self._reads(output), len(self.split)
