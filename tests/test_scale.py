@@ -453,6 +453,7 @@ def cluster() -> Iterator[None]:
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
+@pytest.mark.slow  # a minute; trials and drivers that are killed are in test_sweep.py
 @pytest.mark.ray
 def test_when_an_embedding_actor_is_killed_only_its_shard_is_embedded_again(
     spec: SweepSpec, tmp_path: Path, cluster: None
@@ -593,7 +594,7 @@ def embed_logged(spec_file: str, log: str) -> None:
     make_on_actors(LoggedJob(made, f"{made.storage}/store", 0, "images", EMBEDDING, "cpu", log), list(range(12)))
 
 
-@pytest.mark.slow  # a minute; a killed actor is looked at above, a killed driver in test_sweep.py
+@pytest.mark.slow  # a minute; trials and drivers that are killed are in test_sweep.py
 @pytest.mark.ray
 def test_when_the_driver_is_killed_only_the_shards_in_flight_are_embedded_again(
     spec: SweepSpec, tmp_path: Path, cluster: None

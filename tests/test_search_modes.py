@@ -61,6 +61,7 @@ def events(folder: Path) -> Any:
     return EventAccumulator(str(folder)).Reload()
 
 
+@pytest.mark.slow  # half a minute; stopping early is in test_sweep.py
 def test_median_prunes_what_stays_below_the_median_of_earlier_trials(colours: Path, tmp_path: Path) -> None:
     spec = small_spec(
         colours,

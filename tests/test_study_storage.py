@@ -314,6 +314,7 @@ def test_whatever_is_behind_an_error_the_password_is_taken_out(
 
 
 @needs_postgres
+@pytest.mark.slow  # a minute; a connection that is lost is looked at above
 @pytest.mark.ray
 def test_a_sweep_whose_database_dies_ends_with_a_sentence_resumes_and_writes_the_password_nowhere(
     colours: Path, tmp_path: Path, postgres: Postgres, logs: Path
