@@ -16,9 +16,10 @@ import torch
 from small import small_spec
 
 from orchestrator.data.task import load_task
+from orchestrator.files import once
 from orchestrator.store import Store
 from orchestrator.sweep import tune
-from orchestrator.sweep.ledger import Ledger, once
+from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.study import Study
 from orchestrator.train.loop import Checkpoint
 

@@ -35,14 +35,19 @@ class Bill:
     def add(self, entry: Entry) -> Entry:
         """Counts one entry; returns it."""
         forwards, seconds = int(entry.meta["forwards"]), float(entry.meta["seconds"])
-        self.share(entry, *((forwards, seconds) if entry.computed else (0, 0.0)))
+        paid = (forwards, seconds) if entry.computed else (0, 0.0)
+        self.pay(*paid)
+        self.share(entry, *paid)
         return entry
 
-    def share(self, entry: Entry, forwards: int, seconds: float) -> None:
-        """Counts one entry for which this trial paid so much, and others the rest."""
-        about = entry.meta["about"]
+    def pay(self, forwards: int, seconds: float) -> None:
+        """Counts what this trial has computed."""
         self.forwards_paid += forwards
         self.seconds_paid += seconds
+
+    def share(self, entry: Entry, forwards: int, seconds: float) -> None:
+        """Counts one entry for which this trial has paid so much, and others the rest."""
+        about = entry.meta["about"]
         if entry.computed or forwards:
             self.misses += 1
         else:
@@ -93,11 +98,9 @@ def ensure_outputs(
     }
     try:
         entries = in_turns(passes, lambda view, wait: passes[view].entries(wait))
-    except BaseException:
-        for done in passes.values():  # what is done stays, and is paid
-            bill.forwards_paid += done.forwards
-            bill.seconds_paid += done.seconds
-        raise
+    finally:
+        for done in passes.values():  # what is done stays, whatever came after it
+            bill.pay(done.forwards, done.seconds)
     for view, done in passes.items():
         if wanted:
             bill.share(entries[view][wanted[0].key], done.forwards, done.seconds)

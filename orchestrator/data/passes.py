@@ -32,6 +32,7 @@ from methods.outputs import Output, read_outputs
 from orchestrator.data.pixels import rendered_view
 from orchestrator.data.task import ImageSet, Split
 from orchestrator.data.views import view_parameters
+from orchestrator.files import at_once
 from orchestrator.models.load import Network, describe
 from orchestrator.store import Entry, Store, key_of, write_records
 from orchestrator.store.records import TYPES
@@ -62,16 +63,6 @@ def live_outputs(
     with torch.inference_mode(), teacher.cast(pixels.device.type):
         results = read_outputs(module, teacher.preprocessing.normalise(pixels), outputs)
     return {key: value.detach().float().clone() for key, value in results.items()}
-
-
-def whole(file: Path, text: str) -> None:
-    """Writes a file at once or not at all."""
-    temporary = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass
@@ -105,7 +96,7 @@ class Part:
 
     @seconds.setter
     def seconds(self, value: float) -> None:
-        whole(self.folder / "seconds.json", json.dumps(value))
+        at_once(self.folder / "seconds.json", lambda to: to.write_text(json.dumps(value), encoding="utf-8"))
 
     def forget(self, outputs: Iterable[Output]) -> None:
         """Removes these, and the folder if no others are left; whoever does that holds the part."""
@@ -218,10 +209,11 @@ class Pass:
         folder = self._ask.parent
         with contextlib.suppress(OSError):  # to know is worth a second pass at most, and a full disk is told elsewhere
             folder.mkdir(parents=True, exist_ok=True)
-            whole(self._ask, json.dumps([asdict(output) for output in self.mine]))
+            text = json.dumps([asdict(output) for output in self.mine])
+            at_once(self._ask, lambda to: to.write_text(text, encoding="utf-8"))
         outputs = dict.fromkeys(self.mine)
         for file in sorted(folder.glob("*.json")):
-            with contextlib.suppress(OSError, ValueError, TypeError):  # gone, or of another version
+            with contextlib.suppress(OSError, ValueError, TypeError):  # gone, being written, or of another version
                 if time.time() - file.stat().st_mtime < ASKED_S:
                     outputs |= dict.fromkeys(Output(**one) for one in json.loads(file.read_text(encoding="utf-8")))
         return list(outputs)
@@ -247,12 +239,16 @@ class Pass:
         everybodys, mine = missing(self._asked()), missing(self.mine)
         try:
             self._compute(part, everybodys)
-        except OSError:
-            raise
-        except Exception:
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            RuntimeError,
+        ):  # a network without it; lack of memory
             if everybodys == mine:
                 raise
-            self._compute(part, mine)  # what another trial asks for may be its own fault
+            self._compute(part, mine)  # that the network lacks what another trial asks for is that one's fault
 
     def _compute(self, part: Part, outputs: Sequence[Output]) -> None:
         if not outputs:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError, nearest
+from orchestrator.files import at_once
 from orchestrator.select.results import (
     as_accuracy,
     margin_note,
@@ -19,7 +20,7 @@ from orchestrator.select.results import (
 )
 from orchestrator.select.uncertainty import lead_of, lead_sentence
 from orchestrator.spec import METRIC_NAMES, METRICS, Kind, SweepSpec, better, latency_column, near_limits
-from orchestrator.sweep.ledger import at_once, open_sweep
+from orchestrator.sweep.ledger import open_sweep
 
 BASELINES = ("finetune", "linear_probe")
 

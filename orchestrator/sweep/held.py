@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.files import at_once
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep.capacity import room, shape_of
-from orchestrator.sweep.ledger import Ledger, at_once
+from orchestrator.sweep.ledger import Ledger
 
 EVERY_S = 1.0  # between two saves, which is what a killed driver may forget
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import time
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.errors import UserError
+from orchestrator.files import at_once, once
 from orchestrator.spec import SweepSpec, read_spec
 
 FINAL = ("complete", "infeasible", "pruned", "failed")
-
-
-def at_once(path: Path, write: Callable[[Path], Any]) -> None:
-    """Replaces a file whole: a reader sees the old one or the new one, and a failed write leaves nothing behind."""
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def once(path: Path, write: Callable[[Path], Any]) -> None:
-    """Makes a file whole unless there is one: of several processes, the first one's stays."""
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
-    try:
-        write(temporary)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
-                raise
-            if not path.exists():  # a file system without hard links
-                os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ import pandas as pd
 from methods.knobs import Choice
 from orchestrator.errors import UserError, disk_full, listed, nearest
 from orchestrator.evaluate.details import FILE
+from orchestrator.files import at_once
 from orchestrator.select.report import Gathered, Importance, Study, gather, html, markdown, table
 from orchestrator.select.report.gather import knobs_of
 from orchestrator.select.report.page import shown
@@ -23,7 +24,7 @@ from orchestrator.select.results import margin_note, numbers, read_facts, read_t
 from orchestrator.select.uncertainty import lead_of, lead_sentence
 from orchestrator.spec import METRIC_NAMES, SweepSpec, near_limits
 from orchestrator.sweep.choice import against_baseline, latencies_of, spread
-from orchestrator.sweep.ledger import Ledger, at_once, open_sweep
+from orchestrator.sweep.ledger import Ledger, open_sweep
 from orchestrator.sweep.space import method_space
 from orchestrator.sweep.study_importance import importances
 

@@ -26,8 +26,8 @@ from sqlalchemy import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
 from orchestrator.errors import StudyLostError, UserError, behind
+from orchestrator.files import once
 from orchestrator.spec import STUDY_SCHEMES, SweepSpec
-from orchestrator.sweep.ledger import once
 from orchestrator.sweep.study_lock import StudyLock
 
 VARIABLE = "ORCHESTRATOR_STUDY_URL"
