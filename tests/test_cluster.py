@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+from typing import Any
 
 import pytest
 import ray
@@ -11,7 +13,14 @@ from ray.dashboard.subprocesses.module import SubprocessModule
 from ray.dashboard.utils import get_all_modules
 
 from orchestrator.errors import UserError
-from orchestrator.sweep.cluster import LONGEST_SOCKET, SOCKET_PATH_BYTES, check_ray_folder, start_ray, start_ray_beside
+from orchestrator.sweep.cluster import (
+    LONGEST_SOCKET,
+    SOCKET_PATH_BYTES,
+    check_ray_folder,
+    start_ray,
+    start_ray_beside,
+    stop_ray_beside,
+)
 
 
 def test_no_socket_of_ray_has_a_longer_name_than_the_check_reckons_with() -> None:
@@ -55,3 +64,34 @@ def test_a_folder_that_is_refused_waits_for_the_work_beside_it(monkeypatch: pyte
     with pytest.raises(UserError, match="RAY_TMPDIR"):
         start_ray_beside(1, lambda: (time.sleep(0.1), done.append(1)))
     assert done == [1]
+
+
+def test_what_ray_s_processes_inherit_is_not_left_in_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str] = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    monkeypatch.setenv("RAY_preload_python_modules", "mine")
+
+    def init(**options: Any) -> None:
+        seen.update(os.environ)
+        raise RuntimeError("no Ray today")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(RuntimeError):
+        start_ray(1)
+    assert seen["RAY_preload_python_modules"] == "orchestrator.worker"
+    left = dict(os.environ)
+    assert left["RAY_preload_python_modules"] == "mine"
+    assert "RAY_GCS_SERVER_PORT" not in left
+
+
+def test_work_beside_ray_s_end_is_done_even_if_it_fails_and_garbage_is_looked_for_again() -> None:
+    looked: list[bool] = []
+    stop_ray_beside(lambda: looked.append(gc.isenabled()))
+
+    def fail() -> None:
+        raise UserError("no room")
+
+    with pytest.raises(UserError, match="no room"):
+        stop_ray_beside(fail)
+    assert (looked, gc.isenabled()) == ([False], True)

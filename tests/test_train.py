@@ -304,10 +304,14 @@ def test_garbage_of_a_trial_goes_and_what_was_loaded_before_it_is_looked_through
     code = """
 import gc, weakref
 import orchestrator.trial.run
-from orchestrator.train.memory import release_memory, settle
+from orchestrator.process import begin, settle
+from orchestrator.train.memory import release_memory
 
 class Node: pass
 
+usual = gc.get_threshold()
+begin()
+seldom = gc.get_threshold()
 settle()
 loaded = gc.get_freeze_count()
 settle()
@@ -316,6 +320,7 @@ node.itself, seen = node, weakref.ref(node)
 del node
 release_memory()
 print(loaded > 100_000, gc.get_freeze_count() == loaded, len(gc.get_objects()) < loaded / 10, seen() is None)
+print(seldom[0] > usual[0], gc.get_threshold() == usual)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True"] * 4
+    assert done.stdout.split() == ["True"] * 6

@@ -141,9 +141,11 @@ def _prepared(spec: Any, as_json: bool) -> Any:
     from orchestrator.sweep.cluster import start_ray_beside
 
     def work() -> Any:
-        from orchestrator.sweep.run import prepare  # and with it torch
+        from orchestrator.sweep.run import load_teachers, prepare  # and with it torch
 
-        return prepare(spec)
+        prepared = prepare(spec)
+        load_teachers(spec)
+        return prepared
 
     with _ray_s_words(as_json):
         return start_ray_beside(spec.train.threads, work)
@@ -173,6 +175,7 @@ def read_sweep_file(
 def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     from orchestrator.select.leaderboard import print_leaderboard
     from orchestrator.select.results import read_trials
+    from orchestrator.sweep.cluster import stop_ray_beside
     from orchestrator.sweep.event_files import write_event_files
     from orchestrator.sweep.run import run
 
@@ -192,7 +195,7 @@ def _run(prepared: Any, folder: Path, as_json: bool) -> None:
             run(prepared, folder, shown)
         else:
             run(prepared, folder, TrialLines(folder, prepared.spec, lines, prepared.trials))
-        write_event_files(folder)
+        stop_ray_beside(lambda: write_event_files(folder))
     frame = read_trials(folder)
     if as_json:
         print(frame.to_json(orient="records"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, TypeVar
@@ -36,6 +38,7 @@ def start_ray(threads: int) -> str | None:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # all trials so far, again and again, for nobody to read
     address = os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    inherited: dict[str, str] = {}  # by Ray's own processes
     variables = {
         "OMP_NUM_THREADS": str(threads),
         # A stopped trial leaves its function by itself, a worker group in seconds; then its process takes the next.
@@ -49,18 +52,36 @@ def start_ray(threads: int) -> str | None:
         # two clusters on a machine, if Ray is left to guess in which of them it is; so the port is chosen here.
         options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
         port = str(_free_port())
-        os.environ["RAY_GCS_SERVER_PORT"] = port
+        inherited = {
+            "RAY_GCS_SERVER_PORT": port,
+            "RAY_preload_python_modules": "orchestrator.worker",
+            # One process for each core, before there is work; none of them has the variables that trials' have.
+            "RAY_prestart_worker_first_driver": "0",
+        }
         variables["RAY_ADDRESS"] = f"127.0.0.1:{port}"
     elif ":" in address and "://" not in address:
         variables["RAY_ADDRESS"] = address
-    try:
+    with _environment(inherited):
         context = ray.init(address=address, runtime_env={"env_vars": variables}, **options)
-    finally:
-        os.environ.pop("RAY_GCS_SERVER_PORT", None)
     url = getattr(context, "dashboard_url", None) or None
     if url is not None:
         _dashboards[ray.get_runtime_context().gcs_address] = url
     return url
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables of this process for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def start_ray_beside(threads: int, work: Callable[[], T]) -> T:
@@ -78,6 +99,22 @@ def start_ray_beside(threads: int, work: Callable[[], T]) -> T:
         doing = pool.submit(work)
         start_ray(threads)
         return doing.result()
+
+
+def stop_ray_beside(work: Callable[[], None]) -> None:
+    """Leaves the cluster, and stops it where it was started here, while another thread does `work`.
+
+    Raises:
+        what `work` raises, once Ray is down.
+    """
+    gc.disable()  # what is found meanwhile may be Ray's, which ends a process that asks it for something then
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            doing = pool.submit(work)
+            ray.shutdown()
+        doing.result()
+    finally:
+        gc.enable()
 
 
 def _free_port() -> int:

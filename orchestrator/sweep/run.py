@@ -111,6 +111,16 @@ def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
     return Prepared(spec, task, runnable, spaces, list(dict.fromkeys(dropped)), unchecked)
 
 
+def load_teachers(spec: SweepSpec) -> None:
+    """Loads the teachers into this process: unreadable weights end a sweep here, before a trial is paid for.
+
+    Raises:
+        UserError: with what cannot be read.
+    """
+    for entry in spec.teachers:
+        load_network(entry, "teacher")
+
+
 def _found_late(spec: SweepSpec, cells: list[Cell], spaces: dict[str, Space], task: TaskInfo) -> list[str]:
     """Which methods' networks are not wholly known before training, where there are limits of networks."""
     if not set(spec.limits.given) & {*NETWORK_METRICS, *spec.latencies}:
@@ -228,8 +238,7 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
     from orchestrator.sweep.tune import run_search
 
     spec = prepared.spec
-    for entry in spec.teachers:
-        load_network(entry, "teacher")  # unreadable weights end the sweep here, before a trial is paid for
+    load_teachers(spec)
     check_study(spec)
     ray_dashboard = start_ray(spec.train.threads)
     check_nodes(spec)

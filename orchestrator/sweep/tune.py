@@ -22,6 +22,7 @@ from ray.tune.search import Searcher
 
 from orchestrator.data.pool import ShardJob
 from orchestrator.errors import FullDiskError, StudyLostError, WorkError
+from orchestrator.process import settle
 from orchestrator.sweep.capacity import DRIVER, has, nodes_now
 from orchestrator.sweep.capacity import concurrency as concurrency_of
 from orchestrator.sweep.held import Held
@@ -29,7 +30,6 @@ from orchestrator.sweep.ledger import FINAL, Clock, Ledger
 from orchestrator.sweep.nodes import GONE_S
 from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import Reporter
-from orchestrator.train.memory import settle
 from orchestrator.train.notice import draining, watched
 from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext

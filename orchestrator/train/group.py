@@ -39,11 +39,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig  # which `ray.train` gives too, but to a type checker an older one
 
 from orchestrator.errors import FullDiskError, WorkError, disk_full
+from orchestrator.process import settle
 from orchestrator.train.alike import UnlikeError
 from orchestrator.train.job import TrainJob
 from orchestrator.train.line import Line
 from orchestrator.train.loop import DeviceMemoryError, DivergedError, Gauge, Report, Reporter
-from orchestrator.train.memory import release_memory, settle
+from orchestrator.train.memory import release_memory
 from orchestrator.train.notice import watched
 from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext

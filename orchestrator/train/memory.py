@@ -9,16 +9,6 @@ import gc
 import torch
 
 
-def settle() -> None:
-    """Takes what is loaded by now out of every later look for garbage, which then takes no quarter of a second.
-
-    For processes that train one thing after another, before the first; again, it does nothing.
-    """
-    if gc.get_freeze_count() == 0:
-        gc.collect()
-        gc.freeze()
-
-
 def release_memory() -> None:
     """Gives what was freed back to the system and the device: glibc and torch keep it, and processes would grow."""
     gc.collect()
