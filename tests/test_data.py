@@ -18,11 +18,12 @@ from torch import Tensor
 
 from methods.outputs import Output, read_outputs
 from orchestrator.data.decoded import LIMIT, Decoded
+from orchestrator.data.draws import philox
 from orchestrator.data.images import CorruptError, decode
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
 from orchestrator.data.pixels import RenderedPixels, open_pixels, rendered_view, stored_pixels
 from orchestrator.data.task import TaskData, load_task
-from orchestrator.data.views import Policy, draw, render, stored_view, view_parameters
+from orchestrator.data.views import Policy, draw, draw_all, render, stored_view, view_parameters
 from orchestrator.models.load import Preprocessing, load_network
 from orchestrator.spec import Model, Task
 from orchestrator.store import Records, Store
@@ -267,6 +268,27 @@ def test_parameters_depend_on_the_image_the_view_and_the_policy_alone():
     assert np.array_equal(drawn, draw(POLICY, "id", (40, 56), 3))
     others = [(POLICY, "other", 3), (POLICY, "id", 4), (Policy(0.5, 0.4), "id", 3), (Policy(0.35, 0.1), "id", 3)]
     assert not any(np.array_equal(drawn, draw(policy, name, (40, 56), view)) for policy, name, view in others)
+
+
+def test_many_views_drawn_at_once_are_the_single_ones_bit_for_bit():
+    """Sizes that differ, that need many tries (20 x 900), and that leave a crop no place to choose (8 x 8)."""
+    rng = np.random.default_rng(0)
+    several = [(int(h), int(w)) for h, w in rng.integers(8, 700, (2000, 2))]
+    for policy in (Policy(0.35, 0.0), Policy(0.08, 0.4), Policy(1.0, 0.2)):
+        for sizes in (several, [(64, 64)] * 2000, [(20, 900)] * 500, [(8, 8)] * 500):
+            ids = [f"{number:x}" for number in rng.integers(1 << 62, size=len(sizes))]
+            single = np.stack([draw(policy, i, s, 7) for i, s in zip(ids, sizes, strict=True)])
+            assert np.array_equal(draw_all(policy, ids, sizes, 7), single)
+            assert np.array_equal(
+                draw_all(policy, ids[:3], sizes[:3], 0), np.stack([draw(policy, "", s, 0) for s in sizes[:3]])
+            )
+    assert draw_all(POLICY, [], [], 1).shape == (0, 8)
+
+
+def test_philox_is_numpys():
+    keys = np.random.default_rng(1).integers(0, 1 << 64, (50, 2), dtype=np.uint64)
+    theirs = [np.random.Philox(key=key).random_raw(12) for key in keys]
+    assert np.array_equal(philox(keys), np.stack(theirs))
 
 
 def test_drawn_views_lie_in_the_image_and_within_the_policy():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from small_clip import clip_folder, image_corpus, sentence_corpus
 from methods.outputs import Output
 from methods.parts.zero_shot import Prototypes, ZeroShot
 from methods.vision_language import EMBEDDING
+from orchestrator.data import actors
 from orchestrator.data.corpus import CorpusShard, build_corpus, open_corpus
 from orchestrator.data.embed import EmbedJob, class_vectors, embedded_prompts
 from orchestrator.data.outputs import open_outputs
 from orchestrator.data.pool import make_here
 from orchestrator.data.stream import Block, Plan, Stream, blocks_of, read_on_ray, read_on_threads
 from orchestrator.data.task import load_task
-from orchestrator.data.views import Policy, draw, render
+from orchestrator.data.views import Policy, draw, draw_all, render
 from orchestrator.errors import UserError
 from orchestrator.models.clip import text_tower
 from orchestrator.models.load import Preprocessing, load_network, load_student
@@ -118,6 +120,43 @@ def test_what_is_decoded_where_changes_no_pixel(corpus: Path) -> None:
         for (pixels, rows), (mine, theirs) in zip(expected, other, strict=True):
             assert np.array_equal(rows, theirs)
             assert np.array_equal(pixels, mine)
+
+
+def test_workers_that_share_blocks_read_what_one_alone_would(corpus: Path) -> None:
+    def epoch(**plan: Any) -> dict[int, bytes]:
+        own = stream(corpus, **plan)
+        count = sum(len(piece.rows) for piece in own.plan.pieces(0))
+        return {
+            int(n): p.tobytes() for pixels, rows in taken(own, 0, count, 1) for p, n in zip(pixels, rows, strict=True)
+        }
+
+    parts = [epoch(rank=rank, world=3) for rank in range(3)]
+    assert Plan(blocks_of(open_corpus(str(corpus)).shards), 0, 0, 3, 32).divided
+    assert sum(map(len, parts)) == len(epoch())
+    assert parts[0] | parts[1] | parts[2] == epoch()
+
+
+def test_small_images_are_decoded_by_one_thread_at_a_time_and_large_ones_are_not(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[int] = []
+    busy = set[int]()
+    meet = threading.Event()
+
+    def draw_slowly(*given: Any) -> np.ndarray:
+        busy.add(threading.get_ident())
+        meet.wait(0.05)
+        at_once.append(len(busy))
+        busy.discard(threading.get_ident())
+        return draw_all(*given)
+
+    monkeypatch.setattr("orchestrator.data.stream.draw_all", draw_slowly)
+    alone = taken(stream(corpus), 0, 10)
+    assert max(at_once) == 1
+    monkeypatch.setattr("orchestrator.data.stream.SMALL", 0)
+    for (pixels, _), (theirs, _) in zip(alone, taken(stream(corpus), 0, 10), strict=True):
+        assert np.array_equal(pixels, theirs)
+    assert max(at_once) == 2
 
 
 def test_an_image_of_the_stream_is_its_row_under_the_view_of_its_epoch(corpus: Path) -> None:
@@ -340,6 +379,27 @@ def test_ray_data_gives_the_same_images_as_threads(corpus: Path, cluster: None) 
         for (pixels, rows), (mine, own) in zip(taken(ours, position, 30), taken(theirs, position, 30), strict=True):
             assert np.array_equal(rows, own)
             assert np.array_equal(pixels, mine)
+
+
+@pytest.mark.ray
+def test_ray_data_rests_while_readers_are_as_far_ahead_as_they_may(
+    corpus: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[float] = []
+
+    def counted(rest: actors._Rest, executor: Any) -> None:
+        time.sleep(0.1)
+        rounds.append(time.monotonic())
+
+    monkeypatch.setattr(actors._Rest, "on_execution_step", counted)
+    ours = stream(corpus)
+    theirs = Stream(ours.plan, ours.shards, ours.policy, SMALL, read_on_ray(2, 3, 16 * 3 * 16 * 16)).batches(0, 8)
+    next(theirs)
+    began = time.monotonic()
+    time.sleep(2)  # a long step of a training
+    during = [at for at in rounds if at > began]
+    theirs.close()
+    assert 0 < len(during) <= 21  # of an execution; thousands without the rest
 
 
 @pytest.mark.ray

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torchvision.transforms.v2.functional as T
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from orchestrator.data.draws import draw_many
 from orchestrator.data.task import Split
 from orchestrator.store import Entry, Records, Store, key_of, write_records
 
@@ -45,7 +47,7 @@ def draw(policy: Policy, image_id: str, size: tuple[int, int], view: int) -> np.
     side = min(height, width)
     if view == 0:
         return np.array([(height - side) // 2, (width - side) // 2, side, side, 0, 1, 1, 1], dtype=np.float32)
-    seed = hashlib.sha256(f"{image_id}|{view}|{policy.crop_scale:.6f}|{policy.color:.6f}".encode()).digest()
+    seed = hashlib.sha256(_drawn_from(policy, image_id, view).encode()).digest()
     rng = np.random.Generator(np.random.Philox(key=int.from_bytes(seed[:16], "little")))
 
     def uniform(
@@ -66,6 +68,22 @@ def draw(policy: Policy, image_id: str, size: tuple[int, int], view: int) -> np.
     flip = float(rng.random() < 0.5)
     colour = [uniform(1 - policy.color, 1 + policy.color) for _ in range(3)] if policy.color else (1, 1, 1)
     return np.array([top, left, h, w, flip, *colour], dtype=np.float32)
+
+
+def _drawn_from(policy: Policy, image_id: str, view: int) -> str:
+    return f"{image_id}|{view}|{policy.crop_scale:.6f}|{policy.color:.6f}"
+
+
+def draw_all(policy: Policy, ids: Sequence[str], sizes: Sequence[tuple[int, int]], view: int) -> np.ndarray:
+    """[n, 8]: the same as `draw` of each, sooner."""
+
+    def alone(row: int) -> np.ndarray:
+        return draw(policy, ids[row], sizes[row], view)
+
+    if view == 0 or not ids:
+        return np.array([alone(row) for row in range(len(ids))], dtype=np.float32).reshape(-1, len(COLUMNS))
+    texts = [_drawn_from(policy, one, view) for one in ids]
+    return draw_many(texts, np.array(sizes), policy.crop_scale, policy.color, alone)
 
 
 def render(image: Tensor, parameters: np.ndarray, size: int, interpolation: str) -> Tensor:
@@ -105,7 +123,7 @@ def stored_view(store: Store, split: Split, policy: Policy, view: int) -> Entry:
     }
 
     def write(folder: Path) -> dict[str, Any]:
-        rows = np.stack([draw(policy, i, s, view) for i, s in zip(split.ids, split.sizes, strict=True)])
+        rows = draw_all(policy, split.ids, split.sizes, view)
         write_records(folder / "parameters.arrow", len(split), [torch.from_numpy(rows)], "float32")
         return {}
 
