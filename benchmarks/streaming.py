@@ -363,7 +363,7 @@ def both_throughputs(folder: Path, quick: bool, rounds: int) -> dict[str, Any]:
         for name, size, images, window, consumers in (
             ("64 px", 64, 2048 if quick else 10_240, 1024 if quick else 2048, ("trivial",)),
             ("64 px", 64, 2048 if quick else 4096, 1024 if quick else 2048, ("step",)),
-            ("256 px", 224, 512 if quick else 1536, 512, ("trivial",)),
+            ("256 px", 224, 512 if quick else 6144, 512, ("trivial",)),
         ):
             made = throughput(corpora[name], size, images, rounds, window, [reader, "bare"], consumers)
             tell(name, made)

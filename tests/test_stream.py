@@ -386,9 +386,10 @@ def test_ray_data_rests_while_readers_are_as_far_ahead_as_they_may(
     corpus: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds: list[float] = []
+    rest = actors._Rest.on_execution_step
 
-    def counted(rest: actors._Rest, executor: Any) -> None:
-        time.sleep(0.1)
+    def counted(own: actors._Rest, executor: Any) -> None:
+        rest(own, executor)
         rounds.append(time.monotonic())
 
     monkeypatch.setattr(actors._Rest, "on_execution_step", counted)
@@ -399,7 +400,7 @@ def test_ray_data_rests_while_readers_are_as_far_ahead_as_they_may(
     time.sleep(2)  # a long step of a training
     during = [at for at in rounds if at > began]
     theirs.close()
-    assert 0 < len(during) <= 21  # of an execution; thousands without the rest
+    assert 0 < len(during) < 400  # two in 11 ms at most; thousands without the rest
 
 
 @pytest.mark.ray

@@ -16,7 +16,8 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from orchestrator.data.pool import ShardJob
 
 Segment = tuple[Any, dict[str, Any] | None]  # the iterator of a running execution, and its first block
-REST_S = 0.02
+REST_S = 0.02  # at most, in a round of an execution
+WAITED_S = 0.01  # a round that takes longer has waited for a task
 SEGMENT = 512  # blocks of one Ray Data execution; the next one starts before it ends
 
 
@@ -104,14 +105,20 @@ def stream_blocks(
 
 
 class _Rest(ExecutionCallback):
-    """A pause in each round of an execution's thread.
+    """Pauses in the rounds of an execution's thread, the longer the oftener a round has not waited for a task.
 
     While readers are as far ahead as they may, Ray Data asks round after round whether they still are. That thread is
     one of the process that trains, whose steps took five times as long beside it.
     """
 
+    def __init__(self) -> None:
+        self._pause, self._since = 0.0, time.monotonic()
+
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(REST_S)
+        waited = time.monotonic() - self._since > WAITED_S
+        self._pause = 0.0 if waited else min(max(2 * self._pause, 0.001), REST_S)
+        time.sleep(self._pause)
+        self._since = time.monotonic()
 
 
 class _Decode:

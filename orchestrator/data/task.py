@@ -155,7 +155,7 @@ def _load_task(task_json: str, root: str, stamp: str, needed: tuple[str, ...]) -
     items = _items(source, task)
     reads = {"listing": stamp, "version": CATALOGUE_VERSION}
     entry = store_at(root).compute("catalogue", key_of(reads), lambda f: _scan(source, items, task, f), reads=reads)
-    table = pq.read_table(entry.path / "catalogue.parquet").to_pylist()
+    table = pq.ParquetFile(entry.path / "catalogue.parquet").read().to_pylist()
     return divide(task, source, table, dict(entry.meta["about"]["skipped"]), needed)
 
 

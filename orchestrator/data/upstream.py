@@ -41,7 +41,7 @@ def upstream_pixels(store: Store, data: str, size: int) -> Entry:
     source, listing = _listing(data)
     reads: dict[str, Any] = {"listing": key_of(listing), "version": VERSION}
     catalogue = store.compute("upstream_catalogue", key_of(reads), lambda f: _scan(source, listing, f), reads=reads)
-    table = pq.read_table(catalogue.path / "catalogue.parquet").to_pylist()
+    table = pq.ParquetFile(catalogue.path / "catalogue.parquet").read().to_pylist()
     if len(table) < LEAST:
         skipped = catalogue.meta["about"]["skipped"]
         left_out = f" ({listed(f'{n} {why}' for why, n in sorted(skipped.items()))})" if skipped else ""
