@@ -8,7 +8,6 @@ and frees what the system frees at once.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
 import logging
 import os
@@ -19,37 +18,55 @@ USUAL = gc.get_threshold()
 SELDOM = (50_000, 10, 10)
 
 
-def begin() -> None:
-    """Looks for garbage more seldom, for as long as modules are imported; see `settle`."""
-    gc.set_threshold(*SELDOM)
+def beginning() -> Callable[[], None]:
+    """What a process begins with, so that it looks for garbage more seldom until it calls `settle`.
+
+    It names nothing of this package: a worker of Ray that runs it first still imports the driver's copy of that.
+    """
+    seldom = SELDOM
+
+    def begin() -> None:
+        import gc
+
+        gc.set_threshold(*seldom)
+
+    return begin
 
 
 def settle() -> None:
     """Looks as often as Python does, and never again at what is loaded by now, which would take a quarter of a second.
 
-    For processes that train one thing after another, before the first; again, it does nothing.
+    For processes of ours that have imported what they need and go on for long; again, it does nothing.
     """
+    gc.set_threshold(*USUAL)
     if gc.get_freeze_count() == 0:
         gc.freeze()
-        gc.set_threshold(*USUAL)
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs a program's `main`, whose end is the end of this process.
 
-    Threads are waited for, and what others have registered for the end is done, as ever; modules are left to the
-    system. The exit code is what it would have been.
+    Threads are waited for, and what is registered from now on for the end is done, as ever; what was registered before,
+    and modules, are left to the system. The exit code is what it would have been, and 1 where the output's last words
+    cannot be written.
     """
     status = 1
 
     def end() -> None:
-        with contextlib.suppress(OSError, ValueError):  # whoever has read us is gone
-            sys.stdout.flush()
+        code = status
         logging.shutdown()
-        os._exit(status)
+        if sys.stdout is not None and not sys.stdout.closed:
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError:  # whoever has read us has had enough
+                pass
+            except OSError as error:
+                print(f"Failed: the output cannot be written ({error.strerror}).", file=sys.stderr)
+                code = code or 1
+        os._exit(code)
 
-    begin()
-    atexit.register(end)  # before all others, and so called after them
+    beginning()()
+    atexit.register(end)  # before others do, and so called after them
     try:
         main()
         status = 0

@@ -70,7 +70,7 @@ def test_what_ray_s_processes_inherit_is_not_left_in_this_one(monkeypatch: pytes
     seen: dict[str, str] = {}
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-    monkeypatch.setenv("RAY_preload_python_modules", "mine")
+    monkeypatch.setenv("RAY_prestart_worker_first_driver", "1")
 
     def init(**options: Any) -> None:
         seen.update(os.environ)
@@ -79,9 +79,10 @@ def test_what_ray_s_processes_inherit_is_not_left_in_this_one(monkeypatch: pytes
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(RuntimeError):
         start_ray(1)
-    assert seen["RAY_preload_python_modules"] == "orchestrator.worker"
+    assert seen["RAY_GCS_SERVER_PORT"].isdigit()
+    assert seen["RAY_prestart_worker_first_driver"] == "1"
     left = dict(os.environ)
-    assert left["RAY_preload_python_modules"] == "mine"
+    assert left["RAY_prestart_worker_first_driver"] == "1"
     assert "RAY_GCS_SERVER_PORT" not in left
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -63,8 +64,15 @@ except SystemExit as stop:
     assert done.returncode == 2
 
 
-def test_a_reader_that_has_gone_is_no_failure() -> None:
-    command = f"{sys.executable} -m orchestrator check --keys | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.stdout.startswith("key")
-    assert (done.returncode, done.stderr) == (0, "")
+def test_what_cannot_be_written_at_the_end_is_a_failure_unless_the_reader_has_gone() -> None:
+    """Little enough is printed that all of it waits for the end."""
+    code = f"{sys.executable} -c 'from orchestrator.process import run; run(lambda: print(7))'"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ends = {
+        f"{code} > /dev/full": (1, "Failed: the output cannot be written (No space left on device).\n"),
+        f"exec > >(exec true); sleep 0.5; {code}": (0, ""),
+        f"{code} >&-": (0, ""),
+    }
+    for command, expected in ends.items():
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=buffered)
+        assert (done.returncode, done.stderr) == expected, command

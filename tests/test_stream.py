@@ -18,6 +18,7 @@ import torch
 from small import small_spec
 from small_clip import clip_folder, image_corpus, sentence_corpus
 
+import orchestrator
 from methods.outputs import Output
 from methods.parts.zero_shot import Prototypes, ZeroShot
 from methods.vision_language import EMBEDDING
@@ -33,6 +34,7 @@ from orchestrator.errors import UserError
 from orchestrator.models.clip import text_tower
 from orchestrator.models.load import Preprocessing, load_network, load_student
 from orchestrator.models.weights import hash_weights
+from orchestrator.process import SELDOM
 from orchestrator.select.export import export_student
 from orchestrator.spec import Model, SweepSpec
 from orchestrator.store import Records, Store
@@ -369,6 +371,23 @@ def cluster() -> Iterator[None]:
         if thread.name.startswith("StreamingExecutor"):
             thread.join(60)  # of a stream that was left in the middle: it must not meet the cluster's end
     ray.shutdown()
+
+
+@pytest.mark.ray
+def test_a_worker_of_our_own_cluster_looks_for_garbage_seldom_and_imports_our_copy_when_it_works(cluster: None) -> None:
+    import ray
+
+    @ray.remote
+    def told() -> tuple[Any, list[str], str]:
+        import gc
+        import sys
+
+        loaded = [name for name in sys.modules if name.startswith("orchestrator")]
+        import orchestrator
+
+        return gc.get_threshold(), loaded, orchestrator.__file__
+
+    assert ray.get(told.remote()) == (SELDOM, [], orchestrator.__file__)
 
 
 @pytest.mark.ray

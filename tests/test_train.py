@@ -304,13 +304,13 @@ def test_garbage_of_a_trial_goes_and_what_was_loaded_before_it_is_looked_through
     code = """
 import gc, weakref
 import orchestrator.trial.run
-from orchestrator.process import begin, settle
+from orchestrator.process import beginning, settle
 from orchestrator.train.memory import release_memory
 
 class Node: pass
 
 usual = gc.get_threshold()
-begin()
+beginning()()
 seldom = gc.get_threshold()
 settle()
 loaded = gc.get_freeze_count()

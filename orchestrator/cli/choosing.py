@@ -23,6 +23,7 @@ from orchestrator.cli.face import (
     print_table,
     read_limits,
 )
+from orchestrator.process import settle
 
 
 class Format(str, Enum):
@@ -155,6 +156,7 @@ def suite(
 
     if out_file is not None:
         check_out(out_file)
+    settle()
     read = read_suite(tasks)
     subject, place = find_subject(model, store)
     result = run_suite(subject, read, store_at(place), lambda line: err.print(line, markup=False))

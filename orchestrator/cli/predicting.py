@@ -10,6 +10,7 @@ import typer
 
 from orchestrator.cli.face import JsonFlag, app, err, print_table
 from orchestrator.errors import UserError
+from orchestrator.process import settle
 
 
 @app.command()
@@ -44,6 +45,7 @@ def predict(
     """
     from orchestrator.select.predict import ask
 
+    settle()
     answer = ask(model, images, trial, top, masks, onnx, classes or (), prompts or (), texts)
     if as_json:
         print(json.dumps(answer))

@@ -11,6 +11,7 @@ import typer
 
 from orchestrator.cli.face import JsonFlag, StoreDir, app, out, print_table
 from orchestrator.errors import WorkError
+from orchestrator.process import settle
 
 store_app = typer.Typer(
     no_args_is_help=True, help="Look at, verify or shrink the shared store, or prime it with an upstream package."
@@ -81,6 +82,7 @@ def store_prime(
     """For a provider: train the upstream package that OTA's users need instead of upstream images."""
     from orchestrator.sweep.prime import prime
 
+    settle()
     tell: Callable[[str], None] = (lambda line: None) if as_json else (lambda line: out.print(line, markup=False))
     facts = prime(where, data, kind, size, steps, out_dir, overrides or [], tell)
     if as_json:

@@ -15,6 +15,7 @@ import typer
 from orchestrator.cli.clusters import check_cluster
 from orchestrator.cli.face import JsonFlag, SetFlag, SweepDir, app, out, print_table
 from orchestrator.errors import UserError, WorkError
+from orchestrator.process import settle
 
 
 @app.command()
@@ -144,7 +145,7 @@ def _prepared(spec: Any, as_json: bool) -> Any:
         from orchestrator.sweep.run import load_teachers, prepare  # and with it torch
 
         prepared = prepare(spec)
-        load_teachers(spec)
+        load_teachers(spec, fetch=False)  # a download would keep whoever interrupts it waiting
         return prepared
 
     with _ray_s_words(as_json):
@@ -188,6 +189,7 @@ def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     lines: Callable[[str], None] | None = None if as_json else (lambda line: out.print(line, markup=False))
     from orchestrator.sweep.live import LiveScreen, TrialLines
 
+    settle()
     with _ray_s_words(as_json), contextlib.ExitStack() as stack:
         if out.is_terminal and not as_json:
             shown = LiveScreen(folder, prepared.spec, out, prepared.trials)

@@ -14,6 +14,7 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from orchestrator.data.pool import ShardJob
+from orchestrator.process import settle
 
 Segment = tuple[Any, dict[str, Any] | None]  # the iterator of a running execution, and its first block
 REST_S = 0.02  # at most, in a round of an execution
@@ -26,6 +27,7 @@ class _ShardActor:
 
     def __init__(self, job: ShardJob) -> None:
         self._make = job.worker()
+        settle()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return {**row, "computed": self._make(int(row["shard"])).computed}
@@ -73,7 +75,7 @@ def stream_blocks(
         # Ray Data reckons with twice this for each task, whatever it gives: the limit would have room for one.
         rows.context.target_max_block_size = block_bytes
         rows.context.enable_progress_bars = False
-        rows.context.custom_execution_callback_classes = [_Rest]
+        rows.context.custom_execution_callback_classes = [*rows.context.custom_execution_callback_classes, _Rest]
         mapped = rows.map_batches(
             _Decode(decode),
             batch_size=1,

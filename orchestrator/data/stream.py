@@ -25,8 +25,8 @@ from orchestrator.models.load import Preprocessing
 
 SPREAD = 4  # blocks for each worker, below which every block is divided among the workers
 AHEAD = 4  # blocks that a thread decodes ahead, where nobody says how many
-# Pixels of an image below which threads that decode hand Python's lock to each other for longer than they decode: one
-# at a time is sooner done than two.
+# Pixels of a block's images, and of their views, below which threads that decode hand Python's lock to each other for
+# longer than they decode: one at a time is sooner done than two.
 SMALL = 112 * 112
 _ALONE = threading.Lock()
 
@@ -184,10 +184,11 @@ def decoded(request: Request) -> dict[str, Any]:
     heights, widths = table["height"].to_numpy(), table["width"].to_numpy()
     sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
     pixels = np.empty((len(sizes), 3, size, size), dtype=np.uint8)
-    with _ALONE if (heights * widths).sum() < SMALL * len(sizes) else contextlib.nullcontext():
+    small = max(size * size * len(sizes), int((heights * widths).sum())) < SMALL * len(sizes)
+    with _ALONE if small else contextlib.nullcontext():
         views = draw_all(request.policy, table["id"].to_pylist(), sizes, request.epoch + 1)
-        for place, (image, view) in enumerate(zip(table["image"].to_pylist(), views, strict=True)):
-            pixels[place] = render(decode(image), view, size, mode).numpy()
+        for place, (image, view) in enumerate(zip(table["image"], views, strict=True)):
+            pixels[place] = render(decode(image.as_py()), view, size, mode).numpy()
     return {"pixels": pixels}
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import ray
 
 from orchestrator.errors import UserError
+from orchestrator.process import beginning
 
 # A socket's path has an end: 108 bytes with the closing zero on Linux, 104 on macOS. Ray's longest name is this one.
 LONGEST_SOCKET = "dash_TaskEventsHead"
@@ -38,7 +39,6 @@ def start_ray(threads: int) -> str | None:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # all trials so far, again and again, for nobody to read
     address = os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    inherited: dict[str, str] = {}  # by Ray's own processes
     variables = {
         "OMP_NUM_THREADS": str(threads),
         # A stopped trial leaves its function by itself, a worker group in seconds; then its process takes the next.
@@ -46,23 +46,23 @@ def start_ray(threads: int) -> str | None:
         # A rank that waits for one that has failed cannot say goodbye; it is killed after this, not half a minute.
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     }
+    environment: dict[str, Any] = {"env_vars": variables}
+    inherited: dict[str, str] = {}  # by Ray's own processes
     if address == "local":
         check_ray_folder()
         # The dashboard must be on: without it, worker groups whose trial has died are never freed. Nor are they with
         # two clusters on a machine, if Ray is left to guess in which of them it is; so the port is chosen here.
         options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
         port = str(_free_port())
-        inherited = {
-            "RAY_GCS_SERVER_PORT": port,
-            "RAY_preload_python_modules": "orchestrator.worker",
-            # One process for each core, before there is work; none of them has the variables that trials' have.
-            "RAY_prestart_worker_first_driver": "0",
-        }
+        # Ray would begin one process for each core before there is work, none of them with the variables of trials.
+        idle = "RAY_prestart_worker_first_driver"
+        inherited = {"RAY_GCS_SERVER_PORT": port, idle: os.environ.get(idle, "0")}
         variables["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+        environment["worker_process_setup_hook"] = beginning()
     elif ":" in address and "://" not in address:
         variables["RAY_ADDRESS"] = address
     with _environment(inherited):
-        context = ray.init(address=address, runtime_env={"env_vars": variables}, **options)
+        context = ray.init(address=address, runtime_env=environment, **options)
     url = getattr(context, "dashboard_url", None) or None
     if url is not None:
         _dashboards[ray.get_runtime_context().gcs_address] = url
@@ -107,6 +107,7 @@ def stop_ray_beside(work: Callable[[], None]) -> None:
     Raises:
         what `work` raises, once Ray is down.
     """
+    looks = gc.isenabled()
     gc.disable()  # what is found meanwhile may be Ray's, which ends a process that asks it for something then
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -114,7 +115,8 @@ def stop_ray_beside(work: Callable[[], None]) -> None:
             ray.shutdown()
         doing.result()
     finally:
-        gc.enable()
+        if looks:
+            gc.enable()
 
 
 def _free_port() -> int:

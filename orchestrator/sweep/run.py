@@ -18,7 +18,7 @@ from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import FullDiskError, StudyLostError, UserError, disk_full, listed
 from orchestrator.models.check import check_model
 from orchestrator.models.load import load_network, plan_network
-from orchestrator.models.names import Role
+from orchestrator.models.names import Role, wants_weights
 from orchestrator.spec import SweepSpec
 from orchestrator.store import store_at
 from orchestrator.sweep.capacity import check_shape, has, nodes_now
@@ -111,14 +111,20 @@ def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
     return Prepared(spec, task, runnable, spaces, list(dict.fromkeys(dropped)), unchecked)
 
 
-def load_teachers(spec: SweepSpec) -> None:
+def load_teachers(spec: SweepSpec, *, fetch: bool = True) -> None:
     """Loads the teachers into this process: unreadable weights end a sweep here, before a trial is paid for.
+
+    Args:
+        spec: the sweep file.
+        fetch: also those whose weights may have to be downloaded.
 
     Raises:
         UserError: with what cannot be read.
     """
     for entry in spec.teachers:
-        load_network(entry, "teacher")
+        here = entry.model.startswith(("local:", "packaged/")) or not wants_weights(entry, "teacher")
+        if fetch or here:
+            load_network(entry, "teacher")
 
 
 def _found_late(spec: SweepSpec, cells: list[Cell], spaces: dict[str, Space], task: TaskInfo) -> list[str]:
