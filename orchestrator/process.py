@@ -21,14 +21,12 @@ SELDOM = (50_000, 10, 10)
 def beginning() -> Callable[[], None]:
     """What a process begins with, so that it looks for garbage more seldom until it calls `settle`.
 
-    It names nothing of this package: a worker of Ray that runs it first still imports the driver's copy of that.
+    Not a function of this module: Ray sends it to workers by value, so that they import this package when their work
+    does, the driver's copy of it.
     """
-    seldom = SELDOM
 
     def begin() -> None:
-        import gc
-
-        gc.set_threshold(*seldom)
+        gc.set_threshold(*SELDOM)
 
     return begin
 

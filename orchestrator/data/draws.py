@@ -1,14 +1,14 @@
 """Views of many images at once: the numbers of `orchestrator.data.views.draw`, in a fifth to a tenth of its time.
 
 What is slow there is to make a generator for an image and to ask it number by number. Here numpy's Philox is computed
-for all images together, as far as nearly all of them need it; the few that need more are drawn alone.
+for all images together, as far as nearly all of them need it; the few that need more are left to be drawn alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -64,9 +64,9 @@ class _Numbers:
         self.place[who] += 1
         return found
 
-    def random(self, who: np.ndarray) -> np.ndarray:
-        """Uniform in [0, 1), of the images `who`."""
-        return (self._next(who) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+    def uniform(self, who: np.ndarray, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+        """In [low, high), of the images `who`."""
+        return low + (high - low) * ((self._next(who) >> np.uint64(11)) * (1.0 / 9007199254740992.0))
 
     def below(self, bounds: np.ndarray) -> np.ndarray:
         """Uniform integers below these, of all images (Lemire 2019); where the bound is 1, nothing is asked for."""
@@ -82,19 +82,14 @@ class _Numbers:
 
 
 def draw_many(
-    texts: Sequence[str],
-    sizes: np.ndarray,
-    crop_scale: float,
-    color: float,
-    alone: Callable[[int], np.ndarray],
-) -> np.ndarray:
-    """[n, 8] float32, as `views.draw` gives them.
+    texts: Sequence[str], sizes: np.ndarray, crop_scale: float, color: float
+) -> tuple[np.ndarray, Sequence[int]]:
+    """([n, 8] float32 as `views.draw` gives them; which rows of it are not drawn, for they need more numbers).
 
     Args:
         texts: what each image's numbers are drawn from.
         sizes: [n, 2] height and width.
         crop_scale, color: of the policy.
-        alone: draws the image of this number as ever.
     """
     digests = b"".join(hashlib.sha256(text.encode()).digest()[:16] for text in texts)
     numbers = _Numbers(np.frombuffer(digests, dtype="<u8").reshape(-1, 2).astype(np.uint64))
@@ -102,20 +97,15 @@ def draw_many(
     h, w = np.zeros_like(heights), np.zeros_like(widths)
     open_ = numbers.rows
     for _ in range(TRIES):
-        area = heights[open_] * widths[open_] * (crop_scale + (1.0 - crop_scale) * numbers.random(open_))
-        least, most = math.log(3 / 4), math.log(4 / 3)
-        logs = least + (most - least) * numbers.random(open_)
+        area = heights[open_] * widths[open_] * numbers.uniform(open_, crop_scale, 1.0)
+        logs = numbers.uniform(open_, math.log(3 / 4), math.log(4 / 3))
         ratio = np.array([math.exp(value) for value in logs.tolist()])  # numpy's own may differ in the last bit
         h[open_], w[open_] = np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))
         good = (h[open_] > 0) & (h[open_] <= heights[open_]) & (w[open_] > 0) & (w[open_] <= widths[open_])
         open_ = open_[~good]
-    h[open_], w[open_] = heights[open_], widths[open_]  # for now: these are drawn alone
+    h[open_], w[open_] = heights[open_], widths[open_]  # any that fit: these are not drawn
     top, left = numbers.below(heights - h + 1), numbers.below(widths - w + 1)
-    columns = [top, left, h, w, numbers.random(numbers.rows) < 0.5]
-    for _ in range(3):
-        low, high = 1 - color, 1 + color
-        columns.append(low + (high - low) * numbers.random(numbers.rows) if color else np.ones(len(h)))
+    columns = [top, left, h, w, numbers.uniform(numbers.rows) < 0.5]
+    columns += [numbers.uniform(numbers.rows, 1 - color, 1 + color) if color else np.ones(len(h)) for _ in range(3)]
     found = np.stack([column.astype(np.float32) for column in columns], 1)
-    for row in np.union1d(open_, np.flatnonzero(numbers.redrawn)).tolist():
-        found[row] = alone(row)
-    return found
+    return found, np.union1d(open_, np.flatnonzero(numbers.redrawn)).tolist()

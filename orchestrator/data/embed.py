@@ -19,7 +19,7 @@ from orchestrator.data.passes import live_outputs
 from orchestrator.data.pixels import READ_THREADS, rendered_view
 from orchestrator.data.pool import Mapper, Resources, ShardJob, ensure_shards
 from orchestrator.data.task import TaskData
-from orchestrator.data.views import Policy, draw
+from orchestrator.data.views import Policy, draw_all
 from orchestrator.models.clip import TextTower, text_tower
 from orchestrator.models.load import Network, describe, load_network
 from orchestrator.models.names import wants_weights
@@ -137,7 +137,7 @@ def decoders(cpus: float) -> int:
 def plain_views(images: CorpusShard) -> np.ndarray:
     """[N, 8] the parameters of view 0 of a shard's images."""
     split = images.split
-    return np.stack([draw(PLAIN, i, s, 0) for i, s in zip(split.ids, split.sizes, strict=True)])
+    return draw_all(PLAIN, split.ids, split.sizes, 0)
 
 
 def prompts_of(task: TaskData) -> list[str]:

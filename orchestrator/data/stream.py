@@ -184,7 +184,7 @@ def decoded(request: Request) -> dict[str, Any]:
     heights, widths = table["height"].to_numpy(), table["width"].to_numpy()
     sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
     pixels = np.empty((len(sizes), 3, size, size), dtype=np.uint8)
-    small = max(size * size * len(sizes), int((heights * widths).sum())) < SMALL * len(sizes)
+    small = max(size * size, (heights * widths).mean()) < SMALL
     with _ALONE if small else contextlib.nullcontext():
         views = draw_all(request.policy, table["id"].to_pylist(), sizes, request.epoch + 1)
         for place, (image, view) in enumerate(zip(table["image"], views, strict=True)):

@@ -76,14 +76,14 @@ def _drawn_from(policy: Policy, image_id: str, view: int) -> str:
 
 def draw_all(policy: Policy, ids: Sequence[str], sizes: Sequence[tuple[int, int]], view: int) -> np.ndarray:
     """[n, 8]: the same as `draw` of each, sooner."""
-
-    def alone(row: int) -> np.ndarray:
-        return draw(policy, ids[row], sizes[row], view)
-
-    if view == 0 or not ids:
-        return np.array([alone(row) for row in range(len(ids))], dtype=np.float32).reshape(-1, len(COLUMNS))
-    texts = [_drawn_from(policy, one, view) for one in ids]
-    return draw_many(texts, np.array(sizes), policy.crop_scale, policy.color, alone)
+    found = np.empty((len(ids), len(COLUMNS)), dtype=np.float32)
+    rest: Sequence[int] = range(len(ids))
+    if view and ids:
+        texts = [_drawn_from(policy, one, view) for one in ids]
+        found, rest = draw_many(texts, np.array(sizes), policy.crop_scale, policy.color)
+    for row in rest:
+        found[row] = draw(policy, ids[row], sizes[row], view)
+    return found
 
 
 def render(image: Tensor, parameters: np.ndarray, size: int, interpolation: str) -> Tensor:

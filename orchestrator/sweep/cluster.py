@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, TypeVar
@@ -47,41 +46,27 @@ def start_ray(threads: int) -> str | None:
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     }
     environment: dict[str, Any] = {"env_vars": variables}
-    inherited: dict[str, str] = {}  # by Ray's own processes
     if address == "local":
         check_ray_folder()
         # The dashboard must be on: without it, worker groups whose trial has died are never freed. Nor are they with
         # two clusters on a machine, if Ray is left to guess in which of them it is; so the port is chosen here.
         options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
-        port = str(_free_port())
         # Ray would begin one process for each core before there is work, none of them with the variables of trials.
-        idle = "RAY_prestart_worker_first_driver"
-        inherited = {"RAY_GCS_SERVER_PORT": port, idle: os.environ.get(idle, "0")}
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        port = str(_free_port())
+        os.environ["RAY_GCS_SERVER_PORT"] = port
         variables["RAY_ADDRESS"] = f"127.0.0.1:{port}"
         environment["worker_process_setup_hook"] = beginning()
     elif ":" in address and "://" not in address:
         variables["RAY_ADDRESS"] = address
-    with _environment(inherited):
+    try:
         context = ray.init(address=address, runtime_env=environment, **options)
+    finally:
+        os.environ.pop("RAY_GCS_SERVER_PORT", None)
     url = getattr(context, "dashboard_url", None) or None
     if url is not None:
         _dashboards[ray.get_runtime_context().gcs_address] = url
     return url
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables of this process for a while."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def start_ray_beside(threads: int, work: Callable[[], T]) -> T:
