@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from orchestrator.data.corpus.build import SCHEMAS
 from orchestrator.data.corpus.corpus import MANIFEST, VERSION, file_hash
+from orchestrator.data.corpus.shards import SCHEMAS
 
 PACKAGED = Path(__file__).parents[1] / "orchestrator" / "packaged" / "clipart" / "images.parquet"
 

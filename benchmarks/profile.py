@@ -32,7 +32,7 @@ PARTS: list[tuple[str, tuple[str, ...]]] = [
     ("reading batches ahead", ("_read (orchestrator/train/feed.py",)),
     ("backward", ("backward (torch/_tensor.py",)),
     ("optimiser", ("step (torch/optim/",)),
-    ("forward and loss", ("loss (methods/", "forward (methods/contract.py")),
+    ("forward and loss", ("loss (methods/", "forward (methods/contract/learner.py")),
     ("val metric and probe", ("val_metric (orchestrator/trial/score.py", "fit_probe (", "_probe (orchestrator/trial/")),
     ("FLOPs and memory", ("costs (orchestrator/evaluate/cost.py",)),
     ("latency", ("latency_of (", "latency (orchestrator/evaluate/cost.py")),

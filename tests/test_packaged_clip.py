@@ -21,9 +21,11 @@ from orchestrator.data.corpus import open_corpus, verify_corpus
 from orchestrator.data.sources import open_source
 from orchestrator.packaged import clip
 from orchestrator.packaged.clip_icons import data, measure
+from orchestrator.packaged.clip_icons.classes import CLASSES
+from orchestrator.packaged.clip_icons.drawings import caption
 
 MIB = 2**20
-CHANCE = 1 / len(data.CLASSES)
+CHANCE = 1 / len(CLASSES)
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +189,7 @@ def test_no_training_picture_is_one_of_the_unseen_designers(labelled):
 
 def test_the_labelled_task_has_every_class_in_every_split_and_no_name_in_two(labelled):
     counts = Counter(zip(labelled["split"], labelled["label"], strict=True))
-    for label in data.CLASSES:
+    for label in CLASSES:
         assert counts["train", label] >= 3
         assert counts["val", label] >= 5
         assert counts["test", label] >= 5
@@ -212,7 +214,7 @@ def test_the_labelled_task_has_every_class_in_every_split_and_no_name_in_two(lab
 def test_a_sweep_can_name_the_labelled_task():
     items = open_source("packaged/icons").items()
     assert Counter(item.split for item in items)["test"] > 700
-    assert {item.label for item in items} == set(data.CLASSES)
+    assert {item.label for item in items} == set(CLASSES)
 
 
 def test_the_corpora_for_distillation_are_small_and_whole():
@@ -225,10 +227,10 @@ def test_the_corpora_for_distillation_are_small_and_whole():
 
 
 def test_names_lose_their_style_words():
-    assert data.caption("alarm-light-outline") == "alarm light"
-    assert data.caption("key-2-line") == "key"
-    assert data.caption("outline") == "outline"
-    assert data.caption("numeric-9-box-multiple-outline") == "numeric 9 box multiple"
+    assert caption("alarm-light-outline") == "alarm light"
+    assert caption("key-2-line") == "key"
+    assert caption("outline") == "outline"
+    assert caption("numeric-9-box-multiple-outline") == "numeric 9 box multiple"
 
 
 @pytest.mark.parametrize("path", [Path("MODEL_CARD.md"), Path("../icons/PROVENANCE.md")])

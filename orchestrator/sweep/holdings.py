@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.data.corpus import corpus_at
-from orchestrator.data.corpus.build import ROW_GROUP, ROWS_PER_SHARD
+from orchestrator.data.corpus.settings import ROW_GROUP, ROWS_PER_SHARD
 from orchestrator.data.embed import absent
 from orchestrator.spec import SweepSpec
 

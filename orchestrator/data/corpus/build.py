@@ -4,79 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import shutil
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from orchestrator.data.corpus.clean import LONGEST, ImageRules, clean_image, clean_sentence
-from orchestrator.data.corpus.corpus import MANIFEST, VERSION, file_hash
+from orchestrator.data.corpus.clean import LONGEST, ImageRules
+from orchestrator.data.corpus.corpus import MANIFEST, VERSION
+from orchestrator.data.corpus.items import AGAIN, Cleaned, Place, chained, cleaned, in_order, items_after
 from orchestrator.data.corpus.seen import Seen
-from orchestrator.data.corpus.sources import CorpusSource, Kind, Raw, open_corpus_source
-from orchestrator.data.images import CorruptError
+from orchestrator.data.corpus.settings import ROW_GROUP, ROWS_PER_SHARD, Settings, check_settings
+from orchestrator.data.corpus.shards import ShardWriter
+from orchestrator.data.corpus.sources import CorpusSource, Kind, open_corpus_source
 from orchestrator.errors import UserError, WorkError, disk_full, listed
 from orchestrator.store import key_of
 
 PROGRESS = "progress.json"
-AGAIN = "The same command goes on after the shards that are finished."
 LEAST = 200  # items before the share of bad ones says anything
-AHEAD = 4  # items a worker that are read before their turn
-CHUNK_ROWS = 4  # images of one Arrow array: its offsets end at 2 GB
-ROWS_PER_SHARD: dict[Kind, int] = {"images": 4096, "sentences": 100_000}
-ROW_GROUP: dict[Kind, int] = {"images": 256, "sentences": 10_000}
-SCHEMAS: dict[Kind, pa.Schema] = {
-    "images": pa.schema(
-        [
-            pa.field("id", pa.string(), nullable=False),
-            pa.field("image", pa.binary(), nullable=False),
-            pa.field("height", pa.int32(), nullable=False),
-            pa.field("width", pa.int32(), nullable=False),
-            pa.field("caption", pa.string()),
-        ]
-    ),
-    "sentences": pa.schema(
-        [pa.field("id", pa.string(), nullable=False), pa.field("text", pa.string(), nullable=False)]
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a corpus is made from and how; together with the source's files it decides every byte.
-
-    Attributes:
-        source: its address.
-        kind: `images` or `sentences`.
-        rows_per_shard, row_group: rows of a file, and of what is read of it at a time.
-        rules: for images.
-        longest: characters of a sentence or caption.
-    """
-
-    source: str
-    kind: Kind
-    rows_per_shard: int
-    row_group: int
-    rules: ImageRules
-    longest: int
-
-    def facts(self) -> dict[str, Any]:
-        """Plain JSON."""
-        facts = asdict(self)
-        rules = facts.pop("rules")
-        return {**facts, **(rules if self.kind == "images" else {})}
 
 
 @dataclass
@@ -104,36 +58,6 @@ class Counts:
     def facts(self) -> dict[str, Any]:
         """Plain JSON, reasons in alphabetical order."""
         return {k: dict(sorted(v.items())) if isinstance(v, Counter) else v for k, v in vars(self).items()}
-
-
-class Place(NamedTuple):
-    """How far a source was read.
-
-    Attributes:
-        piece: its number.
-        items: how many of its items.
-        stamps: hash of the stamps of all pieces up to it.
-    """
-
-    piece: int
-    items: int
-    stamps: str
-
-
-class Cleaned(NamedTuple):
-    """An item after cleaning.
-
-    Attributes:
-        row: what is stored; None if it is skipped.
-        digest: of its content.
-        reasons: why it was converted; why it is skipped.
-        caption: what became of the caption; empty if there was none.
-    """
-
-    row: dict[str, Any] | None
-    digest: bytes
-    reasons: tuple[str, ...]
-    caption: str = ""
 
 
 def build_corpus(
@@ -177,7 +101,7 @@ def build_corpus(
     rules = rules or ImageRules()
     rows = ROWS_PER_SHARD[kind] if rows_per_shard is None else rows_per_shard
     settings = Settings(source, kind, rows, min(row_group or ROW_GROUP[kind], rows), rules, longest)
-    _check(settings, max_bad, out)
+    check_settings(settings, max_bad, out)
     opened = open_corpus_source(source, kind)
     try:
         next(opened.pieces())  # so that a wrong source leaves no folder behind
@@ -213,29 +137,6 @@ class _TooBadError(WorkError):
     """More items are bad than allowed."""
 
 
-def _check(settings: Settings, max_bad: float, out: Path) -> None:
-    rules = settings.rules
-    least = {
-        "--rows-per-shard": settings.rows_per_shard,
-        "--min-side": rules.min_side,
-        "--max-side": rules.max_side or 1,
-        "--longest": settings.longest,
-    }
-    for name, value in least.items():
-        if value < 1:
-            raise UserError(f"{name}: {value} is less than 1.")
-    if rules.max_side is not None and rules.max_side < rules.min_side:
-        raise UserError(f"--max-side: {rules.max_side} is less than --min-side, which is {rules.min_side}.")
-    if not 1 <= rules.quality <= 100:
-        raise UserError(f"--quality: {rules.quality} is not between 1 and 100.")
-    if not 0 <= max_bad <= 1:
-        raise UserError(f"--max-bad: {max_bad} is no share between 0 and 1.")
-    if ":/" in str(out):
-        raise UserError(f"OUT: {str(out)!r} is no local folder; build here, then copy the folder as it is.")
-    if out.exists():
-        raise UserError(f"OUT: {str(out)!r} exists already; name a folder that does not.")
-
-
 class _Build:
     def __init__(
         self,
@@ -260,10 +161,10 @@ class _Build:
         place = self._resume()
         counts = self.counts
         began, before = time.perf_counter(), counts.seen
-        writer = _Writer(self.folder, settings, len(self.shards))
-        clean = functools.partial(_clean, settings=settings)
+        writer = ShardWriter(self.folder, settings, len(self.shards))
+        clean = functools.partial(cleaned, settings=settings)
         # Sentences are cleaned by Python alone, which threads do not speed up.
-        items = _ordered(clean, _items(self.source, place), self.workers if settings.kind == "images" else 1)
+        items = in_order(clean, items_after(self.source, place), self.workers if settings.kind == "images" else 1)
         with contextlib.closing(items), contextlib.closing(writer):
             for place, item in items:
                 if not self._admit(item):
@@ -362,146 +263,10 @@ class _Build:
             return False
         stamps = ""
         for number, piece in enumerate(self.source.pieces()):
-            stamps = _chained(stamps, piece.stamp)
+            stamps = chained(stamps, piece.stamp)
             if number == place.piece:
                 return stamps == place.stamps
         return False
-
-
-def _chained(before: str, stamp: str) -> str:
-    return hashlib.sha256(f"{before} {stamp}".encode()).hexdigest()
-
-
-def _items(source: CorpusSource, after: Place | None) -> Iterator[tuple[Place, Raw]]:
-    """Every item after a place, with the place that is reached by it."""
-    stamps = ""
-    for number, piece in enumerate(source.pieces()):
-        stamps = _chained(stamps, piece.stamp)
-        skip = 0
-        if after is not None and number <= after.piece:
-            if number < after.piece:
-                continue
-            skip = after.items
-        try:
-            for count, raw in enumerate(islice(source.read(piece), skip, None), skip + 1):
-                yield Place(number, count, stamps), raw
-        except (OSError, pa.ArrowException) as error:
-            raise WorkError(f"{piece.name} cannot be read: {error}. {AGAIN}") from None
-
-
-def _ordered(
-    function: Callable[[Raw], Cleaned], items: Iterator[tuple[Place, Raw]], workers: int
-) -> Generator[tuple[Place, Cleaned], None, None]:
-    """Maps on threads, in order; at most `AHEAD` items a worker are in memory."""
-    if workers == 1:
-        for place, raw in items:
-            yield place, function(raw)
-        return
-    pool = ThreadPoolExecutor(workers)  # decoders, encoders and hashing release the interpreter lock
-    waiting: deque[tuple[Place, Future[Cleaned]]] = deque()
-    try:
-        for place, raw in items:
-            waiting.append((place, pool.submit(function, raw)))
-            if len(waiting) > AHEAD * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _clean(raw: Raw, settings: Settings) -> Cleaned:
-    try:
-        data = raw.load()
-        if settings.kind == "sentences":
-            text = clean_sentence(data, settings.longest)
-            digest = hashlib.sha256(text.encode())
-            return Cleaned({"id": digest.hexdigest(), "text": text}, digest.digest(), ())
-        image = clean_image(data, settings.rules)
-    except CorruptError as reason:
-        return Cleaned(None, b"", (str(reason),))
-    caption, told = None, ""
-    if raw.caption is not None:
-        try:
-            caption, told = clean_sentence(raw.caption, settings.longest), "kept"
-        except CorruptError as reason:
-            told = str(reason)
-    digest = hashlib.sha256(image.data)
-    row = {"id": digest.hexdigest(), "image": image.data, "height": image.height, "width": image.width}
-    return Cleaned({**row, "caption": caption}, digest.digest(), image.converted, told)
-
-
-class _Writer:
-    """Writes rows into shards; holds one row group."""
-
-    def __init__(self, folder: Path, settings: Settings, first: int) -> None:
-        self._folder, self._settings, self._number = folder, settings, first
-        self._schema = SCHEMAS[settings.kind]
-        self._waiting: list[dict[str, Any]] = []
-        self._written = 0
-        self._file: pq.ParquetWriter | None = None
-
-    def add(self, row: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Facts of a shard, when this row makes it full."""
-        assert row is not None
-        self._waiting.append(row)
-        if self._written + len(self._waiting) == self._settings.rows_per_shard:
-            return self.finish()
-        if len(self._waiting) == self._settings.row_group:
-            self._flush()
-        return None
-
-    def finish(self) -> dict[str, Any] | None:
-        """Facts of the shard that ends here; None if it has no row."""
-        if self._waiting:
-            self._flush()
-        if self._file is None:
-            return None
-        self.close()
-        path = self._path
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        facts = {"file": path.name, "rows": self._written, "bytes": path.stat().st_size}
-        facts["sha256"] = file_hash(str(self._folder), path.name)
-        self._number, self._written = self._number + 1, 0
-        return facts
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    @property
-    def _path(self) -> Path:
-        return self._folder / f"part-{self._number:05}.parquet"
-
-    def _flush(self) -> None:
-        if self._file is None:
-            texts = [name for name in ("caption", "text") if name in self._schema.names]
-            numbers = [name for name in ("height", "width") if name in self._schema.names]
-            self._file = pq.ParquetWriter(
-                self._path,
-                self._schema,
-                compression={n: "zstd" if n in texts else "none" for n in self._schema.names},
-                use_dictionary=False,
-                write_statistics=numbers,  # those of other columns would put whole images into the footer
-            )
-        columns = [
-            pa.chunked_array(
-                [
-                    pa.array([row[f.name] for row in self._waiting[i : i + CHUNK_ROWS]], f.type)
-                    for i in range(0, len(self._waiting), CHUNK_ROWS)
-                ]
-            )
-            if f.name == "image"
-            else pa.array([row[f.name] for row in self._waiting], f.type)
-            for f in self._schema
-        ]
-        self._file.write_table(pa.table(columns, schema=self._schema), row_group_size=self._settings.row_group)
-        self._written += len(self._waiting)
-        self._waiting = []
 
 
 def _write_json(path: Path, facts: Any) -> None:

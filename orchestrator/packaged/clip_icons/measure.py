@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from orchestrator.packaged.clip_icons.data import CLASSES, LABELLED, RETRIEVAL, TEMPLATES
+from orchestrator.packaged.clip_icons.classes import CLASSES
+from orchestrator.packaged.clip_icons.data import LABELLED, RETRIEVAL
+from orchestrator.packaged.clip_icons.sentences import TEMPLATES
 
 BATCH = 256
 Tokenizer = Callable[[list[str]], torch.Tensor]

@@ -26,14 +26,8 @@ from torch.nn import functional as F
 
 from orchestrator.packaged.clip import CLIP_ICONS, CONFIG, MERGES, WEIGHTS, clip_of, tokenizer_of
 from orchestrator.packaged.clip_icons import measure
-from orchestrator.packaged.clip_icons.data import (
-    SIDE,
-    TEMPLATES,
-    fonts_folder,
-    lemmas_and_glosses,
-    training_pictures,
-    words,
-)
+from orchestrator.packaged.clip_icons.drawings import SIDE, fonts_folder, training_pictures
+from orchestrator.packaged.clip_icons.sentences import TEMPLATES, lemmas_and_glosses, words
 
 WORDS, LEMMAS, GLOSSES = 12_000, 12_000, 4_000  # texts besides captions that the text tower learns
 SHORT = 12  # tokens

@@ -17,7 +17,7 @@ from PIL import Image
 
 from orchestrator.models.upstream import load_upstream
 from orchestrator.packaged.clipart.build import hashes_and_pixels, is_variant, load_square, stem_of
-from orchestrator.packaged.vit_clipart.train import DATA, MAX_STARS, SKIN_TONES
+from orchestrator.packaged.vit_clipart.pictures import DATA, MAX_STARS, SKIN_TONES
 from orchestrator.sweep.prime import prime
 
 SIDE = 64  # pixels
