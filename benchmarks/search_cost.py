@@ -95,12 +95,15 @@ def grid_file(task: str) -> Path:
     return RESULTS / f"search_cost_grid_{task}.json"
 
 
-def spec_of(raw: dict[str, Any], folder: Path, sampler: str, scheduler: str, seed: int, trials: int = 1000) -> Any:
+def spec_of(
+    raw: dict[str, Any], folder: Path, sampler: str, scheduler: str, seed: int, *, defaults_first: bool = True
+) -> Any:
     """The sweep, parsed."""
     from orchestrator.spec import parse_spec
     from orchestrator.sweep.folder import resolved
 
-    search = {"sampler": sampler, "scheduler": scheduler, "seed": seed, "trials": trials, "concurrency": 1}
+    search = {"sampler": sampler, "scheduler": scheduler, "seed": seed, "trials": 1000, "concurrency": 1}
+    search["defaults_first"] = defaults_first
     return resolved(parse_spec({**raw, "search": search, "storage": str(folder)}))
 
 
@@ -210,8 +213,8 @@ def checked(spec: str) -> Any:
         return prepare(spec_of(json.loads(spec), Path(folder), "tpe", "none", 0))
 
 
-def product(sampler: str, scheduler: str) -> Search:
-    """The product's proposals (methods at their defaults first) with its scheduler."""
+def product(sampler: str, scheduler: str, *, defaults_first: bool = True) -> Search:
+    """The product's proposals (unless told otherwise, methods at their defaults first) with its scheduler."""
 
     def search(table: dict[str, Any], seed: int) -> Iterator[tuple[float, float]]:
         from ray.tune.schedulers import TrialScheduler
@@ -222,7 +225,7 @@ def product(sampler: str, scheduler: str) -> Search:
 
         with tempfile.TemporaryDirectory() as folder:
             prepared = checked(json.dumps(table["spec"]))
-            spec = spec_of(table["spec"], Path(folder), sampler, scheduler, seed)
+            spec = spec_of(table["spec"], Path(folder), sampler, scheduler, seed, defaults_first=defaults_first)
             study = Study(spec, Path(folder), prepared.cells, prepared.spaces, prepared.task.info)
             judge = scheduler_of(SweepContext(spec, folder))
             for _ in table["trials"]:  # none comes twice
@@ -259,7 +262,8 @@ SEARCHES: dict[str, tuple[str, Search]] = {
     "script": ("a plain Optuna script: TPE, multivariate, by groups", script),
     "tpe": ("here, `sampler: tpe`", product("tpe", "none")),
     "gp": ("here by default: a process over all methods", product("gp", "none")),
-    "asha": ("here: the same and ASHA, from half of a budget on", product("gp", "asha")),
+    "free": ("here: the same with `defaults_first: false`", product("gp", "none", defaults_first=False)),
+    "asha": ("here by default and ASHA, from half of a budget on", product("gp", "asha")),
 }
 GOALS = {"best": "the best less 0.01", "five": "one of the five best"}
 

@@ -13,6 +13,7 @@ from small import small_spec, study_of
 
 from methods.knobs import Choice
 from orchestrator.errors import UserError
+from orchestrator.sweep.earlier import first_trials
 from orchestrator.sweep.run import prepare
 from orchestrator.sweep.space import scale_of
 from orchestrator.sweep.study import Study
@@ -29,6 +30,20 @@ def test_every_method_is_tried_once_at_its_defaults_before_the_sampler_draws(col
     first = [study.ask() for _ in range(3)]
     assert [c.cell.method for c in first] == ["finetune", "kd", "wecolora"]
     assert first[1].knobs["temperature"] == pytest.approx(4.0)
+
+
+def test_defaults_take_at_most_half_of_the_trials_but_one_of_each_method(colours: Path, tmp_path: Path) -> None:
+    students = [{"model": "timm/test_resnet", "image_size": size} for size in (32, 48, 64, 96)]
+    methods = {"finetune": {}, "kd": {}}
+
+    def first(trials: int) -> list[tuple[str, int | None]]:
+        spec = small_spec(colours, tmp_path, students=students, methods=methods, search={"trials": trials})
+        prepared = prepare(spec)
+        return [(cell.method, cell.student) for cell, _ in first_trials(spec, prepared.cells, prepared.spaces)]
+
+    assert first(16) == [(method, student) for method in methods for student in range(4)]
+    assert first(15) == first(14) == [(m, (s + turn) % 4) for s in range(4) for turn, m in enumerate(methods)][:7]
+    assert first(1) == first(5) == [("finetune", 0), ("kd", 1)]
 
 
 def test_optuna_hears_complete_pruned_failed_and_incomplete_as_such(colours: Path, tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ class Search(Section):
     )
     defaults_first: bool = Field(
         default=True,
-        description="Begin with each method at its default knobs, once for every teacher and student it can serve.",
+        description="Begin with each method at its default knobs, once for every teacher and student it can serve; if "
+        "that is more than half of the trials, with so many, at least one of each method.",
     )
     scheduler: Literal["asha", "median", "none"] = Field(default="none", description="Early stopping of weak trials.")
     grace: float = Field(

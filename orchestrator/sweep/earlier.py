@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,24 @@ def first_trials(spec: SweepSpec, cells: list[Cell], spaces: Mapping[str, Space]
     if spec.search.sampler == "grid":
         usual = [(cell, knobs) for cell in cells for knobs in grid(spaces[cell.method], cell.method)]
     elif spec.search.defaults_first:
-        usual = [(cell, default_knobs(spaces[cell.method], cell.method)) for cell in cells]
+        usual = [(c, default_knobs(spaces[c.method], c.method)) for c in _tried_first(cells, spec.search.trials)]
     return [*begin, *(first for first in usual if first not in begin)]
+
+
+def _tried_first(cells: list[Cell], trials: int) -> list[Cell]:
+    """All of them; where that were more than half of the trials, so many, at least one of each method.
+
+    Each method begins with another of its networks, and comes again when all have had their turn.
+    """
+    if 2 * len(cells) <= trials:
+        return cells
+    of_method: dict[str, list[Cell]] = {}
+    for cell in cells:
+        of_method.setdefault(cell.method, []).append(cell)
+    turns = enumerate(of_method.values())
+    rounds = [[*own[turn % len(own) :], *own[: turn % len(own)]] for turn, own in turns]
+    ordered = [cell for of_round in zip_longest(*rounds) for cell in of_round if cell is not None]
+    return ordered[: max(len(of_method), trials // 2)]
 
 
 def trials_in_all(spec: SweepSpec, first: Sequence[Any]) -> int:
