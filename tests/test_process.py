@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from orchestrator.cli import main
+
 BEGUN = """
 import atexit, logging, os, sys, threading, time
 from orchestrator.process import run
@@ -76,3 +78,17 @@ def test_what_cannot_be_written_at_the_end_is_a_failure_unless_the_reader_has_go
     for command, expected in ends.items():
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=buffered)
         assert (done.returncode, done.stderr) == expected, command
+
+
+def test_ctrl_c_that_no_command_takes_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orchestrator.cli.sweeps.read_sweep_file", interrupted)
+    monkeypatch.setattr(sys, "argv", ["orchestrator", "check", "sweep.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Stopped by Ctrl-C.\n"

@@ -1,4 +1,4 @@
-"""The command line: commands, no logic. Exit code 0 done, 1 the work failed, 2 the user's input is wrong.
+"""The command line: commands, no logic. Exit code 0 done, 1 the work failed, 2 the user's input is wrong, 130 Ctrl-C.
 
 A file of this package is a group of commands, and is found by itself; importing one imports nothing slow.
 """
@@ -13,6 +13,8 @@ import sys
 
 from orchestrator.cli.face import app, err
 from orchestrator.errors import UserError, WorkError, disk_full
+
+INTERRUPTED = 130  # what typer makes of a Ctrl-C that no command has taken
 
 for _module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -38,6 +40,7 @@ def main() -> None:
             raise
         err.print(f"Failed: the disk is full ({error}).", markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("Stopped. Continue with `orchestrator resume SWEEP_DIR`.")
-        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            err.print("Stopped by Ctrl-C.")
+        raise
