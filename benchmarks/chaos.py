@@ -30,7 +30,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -47,6 +46,7 @@ import yaml
 
 from orchestrator.store import Store
 from orchestrator.sweep.ledger import FINAL, Ledger
+from orchestrator.sweep.ports import answers, free_port
 
 KINDS = ("trial", "worker", "node", "drained", "cluster", "driver", "publisher", "frozen", "cut")
 MARK = "CHAOS_RUN"
@@ -180,9 +180,8 @@ class Machine:
     def _joined(self) -> int:
         """Nodes that have joined; -1 while there is no cluster to ask."""
         if not ray.is_initialized():
-            with contextlib.closing(socket.socket()) as probe:
-                if probe.connect_ex(("127.0.0.1", int(self.address.split(":")[1]))):
-                    return -1
+            if not answers("127.0.0.1", int(self.address.split(":")[1])):
+                return -1
             try:
                 ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR)
             except Exception as error:  # the head is not ready
@@ -255,12 +254,6 @@ class Machine:
             time.sleep(0.2)
         for pid in self.processes():
             send(pid, signal.SIGKILL)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def send(pid: int, how: int) -> None:
@@ -657,7 +650,7 @@ def ordeal(
         if "outcome" in locals() and outcome.good:
             shutil.rmtree(base, ignore_errors=True)
         else:
-            print(f"kept: {base}", file=sys.stderr)
+            print(f"kept: {base}", *(outcome.errors if "outcome" in locals() else []), sep="\n", file=sys.stderr)
 
 
 def main() -> int:

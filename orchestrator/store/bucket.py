@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from orchestrator.errors import UserError, WorkError, disk_full, listed
+from orchestrator.errors import UserError, WorkError, disk_full, first_lines, listed
 
 CHUNK = 8 << 20
 FIRST_WAIT_S = 0.5
@@ -65,7 +65,7 @@ class Bucket:
         try:
             self.system, root = _open(address)
         except (pa.ArrowException, ValueError, OSError) as error:
-            raise UserError(f"store.remote: {self.shown!r} cannot be opened: {_first_line(error)}.") from None
+            raise UserError(f"store.remote: {self.shown!r} cannot be opened: {first_lines(error)}") from None
         self.root = root.rstrip("/")
 
     def read(self, name: str) -> bytes | None:
@@ -171,9 +171,9 @@ class Bucket:
             except (OSError, pa.ArrowException) as error:
                 if disk_full(error) or getattr(error, "filename", None) is not None:
                     raise  # of the local file
-                said = _first_line(error)
+                said = first_lines(error).rstrip(".")
                 spent = time.monotonic() - started
-                if any(words in said for words in NO_CURE):
+                if any(words in str(error) for words in NO_CURE):
                     raise RemoteError(f"The object storage {self.shown} refuses to {what}: {said}.") from None
                 if spent + wait > PATIENCE_S:
                     raise RemoteError(
@@ -215,7 +215,3 @@ def _open(address: str) -> tuple[fs.FileSystem, str]:
     else:
         system = fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=REQUEST_S), **common)
     return system, bucket + parts.path
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]

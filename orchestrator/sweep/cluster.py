@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import ray
 
 from orchestrator.errors import UserError
 from orchestrator.process import beginning
+from orchestrator.sweep.ports import free_port
 
 # A socket's path has an end: 108 bytes with the closing zero on Linux, 104 on macOS. Ray's longest name is this one.
 LONGEST_SOCKET = "dash_TaskEventsHead"
@@ -53,7 +53,7 @@ def start_ray(threads: int) -> str | None:
         options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
         # Ray would begin one process for each core before there is work, none of them with the variables of trials.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        port = str(_free_port())
+        port = str(free_port())
         os.environ["RAY_GCS_SERVER_PORT"] = port
         variables["RAY_ADDRESS"] = f"127.0.0.1:{port}"
         environment["worker_process_setup_hook"] = beginning()
@@ -102,12 +102,6 @@ def stop_ray_beside(work: Callable[[], None]) -> None:
     finally:
         if looks:
             gc.enable()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def check_ray_folder() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from orchestrator.select.results import read_trials
 from orchestrator.sweep.event_files import write_event_files
 from orchestrator.sweep.folder import RAY_DASHBOARD
 from orchestrator.sweep.ledger import FINAL, Ledger, open_sweep
+from orchestrator.sweep.ports import answers, free_port
 from orchestrator.sweep.study_storage import StudyPlace
 
 HOST = "127.0.0.1"
@@ -100,28 +100,18 @@ def serving(folder: Path, tools: Sequence[str], ports: dict[str, int | None]) ->
 
 def _port(tool: str, asked: int | None, usual: int) -> int:
     if asked is not None:
-        if _answers(HOST, asked):
+        if answers(HOST, asked):
             raise UserError(f"--{tool}-port: {asked} is taken on {HOST}; give another one, or none.")
         return asked
-    if not _answers(HOST, usual):
+    if not answers(HOST, usual):
         return usual
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=1):
-            return True
-    except OSError:
-        return False
+    return free_port(HOST)
 
 
 def _wait(server: Server) -> None:
     port = int(server.url.rpartition(":")[2])
     deadline = time.monotonic() + START_S
-    while not _answers(HOST, port):
+    while not answers(HOST, port):
         if server.process.poll() is not None or time.monotonic() > deadline:
             raise WorkError(f"{server.name} did not start: {_last_line(server)}")
         time.sleep(0.1)
@@ -151,7 +141,7 @@ def ray_dashboard(folder: Path) -> str | None:
     except OSError:
         return None
     host, _, port = address.rpartition(":")
-    return f"http://{address}" if port.isdigit() and _answers(host, int(port)) else None
+    return f"http://{address}" if port.isdigit() and answers(host, int(port)) else None
 
 
 def keep(folder: Path, servers: list[Server]) -> None:

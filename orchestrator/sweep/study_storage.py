@@ -25,7 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
-from orchestrator.errors import StudyLostError, UserError, behind
+from orchestrator.errors import StudyLostError, UserError, behind, first_lines
 from orchestrator.files import once
 from orchestrator.spec import STUDY_SCHEMES, SweepSpec
 from orchestrator.sweep.study_lock import StudyLock
@@ -242,14 +242,11 @@ class StudyPlace:
 
     def _farewell(self, error: BaseException, seconds: float) -> str:
         if self.database is None:
-            return f"The study {str(self.folder / FILES[self.kind])!r} cannot be used: {_first_line(error)}."
+            cause = error.__cause__ or error
+            said = first_lines(getattr(cause, "orig", None) or cause)
+            return f"The study {str(self.folder / FILES[self.kind])!r} cannot be used: {said}"
         said = self.database.scrubbed(error)
         return f"The study's database {self.database.name} could not be reached for {seconds:.0f} s ({said})."
-
-
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return (str(getattr(cause, "orig", None) or cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
 def check_study(spec: SweepSpec) -> None:
