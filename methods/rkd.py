@@ -35,13 +35,7 @@ class RKDConfig(KDConfig):
 
 def distances(features: Tensor) -> Tensor:
     """[B, B] Euclidean distances of features [B, D], in units of their mean over different rows (Eq. 4, 5 [memory])."""
-    raw = _lengths(features.float())
-    pairs = len(raw) * (len(raw) - 1)
-    return raw / (raw.sum() / max(pairs, 1)).clamp_min(1e-12)
-
-
-def _lengths(rows: Tensor) -> Tensor:
-    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    return _in_their_mean(_lengths(features.float()))
 
 
 def angles(features: Tensor) -> Tensor:
@@ -51,39 +45,45 @@ def angles(features: Tensor) -> Tensor:
     products of rows.
     """
     rows = features.float()
+    return _cosines(rows, _lengths(rows))
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _in_their_mean(lengths: Tensor) -> Tensor:
+    pairs = len(lengths) * (len(lengths) - 1)
+    return lengths / (lengths.sum() / max(pairs, 1)).clamp_min(1e-12)
+
+
+def _cosines(rows: Tensor, lengths: Tensor) -> Tensor:
     rows = rows - rows.detach().mean(0)  # which no angle sees, and the products then lose fewer digits
-    products, lengths = rows @ rows.T, _lengths(rows)
+    products = rows @ rows.T
     # A side that is all but 0 has no direction: without a floor its gradient would be without bounds.
     floor = (1e-3 * lengths.detach().mean()).clamp_min(1e-12)
-    lengths = torch.maximum(lengths, floor)
-    sides = products[None] - products[:, :, None] - products[:, None, :] + products.diagonal()[:, None, None]
-    return sides / (lengths[:, :, None] * lengths[:, None, :])
+    inverse = (1 / torch.maximum(lengths, floor)).fill_diagonal_(0)
+    half = 0.5 * products.diagonal()[:, None] - products
+    return (products + half[:, :, None] + half[:, None, :]) * (inverse[:, :, None] * inverse[:, None, :])
 
 
-def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean Huber distance (δ = 1) of the two networks' `distances`, over pairs of different rows.
+def relation_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean Huber distance (δ = 1) of the two networks' `distances`, and of their `angles`.
 
-    Args:
-        student, teacher: [B, D] and [B, E]; 0 with a graph for a single row.
-    """
-    different = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
-    return _huber(distances(student), distances(teacher), different)
-
-
-def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean Huber distance (δ = 1) of the two networks' `angles`, over triples of three different rows.
+    Over pairs, and triples, of different rows.
 
     Args:
-        student, teacher: [B, D] and [B, E]; 0 with a graph for fewer than three rows.
+        student, teacher: [B, D] and [B, E]; 0 with a graph where there are too few rows.
     """
-    same = torch.eye(len(student), dtype=torch.bool, device=student.device)
-    different = ~(same[:, :, None] | same[:, None, :] | same[None])
-    return _huber(angles(student), angles(teacher), different)
-
-
-def _huber(student: Tensor, teacher: Tensor, where: Tensor) -> Tensor:
-    apart = F.smooth_l1_loss(student, teacher.detach(), reduction="none")
-    return (apart * where).sum() / where.sum().clamp_min(1)
+    count = len(student)
+    mine, theirs = student.float(), teacher.detach().float()
+    apart, wanted = _lengths(mine), _lengths(theirs)
+    distance = F.smooth_l1_loss(_in_their_mean(apart), _in_their_mean(wanted), reduction="sum")
+    cosines, targets = _cosines(mine, apart), _cosines(theirs, wanted)
+    for of_network in (cosines, targets):
+        of_network.diagonal(dim1=1, dim2=2).zero_()  # a side with itself; at its own end a side is 0 already
+    angle = F.smooth_l1_loss(cosines, targets, reduction="sum")
+    return distance / max(count * (count - 1), 1), angle / max(count * (count - 1) * (count - 2), 1)
 
 
 class RKDLearner(KDLearner):
@@ -98,7 +98,7 @@ class RKDLearner(KDLearner):
         own = read_outputs(self.student, batch.images, [POOLED, LOGITS])
         parts = self.distillation(own[LOGITS.key], batch)
         mine, theirs = gathered(own[POOLED.key]), gathered(batch.outputs[POOLED.key])
-        distance, angle = distance_loss(mine, theirs), angle_loss(mine, theirs)
+        distance, angle = relation_losses(mine, theirs)
         total = parts["loss"] + self.distance * distance + self.angle * angle
         return {**parts, "loss": total, "distance": distance, "angle": angle}
 
@@ -125,5 +125,5 @@ class RKD(KD):
         params = {**distil.params, "distance": config.distance, "angle": config.angle}
         return [
             *earlier,
-            replace(distil, version=3, learner=RKDLearner, params=params, feed=replace(distil.feed, outputs=outputs)),
+            replace(distil, version=4, learner=RKDLearner, params=params, feed=replace(distil.feed, outputs=outputs)),
         ]

@@ -26,7 +26,7 @@ from methods.heads import POOLED, TEACHER_HEAD
 from methods.kd import KD
 from methods.outputs import Output, read_outputs
 from methods.parts.side import SideNetwork, SideTuned
-from methods.rkd import RKD, angle_loss, angles, distance_loss, distances
+from methods.rkd import RKD, angles, distances, relation_losses
 from methods.side_tuning import SideTuning, SideTuningConfig
 from methods.tuning import LOGITS
 
@@ -39,7 +39,7 @@ def test_rkd_distances_by_hand():
     torch.testing.assert_close(distances(rows), expected)
     other = torch.tensor([[0.0], [1.0], [2.0]])  # 1, 2 and 1 apart: 4/3 on average
     by_hand = ((0.75 - 1.25) ** 2 + (1.5 - 1.0) ** 2 + (0.75 - 0.75) ** 2) / 2 / 3
-    assert distance_loss(other, rows).item() == pytest.approx(by_hand, abs=1e-6)
+    assert relation_losses(other, rows)[0].item() == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_rkd_angles_by_hand():
@@ -51,7 +51,7 @@ def test_rkd_angles_by_hand():
     assert result[2, 0, 1].item() == pytest.approx(half, abs=1e-6)
     line = torch.tensor([[0.0], [1.0], [2.0]])  # at the ends 1, in the middle -1
     by_hand = ((1 - 0.0) ** 2 / 2 + (abs(-1 - half) - 0.5) + (1 - half) ** 2 / 2) / 3
-    assert angle_loss(line, rows).item() == pytest.approx(by_hand, abs=1e-6)
+    assert relation_losses(line, rows)[1].item() == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_rkd_relations_do_not_see_scale_rotation_or_width():
@@ -59,10 +59,10 @@ def test_rkd_relations_do_not_see_scale_rotation_or_width():
     rows = torch.randn(8, 6)
     rotation, _ = torch.linalg.qr(torch.randn(10, 10))
     moved = 3.0 * torch.cat([rows, torch.zeros(8, 4)], 1) @ rotation + 5.0
-    assert distance_loss(moved, rows).item() < 1e-10
-    assert angle_loss(moved, rows).item() < 1e-10
-    assert distance_loss(torch.randn(8, 6), rows).item() > 1e-2
-    assert angle_loss(torch.randn(8, 6), rows).item() > 1e-2
+    assert relation_losses(moved, rows)[0].item() < 1e-10
+    assert relation_losses(moved, rows)[1].item() < 1e-10
+    assert relation_losses(torch.randn(8, 6), rows)[0].item() > 1e-2
+    assert relation_losses(torch.randn(8, 6), rows)[1].item() > 1e-2
 
 
 def test_rkd_gradients_stay_finite_where_rows_coincide():
@@ -70,11 +70,11 @@ def test_rkd_gradients_stay_finite_where_rows_coincide():
     rows[1] = rows[0]
     rows.requires_grad_(True)
     teacher = torch.randn(6, 4)
-    (distance_loss(rows, teacher) + angle_loss(rows, teacher)).backward()
+    sum(relation_losses(rows, teacher)).backward()
     assert rows.grad.abs().max() < 1e4
     for few in (1, 2):
         rows = torch.randn(few, 4, requires_grad=True)
-        angle_loss(rows, torch.randn(few, 4)).backward()
+        relation_losses(rows, torch.randn(few, 4))[1].backward()
         assert torch.equal(rows.grad, torch.zeros(few, 4))
 
 
