@@ -125,5 +125,5 @@ class RKD(KD):
         params = {**distil.params, "distance": config.distance, "angle": config.angle}
         return [
             *earlier,
-            replace(distil, version=4, learner=RKDLearner, params=params, feed=replace(distil.feed, outputs=outputs)),
+            replace(distil, version=3, learner=RKDLearner, params=params, feed=replace(distil.feed, outputs=outputs)),
         ]
