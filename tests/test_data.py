@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from small import small_spec
 from torch import Tensor
 
 from methods.outputs import Output, read_outputs
@@ -22,11 +23,17 @@ from orchestrator.data.draws import philox
 from orchestrator.data.images import CorruptError, decode
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
 from orchestrator.data.pixels import RenderedPixels, open_pixels, rendered_view, stored_pixels
+from orchestrator.data.sources import FolderSource, open_source
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.data.views import Policy, draw, draw_all, render, stored_view, view_parameters
+from orchestrator.errors import WorkError
 from orchestrator.models.load import Preprocessing, load_network
 from orchestrator.spec import Model, Task
 from orchestrator.store import Records, Store
+from orchestrator.sweep.space import default_knobs, method_space
+from orchestrator.trial.context import SweepContext
+from orchestrator.trial.plan import Cell, TrialConfig
+from orchestrator.trial.run import run_trial
 
 CLASSES = ("ant", "bee", "cat")
 SMALL = Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
@@ -98,6 +105,55 @@ def task(data, store) -> TaskData:
 
 def chosen(task: TaskData) -> set[str]:
     return {task.train.ids[i] for i in task.labelled}
+
+
+def test_a_folder_is_listed_in_the_order_of_its_paths_and_links_to_folders_are_not_entered(tmp_path):
+    for name in ("b/A.PNG", "b/a/x.png", "b/a.png", "b/a.png.d/x.jpeg", "b/z.txt", "a/.hidden.png", "a/x.y.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "b" / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "b" / "one.png").symlink_to(tmp_path / "a" / "x.y.png")
+    (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "class").symlink_to(tmp_path / "a")
+    found = open_source(f"folder:{tmp_path}").items()
+    under_b = ["b/A.PNG", "b/a/x.png", "b/a.png", "b/a.png.d/x.jpeg", "b/one.png"]
+    assert [i.where for i in found] == [
+        "a/.hidden.png", "a/x.y.png", *under_b, "class/.hidden.png", "class/x.y.png"
+    ]  # fmt: skip
+    stat = (tmp_path / "a" / "x.y.png").stat()
+    assert {i.stamp for i in found if i.where in ("a/x.y.png", "b/one.png")} == {f"1.{stat.st_mtime_ns}"}
+
+
+def test_a_known_listing_is_not_made_again_and_one_that_is_gone_is_refused(tmp_path, store):
+    where = folder_of(tmp_path / "images", encoded())
+    task = Task(data=where, shots=4)
+    before = load_task(task, store)
+    (tmp_path / "images" / "ant" / "new.png").write_bytes(png(picture(7)))
+    assert load_task(task, store, listing=before.listing) is before
+    assert load_task(task, store).listing != before.listing
+    with pytest.raises(
+        WorkError, match=r"^task\.data: the images of 'folder:.*' have changed since they were listed\.$"
+    ):
+        load_task(task, Store(tmp_path / "other"), listing=before.listing)
+
+
+@pytest.mark.parametrize("scheduler", ["none", "asha"])
+def test_a_trial_lists_the_images_once(colours, tmp_path, monkeypatch, scheduler):
+    """A million of them take seconds each time."""
+    spec = small_spec(colours, tmp_path, methods={"kd": {}}, search={"trials": 2, "scheduler": scheduler})
+    context = SweepContext(spec, str(tmp_path / "small"))
+    listed = []
+    items = FolderSource.items
+    monkeypatch.setattr(FolderSource, "items", lambda source: listed.append(0) or items(source))
+    knobs = default_knobs(method_space(spec, "kd"), "kd")
+    heard = []
+    for number in range(2):
+        listed.clear()
+        config = TrialConfig(f"t{number:04}", number, Cell("kd", 0, 0), knobs, number)
+        row = run_trial(context, config, progress=lambda share, value: heard.append(value))
+        assert row["status"] == "complete", row["reason"]
+        assert len(listed) == (2 if number == 0 else 1)  # and once where the images are looked at for the first time
+    assert any(value is not None for value in heard) == (scheduler == "asha")
 
 
 def test_splits_are_disjoint_by_content_and_hold_every_good_image_once(task):

@@ -73,6 +73,7 @@ class PoolJob(ShardJob):
         inputs: tensors of earlier stages by stage name.
         seed: of the trial.
         device: where the generator runs.
+        listing: of the task's images, as in `load_task`.
     """
 
     stage: ImageStage
@@ -80,6 +81,7 @@ class PoolJob(ShardJob):
     inputs: dict[str, dict[str, Tensor]]
     seed: int
     device: str
+    listing: str = ""
 
     @property
     def resources(self) -> Resources:
@@ -123,7 +125,7 @@ class ShardMaker:
         self.job = job
         torch.set_num_threads(job.spec.train.threads)
         stage = job.stage
-        task = load_task(job.spec.task, job.store)
+        task = load_task(job.spec.task, job.store, listing=job.listing)
         self.sources = Sources(task, stage, job.store)
         values: dict[str, Any] = {}
         for name in (n for n in UPSTREAM if n in stage.reads):

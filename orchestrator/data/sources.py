@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import functools
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -98,19 +99,35 @@ class Folder(Source):
     def below(self, root: Path, split: str) -> list[Item]:
         """The images below `root`, all of one split."""
 
-    def item(self, path: Path, label: str | tuple[str, ...], split: str, stamp: str = "", problem: str = "") -> Item:
-        stat = path.stat()
-        where = path.relative_to(self.root).as_posix()
-        return Item(where, label, split, "", f"{stat.st_size}.{stat.st_mtime_ns}{stamp}", problem)
+    def within(self, folder: Path) -> str:
+        """What the addresses of the files below a folder begin with."""
+        return "" if folder == self.root else f"{folder.relative_to(self.root).as_posix()}/"
 
     def read(self, where: str) -> bytes:
         return (self.root / where).read_bytes()
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            yield path
+def _files(folder: Path | str, suffixes: Collection[str], within: str = "") -> Iterator[tuple[str, str]]:
+    """Every file below a folder with one of these endings: its path in the folder, and what changes when it does.
+
+    By name, a folder's files where its name stands; of a link to a folder nothing. A task is listed once a trial, and
+    may have millions of images: nothing is asked of the file system twice, and no path is taken apart.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path, suffixes, f"{within}{entry.name}/")
+            elif os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file():
+                stat = entry.stat()
+                yield within + entry.name, f"{stat.st_size}.{stat.st_mtime_ns}"
+    except OSError as error:
+        raise UserError(f"task.data: {error.filename!r} cannot be read: {error.strerror}.") from None
+
+
+def _stem(where: str) -> str:
+    return os.path.splitext(where)[0]
 
 
 class FolderSource(Folder):
@@ -118,7 +135,11 @@ class FolderSource(Folder):
 
     def below(self, root: Path, split: str) -> list[Item]:
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        return [self.item(path, folder.name, split) for folder in folders for path in _images(folder)]
+        return [
+            Item(f"{within}{path}", folder.name, split, "", stamp)
+            for folder, within in ((folder, self.within(folder)) for folder in folders)
+            for path, stamp in _files(folder, SUFFIXES)
+        ]
 
 
 class ListedSource(Folder):
@@ -137,12 +158,11 @@ class ListedSource(Folder):
                 f"{nearest(LISTING, near)}"
             )
         labels = self._table(table)
-        found = []
-        for path in _images(root):
-            name = path.relative_to(root).as_posix()
-            known = labels.pop(name, None)
+        found, within = [], self.within(root)
+        for path, stamp in _files(root, SUFFIXES):
+            known = labels.pop(path, None)
             problem = f"not in {LISTING}" if known is None else ""
-            found.append(self.item(path, known or (), split, f".{','.join(known or ())}", problem))
+            found.append(Item(f"{within}{path}", known or (), split, "", f"{stamp}.{','.join(known or ())}", problem))
         if labels:
             missing = next(iter(labels))
             names = [item.where for item in found]
@@ -180,7 +200,7 @@ class MaskFolderSource(Folder):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self._masks: dict[str, Path] = {}
+        self._masks: dict[str, Path] = {}  # by the image's address
 
     def below(self, root: Path, split: str) -> list[Item]:
         for name in ("images", "masks"):
@@ -190,22 +210,17 @@ class MaskFolderSource(Folder):
                     f"task.data: a segmentation folder needs {str(root / name)!r}; there is {listed(near)}."
                     f"{nearest(name, near)}"
                 )
-        masks: dict[str, Path] = {}
-        for path in sorted((root / "masks").rglob("*")):
-            if path.suffix.lower() in MASK_SUFFIXES and path.is_file():
-                masks[path.relative_to(root / "masks").with_suffix("").as_posix()] = path
-        found = []
-        for path in _images(root / "images"):
-            stem = path.relative_to(root / "images").with_suffix("").as_posix()
+        masks = {_stem(path): (path, stamp) for path, stamp in _files(root / "masks", MASK_SUFFIXES)}
+        found, within = [], self.within(root / "images")
+        for path, stamp in _files(root / "images", SUFFIXES):
+            where, stem = f"{within}{path}", _stem(path)
             if stem not in masks:
-                where = path.relative_to(self.root).as_posix()
                 raise UserError(
                     f"task.data: there is no mask for {where!r} in {str(root / 'masks')!r}.{nearest(stem, masks)}"
                 )
-            stat = masks[stem].stat()
-            item = self.item(path, "", split, f".{stat.st_size}.{stat.st_mtime_ns}")
-            self._masks[item.where] = masks[stem]
-            found.append(item)
+            mask, mask_stamp = masks[stem]
+            self._masks[where] = root / "masks" / mask
+            found.append(Item(where, "", split, "", f"{stamp}.{mask_stamp}"))
         return found
 
     def read_mask(self, where: str) -> bytes:

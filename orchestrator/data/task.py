@@ -20,7 +20,7 @@ from orchestrator.data.decoded import DECODED
 from orchestrator.data.images import CorruptError, decode, decode_mask
 from orchestrator.data.sources import SPLITS, Item, Source, check_splits, open_source
 from orchestrator.data.strata import assign, draw_shots
-from orchestrator.errors import UserError, listed
+from orchestrator.errors import UserError, WorkError, listed
 from orchestrator.spec import Task
 from orchestrator.store import Store, key_of, store_at
 
@@ -51,7 +51,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @functools.cached_property
     def images_hash(self) -> str:
         """Of the images alone: independent of labels."""
         return key_of(list(self.ids))
@@ -89,6 +89,7 @@ class TaskData:
         labelled: rows of `train` that are labelled, ascending.
         skipped: how many images were left out, by reason.
         source: where the bytes come from.
+        listing: the state of the source in which it was split; changes when an image may have.
     """
 
     spec: Task
@@ -99,12 +100,13 @@ class TaskData:
     labelled: tuple[int, ...]
     skipped: dict[str, int]
     source: Source = field(repr=False)
+    listing: str = ""
 
     @property
     def info(self) -> TaskInfo:
         return TaskInfo(self.spec.kind, len(self.classes), len(self.labelled), len(self.train) - len(self.labelled))
 
-    @property
+    @functools.cached_property
     def labels_hash(self) -> str:
         """Of which train images are labelled, and how."""
         labels: list[Any] = [[self.train.ids[i], self.train.labels[i]] for i in self.labelled]
@@ -128,35 +130,49 @@ class TaskData:
         return {"task": self.spec.model_dump(mode="json")}
 
 
-def load_task(task: Task, store: Store, needed: tuple[str, ...] = SPLITS) -> TaskData:
+def load_task(task: Task, store: Store, needed: tuple[str, ...] = SPLITS, listing: str = "") -> TaskData:
     """Reads, checks and splits the user's data. The scan for corrupt images is a stage: done once for one state of it.
+
+    To know its state, every image is listed, which takes seconds where they are many; what is one trial's lists once.
 
     Args:
         task: what to read, and how to split it.
         store: where the scan lies.
         needed: splits that must have images.
+        listing: of an earlier call, whose state is meant; "" for that of now.
 
     Raises:
         UserError: if there is nothing to learn from: no images, one class, or fewer images than shots.
+        WorkError: if nothing is known of the state that is meant, and the images are in another.
     """
-    return _load_task(task.model_dump_json(), store.address, _stamp(task), needed)
+    return _load_task(task.model_dump_json(), store.address, listing or _listing(task), needed)
 
 
-def _stamp(task: Task) -> str:
+def _listing(task: Task) -> str:
     source = open_source(task.data, task.kind)
-    items: list[Any] = [[i.where, i.label, i.split, i.group, i.stamp] for i in _items(source, task)]
+    return _listing_of(source, _items(source, task), task)
+
+
+def _listing_of(source: Source, found: list[Item], task: Task) -> str:
+    items: list[Any] = [[i.where, i.label, i.split, i.group, i.stamp] for i in found]
     return key_of(items if task.kind == "classification" else [task.kind, source.names(), items])
 
 
 @functools.lru_cache(maxsize=4)
-def _load_task(task_json: str, root: str, stamp: str, needed: tuple[str, ...]) -> TaskData:
+def _load_task(task_json: str, root: str, listing: str, needed: tuple[str, ...]) -> TaskData:
     task = Task.model_validate_json(task_json)
     source = open_source(task.data, task.kind)
-    items = _items(source, task)
-    reads = {"listing": stamp, "version": CATALOGUE_VERSION}
-    entry = store_at(root).compute("catalogue", key_of(reads), lambda f: _scan(source, items, task, f), reads=reads)
+
+    def scan(folder: Path) -> dict[str, Any]:
+        items = _items(source, task)
+        if _listing_of(source, items, task) != listing:
+            raise WorkError(f"task.data: the images of {task.data!r} have changed since they were listed.")
+        return _scan(source, items, task, folder)
+
+    reads = {"listing": listing, "version": CATALOGUE_VERSION}
+    entry = store_at(root).compute("catalogue", key_of(reads), scan, reads=reads)
     table = pq.ParquetFile(entry.path / "catalogue.parquet").read().to_pylist()
-    return divide(task, source, table, dict(entry.meta["about"]["skipped"]), needed)
+    return divide(task, source, table, dict(entry.meta["about"]["skipped"]), needed, listing)
 
 
 def _items(source: Source, task: Task) -> list[Item]:
@@ -213,6 +229,7 @@ def divide(
     rows: list[dict[str, Any]],
     skipped: dict[str, int],
     needed: tuple[str, ...] = SPLITS,
+    listing: str = "",
 ) -> TaskData:
     """Splits a catalogue: disjoint by content hash and by group, stratified by class, drawn by `task.seed`."""
     rows = sorted(rows, key=lambda r: (r["id"], SPLITS[::-1].index(r["split"]) if r["split"] else 9, r["where"]))
@@ -256,7 +273,7 @@ def divide(
     if not task.unlabelled:
         train = train.take(labelled)
         labelled = list(range(len(labelled)))
-    return TaskData(task, classes, train, splits["val"], splits["test"], tuple(labelled), skipped, source)
+    return TaskData(task, classes, train, splits["val"], splits["test"], tuple(labelled), skipped, source, listing)
 
 
 def _label_space(

@@ -28,7 +28,7 @@ def opened(
     """What the loop needs of a job: its learner as it is before the first step, and the batches of this rank."""
     spec, stage = job.spec, job.stage
     store = store_at(job.store_root)
-    task = load_task(spec.task, store)
+    task = load_task(spec.task, store, listing=job.listing)
     networks = networks_of(spec, job.teacher, job.student)
     given = given_for(stage.reads, networks, task, store, job.seed, stage_results(store, job.inputs))
     learner = stage.learner(stage.params, given)

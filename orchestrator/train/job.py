@@ -31,6 +31,7 @@ class TrainJob:
         steps, seed, device: for how long, from where, on what.
         scratch: folder of the checkpoint.
         policy: how views are drawn.
+        listing: of the task's images, as in `load_task`.
     """
 
     spec: SweepSpec
@@ -52,6 +53,7 @@ class TrainJob:
     texts: list[str] = field(default_factory=list)
     tokens: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
     stream_here: bool = True
+    listing: str = ""
 
 
 def pool_batch(train: Train, feed: Feed) -> int:

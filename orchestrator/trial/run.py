@@ -195,6 +195,7 @@ class _Trial:
             inputs=stage_results(self.store, {name: self.addresses[name] for name in stage.inputs}),
             seed=self.config.seed,
             device=self.context.device,
+            listing=self.task.listing,
         )
         return [self.bill.add(entry) for entry in ensure_pool(job, stage.count or images, self.mapper)]
 
@@ -296,6 +297,7 @@ class _Trial:
                     for name in feed.tokens
                 },
                 stream_here=self.mapper is make_here,
+                listing=self.task.listing,
             )
             return self.runner(job, folder, report)
 
@@ -307,7 +309,7 @@ class _Trial:
             return None
         stops = self.spec.search.scheduler != "none" and final
         texts = str(self.texts.path) if self.texts is not None else None
-        gauge = ValGauge(self.context, self.config, stage.trains, before, total, stops, texts, final)
+        gauge = ValGauge(self.context, self.config, stage.trains, self.task.listing, before, total, stops, texts, final)
         return Reporter(gauge, self.progress)
 
     def _picture(self, stages: list[Stage], rows: int = 6, copies: int = 4) -> None:

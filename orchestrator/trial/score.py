@@ -65,6 +65,7 @@ class ValGauge:
     Attributes:
         context, config: the trial.
         trains: whose preprocessing the stage's network has.
+        listing: of the task's images, as in `load_task`.
         before, total: optimizer steps of earlier stages, and of all.
         stops: whether anybody wants to know: trials may be stopped, and this stage trains the candidate.
         texts: folder of the text tower that an earlier stage trained; None for the teacher's.
@@ -74,6 +75,7 @@ class ValGauge:
     context: SweepContext
     config: TrialConfig
     trains: str
+    listing: str
     before: int
     total: int
     stops: bool
@@ -105,7 +107,7 @@ class ValGauge:
     def measure(self, state: Report) -> float:
         """What the network scores on val now."""
         cell, spec = self.config.cell, self.context.spec
-        task = load_task(spec.task, self.context.store)
+        task = load_task(spec.task, self.context.store, listing=self.listing)
         base = networks_of(spec, cell.teacher, cell.student).trained(self.trains)
         method, network = method_named(cell.method), state.learner.student
         if method.zero_shot:
