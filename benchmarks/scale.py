@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +26,9 @@ from safetensors.torch import save_file
 from benchmarks.corpora import image_corpus, sentence_corpus
 from benchmarks.record import RESULTS, ROOT, write_result
 from benchmarks.streaming import plan_child
-from orchestrator.spec import SweepSpec, parse_spec, read_spec
+from orchestrator.data.task import listing_of
+from orchestrator.errors import listed
+from orchestrator.spec import SweepSpec, Task, parse_spec, read_spec
 from orchestrator.store import Store, key_of
 from orchestrator.sweep.costs import BACKWARD, Costs, costs_of, loss_flops
 from orchestrator.sweep.run import prepare
@@ -38,6 +41,7 @@ from orchestrator.trial.run import run_trial
 PAGE = ROOT / "docs" / "scale.md"
 SCALE = ROOT / "search_spaces" / "dime_fm_scale.yaml"
 SIZES = (2_000, 6_000, 18_000)
+LISTED = (2_000, 20_000, 200_000)
 TINY = {
     "model_cfg": {
         "embed_dim": 64,
@@ -178,6 +182,26 @@ def store_lookups(count: int = 2000) -> float:
         return (time.perf_counter() - began) / count
 
 
+def listings() -> dict[str, float]:
+    """Seconds that a trial takes to list a folder of so many images: the median of five."""
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        written = 0
+        for count in LISTED:
+            for number in range(written, count):
+                image = Path(name) / f"class{number % 100:02}" / f"{number:06}.jpg"
+                image.parent.mkdir(exist_ok=True)
+                image.write_bytes(b"0")  # it is not opened
+            written = count
+            rounds = []
+            for _ in range(5):
+                began = time.perf_counter()
+                listing_of(Task(data=f"folder:{name}"))
+                rounds.append(time.perf_counter() - began)
+            found[str(count)] = statistics.median(rounds)
+    return found
+
+
 def main() -> None:
     """Runs, reckons, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -192,6 +216,7 @@ def main() -> None:
             known["runs"] = [one_run(Path(name) / str(images), teacher, images) for images in SIZES]
         known["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, one thread of torch"
     known["lookup_s"] = store_lookups()
+    known["listing_s"] = listings()
     known["plan_of_a_billion"] = plan_child(10**9, 10**9)
     known["estimates"] = applied()
     write_result(target, known)
@@ -259,12 +284,14 @@ def estimates_table(known: dict[str, Any]) -> str:
 
 def limits(known: dict[str, Any]) -> str:
     """Measured unit costs of what grows with the number of shards."""
-    plan, lookup = known["plan_of_a_billion"], known["lookup_s"]
+    plan, lookup, listing = known["plan_of_a_billion"], known["lookup_s"], known["listing_s"]
     shards = known["estimates"]["1 B images, 28.4 M sentences"]["shards"]
     return (
         f"Measured here: a look-up of a store's entry takes {lookup * 1e6:.0f} µs on a local disk, so {shards:,} of "
         f"them {lookup * shards:.0f} s; the plan of a billion images and the order of a billion sentences take "
-        f"{plan['bytes'] / 1e6:.0f} MB and {plan['seconds']:.1f} s in each worker."
+        f"{plan['bytes'] / 1e6:.0f} MB and {plan['seconds']:.1f} s in each worker. Each trial lists the images of "
+        f"`task.data: folder:` once: {listed(f'{int(n):,}' for n in listing)} of them in "
+        f"{listed(f'{s:.2f}' for s in listing.values())} s."
     )
 
 

@@ -145,15 +145,20 @@ def load_task(task: Task, store: Store, needed: tuple[str, ...] = SPLITS, listin
         UserError: if there is nothing to learn from: no images, one class, or fewer images than shots.
         WorkError: if nothing is known of the state that is meant, and the images are in another.
     """
-    return _load_task(task.model_dump_json(), store.address, listing or _listing(task), needed)
+    return _load_task(task.model_dump_json(), store.address, listing or listing_of(task), needed)
 
 
-def _listing(task: Task) -> str:
+def listing_of(task: Task) -> str:
+    """The state of the images of now: it changes when one of them, its label or its mask may have.
+
+    Raises:
+        UserError: if there are none, or they cannot be listed.
+    """
     source = open_source(task.data, task.kind)
-    return _listing_of(source, _items(source, task), task)
+    return _state(source, _items(source, task), task)
 
 
-def _listing_of(source: Source, found: list[Item], task: Task) -> str:
+def _state(source: Source, found: list[Item], task: Task) -> str:
     items: list[Any] = [[i.where, i.label, i.split, i.group, i.stamp] for i in found]
     return key_of(items if task.kind == "classification" else [task.kind, source.names(), items])
 
@@ -165,7 +170,7 @@ def _load_task(task_json: str, root: str, listing: str, needed: tuple[str, ...])
 
     def scan(folder: Path) -> dict[str, Any]:
         items = _items(source, task)
-        if _listing_of(source, items, task) != listing:
+        if _state(source, items, task) != listing:
             raise WorkError(f"task.data: the images of {task.data!r} have changed since they were listed.")
         return _scan(source, items, task, folder)
 
