@@ -620,8 +620,8 @@ def ordeal(
     kinds = dice.sample(kinds, len(kinds))
     base = Path(tempfile.mkdtemp(prefix="chaos-"))
     machine = Machine(base, nodes, cpus, uuid.uuid4().hex, patience)
+    runs: list[Ordeal] = []
     try:
-        runs = []
         for name, plan in (("calm", []), ("wild", kinds)):
             (base / name).mkdir()
             file = base / f"{name}.yaml"
@@ -650,7 +650,7 @@ def ordeal(
         if "outcome" in locals() and outcome.good:
             shutil.rmtree(base, ignore_errors=True)
         else:
-            print(f"kept: {base}", *(outcome.errors if "outcome" in locals() else []), sep="\n", file=sys.stderr)
+            print(f"kept: {base}", *(e for run in runs for e in run.errors), sep="\n", file=sys.stderr)
 
 
 def main() -> int:

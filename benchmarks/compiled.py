@@ -18,7 +18,7 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks.record import command_of, machine, markdown, network_of, publish, quiet_environment, versions
+from benchmarks.record import command_of, machine, markdown, network_of, publish, quiet_environment, timm_name, versions
 
 NETWORKS = ("vit_tiny_patch16_224", "resnet18", "mobilenetv3_small_050", "convnext_atto")
 BATCH, SIZE, CLASSES, STEPS = 32, 96, 20, 9
@@ -63,7 +63,7 @@ def measured(name: str, size: int) -> dict[str, float]:
 def main() -> None:
     """Measures each network in a process of its own, prints and publishes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="names of timm")
+    parser.add_argument("--networks", nargs="+", type=timm_name, default=list(NETWORKS), help="names of timm")
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -28,7 +28,7 @@ import ray
 import yaml
 
 from benchmarks.peers.plain_ddp import SIZE, fit, trial
-from benchmarks.record import command_of, machine, publish, versions
+from benchmarks.record import command_of, machine, publish, timm_name, versions
 
 MARK = "groups"
 LATER = 2  # jobs of a group after its first
@@ -133,7 +133,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument(
-        "--networks", nargs="+", default=list(NETWORKS), help="of timm; costs are of the first one's jobs"
+        "--networks",
+        nargs="+",
+        type=timm_name,
+        default=list(NETWORKS),
+        help="of timm; costs are of the first one's jobs",
     )
     parser.add_argument("--data", default="packaged/clipart", help="packaged/NAME or folder:PATH")
     parser.add_argument("--quick", action="store_true", help="one round of 50 steps, two trials, nothing written")

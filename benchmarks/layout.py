@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.record import command_of, machine, markdown, network_of, publish, versions
+from benchmarks.record import command_of, machine, markdown, network_of, publish, timm_name, versions
 
 NETWORKS = ("resnet18", "mobilenetv3_small_050", "efficientnet_lite0", "convnext_atto", "vit_tiny_patch16_224")
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
@@ -63,7 +63,7 @@ def compared(name: str, size: int) -> dict[str, float]:
 def main() -> None:
     """Measures, prints and publishes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="names of timm")
+    parser.add_argument("--networks", nargs="+", type=timm_name, default=list(NETWORKS), help="names of timm")
     parser.add_argument("--size", type=int, default=SIZE)
     options = parser.parse_args()
     torch.set_num_threads(1)

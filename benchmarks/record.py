@@ -38,7 +38,8 @@ def command_of(name: str, parser: argparse.ArgumentParser, options: argparse.Nam
     """What runs `python -m benchmarks.NAME` again: every option with a value that is not its default, but these."""
     given = {key: value for key, value in vars(options).items() if key not in but}
     changed = [(key, value) for key, value in given.items() if value != parser.get_default(key)]
-    words = [f"--{key.replace('_', '-')} {' '.join(map(str, v if isinstance(v, list) else [v]))}" for key, v in changed]
+    shown = [(key, [] if v is True else v if isinstance(v, list) else [v]) for key, v in changed]  # a flag has no value
+    words = [" ".join([f"--{key.replace('_', '-')}", *map(str, values)]) for key, values in shown]
     return " ".join([f"python -m benchmarks.{name}", *words])
 
 
@@ -64,6 +65,11 @@ def begun(path: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found if found["spec"] == json.loads(json.dumps(spec)) else None
+
+
+def timm_name(text: str) -> str:
+    """A network of timm as timm calls it; sweep files put `timm/` before it."""
+    return text.removeprefix("timm/")
 
 
 def own_sweep(path: Path) -> dict[str, Any]:

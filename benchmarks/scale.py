@@ -1,7 +1,7 @@
 """The cost model against real runs of growing size, and what it says for 40 million and a billion images.
 
     python -m benchmarks.scale            # writes benchmarks/results/scale.json and docs/scale.md
-    python -m benchmarks.scale --reckon   # the estimates alone; no run, seconds
+    python -m benchmarks.scale --reckon   # no run: the estimates, and what takes a minute
 
 A run: a tiny dual encoder embeds a corpus of images and one of sentences, and DIME-FM trains a tiny student for one
 pass. Bytes are compared as they are. The machine's FLOP/s are taken from the smallest run, to predict the others.
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from benchmarks.corpora import image_corpus, sentence_corpus
 from benchmarks.record import RESULTS, ROOT, write_result
-from benchmarks.streaming import plan_child
+from benchmarks.streaming import planning
 from orchestrator.data.task import listing_of
 from orchestrator.errors import listed
 from orchestrator.spec import SweepSpec, Task, parse_spec, read_spec
@@ -205,7 +205,7 @@ def listings() -> dict[str, float]:
 def main() -> None:
     """Runs, reckons, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--reckon", action="store_true", help="the estimates alone; the runs stay as they are written")
+    parser.add_argument("--reckon", action="store_true", help="no runs: estimates, and what takes a minute")
     options = parser.parse_args()
     torch.set_num_threads(1)
     target = RESULTS / "scale.json"
@@ -217,7 +217,7 @@ def main() -> None:
         known["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, one thread of torch"
     known["lookup_s"] = store_lookups()
     known["listing_s"] = listings()
-    known["plan_of_a_billion"] = plan_child(10**9, 10**9)
+    known["plan_of_a_billion"] = planning(10**9, 10**9)
     known["estimates"] = applied()
     write_result(target, known)
     text = PAGE.read_text(encoding="utf-8")

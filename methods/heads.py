@@ -179,7 +179,7 @@ def _solve(
     free = torch.cat([start[0], start[1][:, None]], dim=1)
     single = labels.ndim == 1
     wanted = F.one_hot(labels, num_classes).to(rows) if single else labels.to(rows)
-    strength = torch.as_tensor(l2).to(rows).reshape(-1, 1)
+    strength = torch.as_tensor(l2, dtype=rows.dtype, device=rows.device).reshape(-1, 1)
     # torch's LBFGS forgets every curvature pair below an absolute 1e-10 and would stall far from the optimum.
     unit = 1e6
     optimizer = torch.optim.LBFGS(

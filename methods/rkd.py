@@ -33,42 +33,34 @@ class RKDConfig(KDConfig):
     angle: float = knob(50.0, "Weight of the angles.", search=Range(low=1, high=200, log=True), ge=0, le=1000)
 
 
-def distances(features: Tensor) -> Tensor:
-    """[B, B] Euclidean distances of features [B, D], in units of their mean over different rows (Eq. 4, 5 [memory])."""
-    return _in_their_mean(_lengths(features.float()))
+def relations(features: Tensor) -> tuple[Tensor, Tensor]:
+    """How the rows of features [B, D] lie to each other.
 
+    Takes B³ numbers, whatever D: the product of two sides is that of four products of rows.
 
-def angles(features: Tensor) -> Tensor:
-    """[B, B, B] of features [B, D]: entry (j, i, k) is the cosine of the angle at j between i and k (Eq. 8 [memory]).
-
-    0 where one of the sides has no length. Takes B³ numbers, whatever D: the product of two sides is that of four
-    products of rows.
+    Returns:
+        distances: [B, B] Euclidean, in units of their mean over different rows (Eq. 4, 5 [memory]).
+        angles: [B, B, B]: entry (j, i, k) is the cosine of the angle at j between i and k (Eq. 8 [memory]); 0 where one
+            of the sides has no length.
     """
-    rows = features.float()
-    return _cosines(rows, _lengths(rows))
-
-
-def _lengths(rows: Tensor) -> Tensor:
-    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _in_their_mean(lengths: Tensor) -> Tensor:
-    pairs = len(lengths) * (len(lengths) - 1)
-    return lengths / (lengths.sum() / max(pairs, 1)).clamp_min(1e-12)
-
-
-def _cosines(rows: Tensor, lengths: Tensor) -> Tensor:
-    rows = rows - rows.detach().mean(0)  # which no angle sees, and the products then lose fewer digits
-    products = rows @ rows.T
-    # A side that is all but 0 has no direction: without a floor its gradient would be without bounds.
-    floor = (1e-3 * lengths.detach().mean()).clamp_min(1e-12)
-    inverse = (1 / torch.maximum(lengths, floor)).fill_diagonal_(0)
-    half = 0.5 * products.diagonal()[:, None] - products
-    return (products + half[:, :, None] + half[:, None, :]) * (inverse[:, :, None] * inverse[:, None, :])
+    with torch.autocast(features.device.type, enabled=False):  # differences of products lose digits as it is
+        rows = features.float()
+        lengths = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+        pairs = len(rows) * (len(rows) - 1)
+        distances = lengths / (lengths.sum() / max(pairs, 1)).clamp_min(1e-12)
+        rows = rows - rows.detach().mean(0)  # which no angle sees, and the products then lose fewer digits
+        products = rows @ rows.T
+        # A side that is all but 0 has no direction: without a floor its gradient would be without bounds.
+        floor = (1e-3 * lengths.detach().mean()).clamp_min(1e-12)
+        itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+        inverse = (1 / torch.maximum(lengths, floor)).masked_fill(itself, 0)
+        half = 0.5 * products.diagonal()[:, None] - products
+        sides = products + half[:, :, None] + half[:, None, :]
+        return distances, sides * (inverse[:, :, None] * inverse[:, None, :])
 
 
 def relation_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean Huber distance (δ = 1) of the two networks' `distances`, and of their `angles`.
+    """Mean Huber distance (δ = 1) of the two networks' distances, and of their angles.
 
     Over pairs, and triples, of different rows.
 
@@ -76,13 +68,12 @@ def relation_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         student, teacher: [B, D] and [B, E]; 0 with a graph where there are too few rows.
     """
     count = len(student)
-    mine, theirs = student.float(), teacher.detach().float()
-    apart, wanted = _lengths(mine), _lengths(theirs)
-    distance = F.smooth_l1_loss(_in_their_mean(apart), _in_their_mean(wanted), reduction="sum")
-    cosines, targets = _cosines(mine, apart), _cosines(theirs, wanted)
-    for of_network in (cosines, targets):
+    distances, angles = relations(student)
+    wanted, targets = relations(teacher.detach())
+    for of_network in (angles, targets):
         of_network.diagonal(dim1=1, dim2=2).zero_()  # a side with itself; at its own end a side is 0 already
-    angle = F.smooth_l1_loss(cosines, targets, reduction="sum")
+    distance = F.smooth_l1_loss(distances, wanted, reduction="sum")
+    angle = F.smooth_l1_loss(angles, targets, reduction="sum")
     return distance / max(count * (count - 1), 1), angle / max(count * (count - 1) * (count - 2), 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import yaml
 
 from benchmarks import search_cost
 from benchmarks.profile import part_of
-from benchmarks.record import own_sweep
+from benchmarks.record import command_of, own_sweep
 from benchmarks.search_cost import SPECS, Search, at_random, averaged, checked, grid_file, key_of, product, reached
 from orchestrator.sweep.space import grid
 
@@ -124,3 +125,15 @@ PASS = "run_trial (orchestrator/trial/run.py:1);entries (orchestrator/data/passe
 )
 def test_a_stack_counts_for_its_innermost_part(stack: str, part: str) -> None:
     assert part_of(stack) == part
+
+
+def test_a_command_is_told_as_it_is_typed() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--trials", type=int, nargs="+", default=[6, 12, 24])
+    parser.add_argument("--student-size", type=int, default=48)
+    typed = ["--dry", "--trials", "6", "12"]
+    assert command_of("x", parser, parser.parse_args(typed)) == "python -m benchmarks.x --dry --trials 6 12"
+    assert command_of("x", parser, parser.parse_args([*typed, "--student-size", "32"]), ["dry"]) == (
+        "python -m benchmarks.x --trials 6 12 --student-size 32"
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import itertools
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from orchestrator.data.pixels import RenderedPixels, open_pixels, rendered_view,
 from orchestrator.data.sources import FolderSource, open_source
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.data.views import Policy, draw, draw_all, render, stored_view, view_parameters
-from orchestrator.errors import WorkError
+from orchestrator.errors import UserError, WorkError
 from orchestrator.models.load import Preprocessing, load_network
 from orchestrator.spec import Model, Task
 from orchestrator.store import Records, Store
@@ -114,6 +116,8 @@ def test_a_folder_is_listed_in_the_order_of_its_paths_and_links_to_folders_are_n
     (tmp_path / "b" / "link").symlink_to(tmp_path / "a")
     (tmp_path / "b" / "one.png").symlink_to(tmp_path / "a" / "x.y.png")
     (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "b" / "itself.png").symlink_to("itself.png")
+    (tmp_path / "lost+found").mkdir()
     (tmp_path / "class").symlink_to(tmp_path / "a")
     found = open_source(f"folder:{tmp_path}").items()
     under_b = ["b/A.PNG", "b/a/x.png", "b/a.png", "b/a.png.d/x.jpeg", "b/one.png"]
@@ -135,6 +139,29 @@ def test_a_known_listing_is_not_made_again_and_one_that_is_gone_is_refused(tmp_p
         WorkError, match=r"^task\.data: the images of 'folder:.*' have changed since they were listed\.$"
     ):
         load_task(task, Store(tmp_path / "other"), listing=before.listing)
+
+
+def test_a_folder_that_cannot_be_listed_is_told_in_a_sentence(tmp_path, monkeypatch):
+    folder_of(tmp_path, encoded())
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("bee"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"^task\.data: '.*/bee' cannot be read: Permission denied\.$"):
+        open_source(f"folder:{tmp_path}").items()
+
+
+def test_an_image_that_has_changed_since_it_was_listed_is_refused(tmp_path, store):
+    files = {f"{name}/{i:02}.png": png(picture(3000 + 100 * c + i)) for c, name in enumerate(CLASSES) for i in range(9)}
+    task = load_task(Task(data=folder_of(tmp_path / "images", files), shots=2), store)
+    (tmp_path / "images" / task.train.where[3]).write_bytes(png(picture(7777)))
+    with pytest.raises(WorkError, match=rf"'{task.train.where[3]}' has changed since it was listed; begin again"):
+        task.image(task.train, 3)
+    assert task.image(task.train, 4).shape == (3, 40, 56)
 
 
 @pytest.mark.parametrize("scheduler", ["none", "asha"])

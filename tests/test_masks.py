@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ import torch
 from PIL import Image
 from pixel_data import INK, mask_folder
 
+import orchestrator.data.task as task_module
 from methods.contract import IGNORE
 from orchestrator.data.images import CorruptError, decode_mask
 from orchestrator.data.labels import RenderedMasks, StoredMasks, open_labels
 from orchestrator.data.pixels import open_pixels
+from orchestrator.data.sources import MaskFolderSource
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.data.views import Policy, render, render_mask
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, WorkError
 from orchestrator.models.load import Preprocessing
 from orchestrator.spec import Task
 from orchestrator.store import Store
@@ -76,6 +79,29 @@ def test_images_masks_and_class_names_are_read_and_255_does_not_count(folder, st
         raw = np.array(Image.open(folder / "masks" / f"{stem}.png"))
         assert np.array_equal(task.mask(task.train, row).numpy(), raw)
         assert raw[0].tolist() == [255] * 80
+
+
+def test_masks_are_found_without_a_listing_and_what_was_listed_stays(own, store, monkeypatch):
+    before = load_task(task_of(own), store)
+    masks = [before.mask(before.train, row) for row in range(len(before.train))]
+    with (own / "classes.txt").open("a") as names:
+        names.write("another\n")
+    monkeypatch.setattr(MaskFolderSource, "items", lambda _: pytest.fail("the images are listed again"))
+    task_module._load_task.cache_clear()  # as in another process
+    again = load_task(task_of(own), store, listing=before.listing)
+    assert again is not before
+    assert again.classes == before.classes == CLASSES
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda row: again.mask(again.train, row), range(len(again.train))))
+    assert all(torch.equal(a, b) for a, b in zip(found, masks, strict=True))
+    where = again.train.where[0]
+    changed = own / "masks" / f"{Path(where).stem}.png"
+    changed.write_bytes(png(np.zeros((8, 8), np.uint8)))
+    with pytest.raises(WorkError, match=rf"'mask of {where}' has changed since it was listed"):
+        again.mask(again.train, 0)
+    changed.unlink()
+    with pytest.raises(FileNotFoundError, match=f"no mask for '{where}' any more"):
+        again.mask(again.train, 0)
 
 
 def test_another_ignore_index_is_marked_the_same_and_255_then_is_no_class(tmp_path, store):

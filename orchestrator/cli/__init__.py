@@ -1,4 +1,5 @@
-"""The command line: commands, no logic. Exit code 0 done, 1 the work failed, 2 the user's input is wrong, 130 Ctrl-C.
+"""The command line: commands, no logic. Exit code 0 done, 1 the work failed, 2 the user's input is wrong, 130 a Ctrl-C
+that the command does not handle itself.
 
 A file of this package is a group of commands, and is found by itself; importing one imports nothing slow.
 """

@@ -81,7 +81,7 @@ class Folder(Source):
             raise UserError(f"task.data: there is no folder {str(root)!r}.{nearest(root.name, near)}")
 
     def items(self) -> list[Item]:
-        folders = sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        folders = _folders(self.root)
         splits = {p: self.ALIASES.get(p.name, p.name) for p in folders}
         ready = bool(folders) and all(s in SPLITS for s in splits.values())
         if not ready:
@@ -107,6 +107,30 @@ class Folder(Source):
         return (self.root / where).read_bytes()
 
 
+def _folders(root: Path) -> list[Path]:
+    """The folders in one, by name, without hidden ones and the one that file systems keep for themselves.
+
+    Raises:
+        UserError: if it cannot be listed.
+    """
+    try:
+        found = sorted(root.iterdir())
+    except OSError as error:
+        raise _unreadable(error) from None
+    return [p for p in found if not p.name.startswith(".") and p.name != "lost+found" and p.is_dir()]
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"task.data: {error.filename!r} cannot be read: {error.strerror}.")
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads nowhere, or to itself
+        return False
+
+
 def _files(folder: Path | str, suffixes: Collection[str], within: str = "") -> Iterator[tuple[str, str]]:
     """Every file below a folder with one of these endings: its path in the folder, and what changes when it does.
 
@@ -119,11 +143,11 @@ def _files(folder: Path | str, suffixes: Collection[str], within: str = "") -> I
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _files(entry.path, suffixes, f"{within}{entry.name}/")
-            elif os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file():
+            elif os.path.splitext(entry.name)[1].lower() in suffixes and _is_file(entry):
                 stat = entry.stat()
                 yield within + entry.name, f"{stat.st_size}.{stat.st_mtime_ns}"
     except OSError as error:
-        raise UserError(f"task.data: {error.filename!r} cannot be read: {error.strerror}.") from None
+        raise _unreadable(error) from None
 
 
 def _stem(where: str) -> str:
@@ -134,10 +158,9 @@ class FolderSource(Folder):
     """`ROOT/CLASS/*.jpg`, or `ROOT/{train,val,test}/CLASS/*.jpg`."""
 
     def below(self, root: Path, split: str) -> list[Item]:
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         return [
             Item(f"{within}{path}", folder.name, split, "", stamp)
-            for folder, within in ((folder, self.within(folder)) for folder in folders)
+            for folder, within in ((folder, self.within(folder)) for folder in _folders(root))
             for path, stamp in _files(folder, SUFFIXES)
         ]
 
@@ -198,10 +221,6 @@ class MaskFolderSource(Folder):
     An optional `ROOT/classes.txt` names the class indices, one a line.
     """
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self._masks: dict[str, Path] = {}  # by the image's address
-
     def below(self, root: Path, split: str) -> list[Item]:
         for name in ("images", "masks"):
             if not (root / name).is_dir():
@@ -210,7 +229,7 @@ class MaskFolderSource(Folder):
                     f"task.data: a segmentation folder needs {str(root / name)!r}; there is {listed(near)}."
                     f"{nearest(name, near)}"
                 )
-        masks = {_stem(path): (path, stamp) for path, stamp in _files(root / "masks", MASK_SUFFIXES)}
+        masks = {_stem(path): stamp for path, stamp in _files(root / "masks", MASK_SUFFIXES)}
         found, within = [], self.within(root / "images")
         for path, stamp in _files(root / "images", SUFFIXES):
             where, stem = f"{within}{path}", _stem(path)
@@ -218,15 +237,20 @@ class MaskFolderSource(Folder):
                 raise UserError(
                     f"task.data: there is no mask for {where!r} in {str(root / 'masks')!r}.{nearest(stem, masks)}"
                 )
-            mask, mask_stamp = masks[stem]
-            self._masks[where] = root / "masks" / mask
-            found.append(Item(where, "", split, "", f"{stamp}.{mask_stamp}"))
+            found.append(Item(where, "", split, "", f"{stamp}.{masks[stem]}"))
         return found
 
     def read_mask(self, where: str) -> bytes:
-        if not self._masks:
-            self.items()
-        return self._masks[where].read_bytes()
+        split, _, image = where.partition("images/")
+        stem = self.root / f"{split}masks" / _stem(image)
+        for suffix in sorted(MASK_SUFFIXES, reverse=True):  # of several the last by name, as they are listed
+            path = stem.with_name(f"{stem.name}{suffix}")
+            if path.is_file():
+                return path.read_bytes()
+        odd = [p for p in stem.parent.iterdir() if p.stem == stem.name and p.suffix.lower() in MASK_SUFFIXES]
+        if not odd:
+            raise FileNotFoundError(f"There is no mask for {where!r} any more.")
+        return max(odd).read_bytes()
 
     def names(self) -> tuple[str, ...] | None:
         return _read_names(self.root)

@@ -118,16 +118,29 @@ class TaskData:
 
     def image(self, split: Split, row: int) -> Tensor:
         """uint8 [3, H, W]; not to be changed, for the process may keep it."""
-        return DECODED.image(split.ids[row], lambda: self.source.read(split.where[row]))
+        where = split.where[row]
+        return DECODED.image(split.ids[row], lambda: _unchanged(self.source.read(where), split.ids[row], where))
 
     def mask(self, split: Split, row: int) -> Tensor:
         """uint8 [H, W]: the class of each pixel, 255 where it does not count."""
-        mask = decode_mask(self.source.read_mask(split.where[row]))
+        where = split.where[row]
+        mask = decode_mask(_unchanged(self.source.read_mask(where), split.labels[row], f"mask of {where}"))
         return mask.masked_fill(mask == self.spec.ignore_index, IGNORE)
 
     def identity(self) -> dict[str, Any]:
         """What finds these images again."""
         return {"task": self.spec.model_dump(mode="json")}
+
+
+def _unchanged(data: bytes, known: str, what: str) -> bytes:
+    """What is stored under a content's hash must be made of that content, whatever was done to the file since.
+
+    Raises:
+        WorkError: if it is another one.
+    """
+    if hashlib.sha256(data).hexdigest() != known:
+        raise WorkError(f"task.data: {what!r} has changed since it was listed; begin again.")
+    return data
 
 
 def load_task(task: Task, store: Store, needed: tuple[str, ...] = SPLITS, listing: str = "") -> TaskData:
@@ -177,7 +190,9 @@ def _load_task(task_json: str, root: str, listing: str, needed: tuple[str, ...])
     reads = {"listing": listing, "version": CATALOGUE_VERSION}
     entry = store_at(root).compute("catalogue", key_of(reads), scan, reads=reads)
     table = pq.ParquetFile(entry.path / "catalogue.parquet").read().to_pylist()
-    return divide(task, source, table, dict(entry.meta["about"]["skipped"]), needed, listing)
+    about = entry.meta["about"]
+    names = about.get("names", source.names())  # a catalogue of an earlier version has none
+    return divide(task, source, table, dict(about["skipped"]), needed, names=names, listing=listing)
 
 
 def _items(source: Source, task: Task) -> list[Item]:
@@ -212,7 +227,7 @@ def _scan(source: Source, items: list[Item], task: Task, folder: Path) -> dict[s
     if not good:
         raise UserError(f"task.data: none of the {len(items)} images can be used: {_reasons(skipped)}.")
     pq.write_table(pa.Table.from_pylist(good), folder / "catalogue.parquet")
-    return {"skipped": dict(skipped), "images": len(good)}
+    return {"skipped": dict(skipped), "images": len(good), "names": source.names()}
 
 
 def _mask_facts(source: Source, item: Item, size: tuple[int, int]) -> dict[str, Any]:
@@ -234,9 +249,20 @@ def divide(
     rows: list[dict[str, Any]],
     skipped: dict[str, int],
     needed: tuple[str, ...] = SPLITS,
+    *,
+    names: Sequence[str] | None = None,
     listing: str = "",
 ) -> TaskData:
-    """Splits a catalogue: disjoint by content hash and by group, stratified by class, drawn by `task.seed`."""
+    """Splits a catalogue: disjoint by content hash and by group, stratified by class, drawn by `task.seed`.
+
+    Args:
+        task, source: what was read.
+        rows: its good images.
+        skipped: how many others there are, by reason.
+        needed: splits that must have images.
+        names: of the class indices of masks, where the source brings them.
+        listing: the source's state.
+    """
     rows = sorted(rows, key=lambda r: (r["id"], SPLITS[::-1].index(r["split"]) if r["split"] else 9, r["where"]))
     unique: dict[str, dict[str, Any]] = {}
     conflicting: set[str] = set()
@@ -258,7 +284,7 @@ def divide(
         if blank:
             skipped["mask of ignored pixels only"] = len(blank)
         rows = [row for row in rows if row["id"] not in blank]
-    classes, sets = _label_space(task, source, rows)
+    classes, sets = _label_space(task, names, rows)
     assigned = assign(task, rows, sets)
     splits = {}
     for name in SPLITS:
@@ -282,7 +308,7 @@ def divide(
 
 
 def _label_space(
-    task: Task, source: Source, rows: list[dict[str, Any]]
+    task: Task, given: Sequence[str] | None, rows: list[dict[str, Any]]
 ) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
     """Names of the classes, and the classes of each image id.
 
@@ -293,7 +319,7 @@ def _label_space(
     if task.kind == "segmentation":
         sets = {row["id"]: tuple(v for v in row["values"] if v != task.ignore_index) for row in rows}
         found = sorted({c for one in sets.values() for c in one})
-        names = source.names() or tuple(str(c) for c in range(max(found, default=0) + 1))
+        names = tuple(given or ()) or tuple(str(c) for c in range(max(found, default=0) + 1))
         for row in rows:
             beyond = [c for c in sets[row["id"]] if c >= min(len(names), IGNORE)]
             if beyond:

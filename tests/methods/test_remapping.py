@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from learners import learner_of, twins
 from tiny import CLASSES, draw, make_case, make_images, run_chain, teacher_outputs, vit
 
@@ -26,7 +28,7 @@ from methods.heads import POOLED, TEACHER_HEAD
 from methods.kd import KD
 from methods.outputs import Output, read_outputs
 from methods.parts.side import SideNetwork, SideTuned
-from methods.rkd import RKD, angles, distances, relation_losses
+from methods.rkd import RKD, relation_losses, relations
 from methods.side_tuning import SideTuning, SideTuningConfig
 from methods.tuning import LOGITS
 
@@ -36,7 +38,7 @@ from methods.tuning import LOGITS
 def test_rkd_distances_by_hand():
     rows = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 4.0]])  # 5, 4 and 3 apart: 4 on average
     expected = torch.tensor([[0.0, 1.25, 1.0], [1.25, 0.0, 0.75], [1.0, 0.75, 0.0]])
-    torch.testing.assert_close(distances(rows), expected)
+    torch.testing.assert_close(relations(rows)[0], expected)
     other = torch.tensor([[0.0], [1.0], [2.0]])  # 1, 2 and 1 apart: 4/3 on average
     by_hand = ((0.75 - 1.25) ** 2 + (1.5 - 1.0) ** 2 + (0.75 - 0.75) ** 2) / 2 / 3
     assert relation_losses(other, rows)[0].item() == pytest.approx(by_hand, abs=1e-6)
@@ -44,7 +46,7 @@ def test_rkd_distances_by_hand():
 
 def test_rkd_angles_by_hand():
     rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    result = angles(rows)
+    result = relations(rows)[1]
     half = math.sqrt(0.5)
     assert result[0, 1, 2].item() == pytest.approx(0.0, abs=1e-6)
     assert result[1, 0, 2].item() == pytest.approx(half, abs=1e-6)
@@ -63,6 +65,28 @@ def test_rkd_relations_do_not_see_scale_rotation_or_width():
     assert relation_losses(moved, rows)[1].item() < 1e-10
     assert relation_losses(torch.randn(8, 6), rows)[0].item() > 1e-2
     assert relation_losses(torch.randn(8, 6), rows)[1].item() > 1e-2
+
+
+def test_rkd_losses_and_gradients_are_those_of_every_pair_and_triple_written_out():
+    torch.manual_seed(1)
+    student, teacher = torch.randn(5, 3, requires_grad=True), torch.randn(5, 4)
+
+    def written_out(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        apart = {(i, j): (rows[i] - rows[j]).norm() for i, j in itertools.permutations(range(5), 2)}
+        mean = sum(apart.values()) / len(apart)
+        cosines = [
+            F.cosine_similarity(rows[i] - rows[j], rows[k] - rows[j], dim=0)
+            for j, i, k in itertools.permutations(range(5), 3)
+        ]
+        return torch.stack([one / mean for one in apart.values()]), torch.stack(cosines)
+
+    pairs = zip(written_out(student), written_out(teacher), strict=True)
+    by_hand = [F.smooth_l1_loss(mine, theirs) for mine, theirs in pairs]
+    found = relation_losses(student, teacher)
+    torch.testing.assert_close(torch.stack(found), torch.stack(by_hand), rtol=1e-5, atol=1e-7)
+    for mine, theirs in zip(found, by_hand, strict=True):
+        ours, expected = (torch.autograd.grad(x, student, retain_graph=True)[0] for x in (mine, theirs))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_rkd_gradients_stay_finite_where_rows_coincide():

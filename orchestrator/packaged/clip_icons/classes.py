@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from orchestrator.packaged.clip_icons.drawings import Icon
 
 # Class: beginnings of Phosphor's names, beginnings of the other designers' captions.
-# Class: beginnings of Phosphor's names, beginnings of the other designers' captions.
 CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "airplane": (("airplane",), ("airplane", "plane")),
     "battery": (("battery",), ("battery",)),
