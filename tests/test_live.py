@@ -12,10 +12,14 @@ import pytest
 from rich.console import Console
 from small import small_spec, study_of
 
+from orchestrator.cli.sweeps import _run as run_prepared
+from orchestrator.errors import WorkError
 from orchestrator.spec import SweepSpec
+from orchestrator.sweep.folder import create
 from orchestrator.sweep.ledger import Ledger
 from orchestrator.sweep.live import Estimate, LiveScreen, TrialLines, screen
 from orchestrator.sweep.run import prepare
+from orchestrator.sweep.study import Study
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.row import blank_row
 
@@ -136,3 +140,26 @@ def test_lines_come_once_for_each_trial_that_ended(colours: Path, tmp_path: Path
     shown.on_step_end(1, [])
     assert [line.split()[:2] for line in lines] == [[f"{n}/8", f"t000{n - 1}"] for n in (2, 3, 4, 5)]
     assert "val 0.900," in lines[0]
+
+
+@pytest.mark.parametrize(("running", "said"), [(1, "a trial was"), (2, "2 trials were")])
+def test_an_interrupted_sweep_says_what_continues_it(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: int, said: str
+) -> None:
+    """Ray Tune takes a Ctrl-C, stops its trials and comes back as after the last of them."""
+    prepared = prepare(small_spec(colours, tmp_path))
+    folder = create(prepared.spec)
+    study = Study(prepared.spec, folder, prepared.cells, prepared.spaces, prepared.task.info)
+    ledger = Ledger(folder)
+
+    def interrupted(*_: Any) -> None:
+        for number in range(3):
+            row = blank_row(prepared.spec, study.ask()) | {"started": 1.0}
+            ended = {"status": "complete", "val_metric": 0.5, "ended": 2.0}
+            ledger.write(row if number < running else row | ended)
+        ledger.publish()
+
+    monkeypatch.setattr("orchestrator.sweep.run.run", interrupted)
+    monkeypatch.setattr("orchestrator.sweep.cluster.stop_ray_beside", lambda work: None)
+    with pytest.raises(WorkError, match=f"^Stopped while {said} running; continue with `orchestrator resume {folder}`"):
+        run_prepared(prepared, folder, False)

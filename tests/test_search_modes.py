@@ -146,6 +146,14 @@ def test_several_objectives_give_the_front_in_the_study_and_in_the_leaderboard(c
     assert "* on the Pareto front of val_metric and flops." in stream.getvalue()
 
 
+def test_a_sweep_is_continued_by_a_path_relative_to_where_one_stands(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = create(small_spec(colours, tmp_path, methods=FINETUNE, search={"trials": 1}))
+    monkeypatch.chdir(folder.parent)
+    assert [row["status"] for row in resumed(Path(folder.name))] == ["complete"]
+
+
 def test_a_moved_and_renamed_sweep_is_resumed_chosen_from_and_exported(colours: Path, tmp_path: Path) -> None:
     spec = small_spec(colours, tmp_path / "runs", methods=FINETUNE, search={"trials": 1})
     folder, before = swept(spec)

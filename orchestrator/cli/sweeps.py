@@ -204,5 +204,9 @@ def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     else:
         print_leaderboard(out, frame, prepared.spec.objectives, kind=prepared.spec.task.kind)
         out.print(f"\nNext: python -m orchestrator best {folder}", markup=False, soft_wrap=True)
+    running = int((frame["status"] == "running").sum())
+    if running:  # Tune takes a Ctrl-C and comes back as if it were done
+        trials = f"{running} trials were" if running > 1 else "a trial was"
+        raise WorkError(f"Stopped while {trials} running; continue with `orchestrator resume {folder}`.")
     if not (frame["status"] == "complete").any():
         raise WorkError(f"No trial of {folder} is complete; its leaderboard says why.")

@@ -221,6 +221,7 @@ def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
         UserError: if another process runs this sweep.
         FullDiskError, StudyLostError: with what to do then.
     """
+    folder = folder.absolute()  # trials have folders of their own, and Ray takes a relative path for an address
     lock = FileLock(folder / ".driver.lock", timeout=0)
     try:
         with lock:
