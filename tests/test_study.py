@@ -46,6 +46,18 @@ def test_defaults_take_at_most_half_of_the_trials_but_one_of_each_method(colours
     assert first(1) == first(5) == [("finetune", 0), ("kd", 1)]
 
 
+def test_a_sweep_that_began_with_another_list_of_first_trials_repeats_none(colours: Path, tmp_path: Path) -> None:
+    students = [{"model": "timm/test_resnet", "image_size": size} for size in (32, 48, 64)]
+    fixed = {"lr": [1e-3, 1e-2], "label_smoothing": 0.1}
+    changes = {"students": students, "methods": {"finetune": fixed, "kd": {"lr": [1e-3, 1e-2], "temperature": 4.0}}}
+    whole = study_of(small_spec(colours, tmp_path, search={"trials": 12}, **changes), tmp_path / "s")
+    begun = [whole.ask() for _ in range(3)]
+    assert [(c.cell.method, c.cell.student) for c in begun] == [("finetune", 0), ("finetune", 1), ("finetune", 2)]
+    fewer = study_of(small_spec(colours, tmp_path, search={"trials": 10}, **changes), tmp_path / "s")
+    then = [fewer.ask() for _ in range(7)]
+    assert len({(c.cell, tuple(sorted(c.knobs.items()))) for c in [*begun, *then]}) == 10
+
+
 def test_optuna_hears_complete_pruned_failed_and_incomplete_as_such(colours: Path, tmp_path: Path) -> None:
     spec = small_spec(colours, tmp_path, objectives=["val_metric", "params_total"])
     study = study_of(spec, tmp_path / "s")

@@ -191,7 +191,7 @@ def _load_task(task_json: str, root: str, listing: str, needed: tuple[str, ...])
     entry = store_at(root).compute("catalogue", key_of(reads), scan, reads=reads)
     table = pq.ParquetFile(entry.path / "catalogue.parquet").read().to_pylist()
     about = entry.meta["about"]
-    names = about.get("names", source.names())  # a catalogue of an earlier version has none
+    names = about["names"] if "names" in about else source.names()  # a catalogue of an earlier version has none
     return divide(task, source, table, dict(about["skipped"]), needed, names=names, listing=listing)
 
 

@@ -189,7 +189,7 @@ class Study:
         """The configuration of that number, by what was told until now: one that can run and was not proposed before,
         where there is one.
         """
-        first, given = next(self._first(number), (None, {}))
+        first, given = self._first(number)
         fresh = first is None and len(self._seen) < self._all
         if fresh and self.spec.search.sampler == "gp":
             signs = [1 if o.direction == "max" else -1 for o in self.spec.objectives]
@@ -212,9 +212,11 @@ class Study:
         assert fallback is not None
         return next(self._left(), fallback) if fresh else fallback
 
-    def _first(self, number: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
-        """What that number and later ones begin with; other numbers were proposed from another list of them."""
-        return (one for one in self._fixed[number:] if key_of(*one) not in self._seen)
+    def _first(self, number: int) -> tuple[Cell | None, dict[str, Any]]:
+        """The first trial of that number, if it is one; where the sweep began with another list of them (by an earlier
+        version, or for another number of trials), one that was not proposed then.
+        """
+        return next((one for one in self._fixed[number:] if key_of(*one) not in self._seen), (None, {}))
 
     @property
     def _all(self) -> float:
