@@ -8,7 +8,7 @@ import random
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -39,28 +39,34 @@ def held_out() -> tuple[set[str], np.ndarray, np.ndarray]:
     return set(table["stem"].to_pylist()), *hashes_and_pixels(images)
 
 
-def clipart_pictures(root: Path) -> list[Image.Image]:
-    """Every usable drawing of the package, whatever its folder, that is no variant of a held-out one."""
-    stems, hashes, pixels = held_out()
-    pictures, stars = [], 0
+def drawings(root: Path, but: set[str], side: int) -> Iterator[Image.Image]:
+    """Every usable drawing of Debian's package, whatever its folder, but those of some stems and most of the stars."""
+    stars = 0
     for path in sorted(root.rglob("*.png")):
         is_star = "stars" in path.parts
         stars += is_star
-        if stem_of(path) in stems or (is_star and stars > MAX_STARS):
+        if stem_of(path) in but or (is_star and stars > MAX_STARS):
             continue
-        square = load_square(path, SOURCE_SIDE)
-        if square is None:
-            continue
+        square = load_square(path, side)
+        if square is not None:
+            yield square
+
+
+def clipart_pictures(root: Path) -> list[Image.Image]:
+    """Every drawing that is no variant of a held-out one."""
+    stems, hashes, pixels = held_out()
+    pictures = []
+    for square in drawings(root, stems, SOURCE_SIDE):
         small = square.resize((VIT_SIDE, VIT_SIDE), Image.Resampling.BICUBIC)
         if not is_variant(small, hashes, pixels):
             pictures.append(square)
     return pictures
 
 
-def emoji_pictures(package: Path) -> list[Image.Image]:
+def emoji_pictures(package: Path, side: int = SOURCE_SIDE) -> list[Image.Image]:
     """The 64 px emoji of one vendor's package, one skin tone each."""
     files = sorted(path for path in package.glob("img/*/64/*.png") if not SKIN_TONES.search(path.name))
-    return [square for path in files if (square := load_square(path, SOURCE_SIDE)) is not None]
+    return [square for path in files if (square := load_square(path, side)) is not None]
 
 
 def icon_pictures(fonts: Path, count: int, rng: random.Random) -> list[Image.Image]:

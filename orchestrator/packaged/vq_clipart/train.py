@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from orchestrator.models.upstream import load_upstream
-from orchestrator.packaged.clipart.build import hashes_and_pixels, is_variant, load_square, stem_of
-from orchestrator.packaged.vit_clipart.pictures import DATA, MAX_STARS, SKIN_TONES
+from orchestrator.packaged.clipart.build import hashes_and_pixels, is_variant
+from orchestrator.packaged.vit_clipart.pictures import DATA, drawings, emoji_pictures
 from orchestrator.sweep.prime import prime
 
 SIDE = 64  # pixels
@@ -48,22 +48,7 @@ def task_pictures() -> tuple[set[str], np.ndarray, np.ndarray]:
 def clipart_pictures(root: Path) -> list[Image.Image]:
     """Every usable drawing of Debian's package that is neither in the default task nor a variant of one that is."""
     stems, hashes, pixels = task_pictures()
-    pictures, stars = [], 0
-    for path in sorted(root.rglob("*.png")):
-        is_star = "stars" in path.parts
-        stars += is_star
-        if stem_of(path) in stems or (is_star and stars > MAX_STARS):
-            continue
-        square = load_square(path, CHECK_SIDE)
-        if square is not None and not is_variant(square, hashes, pixels):
-            pictures.append(square)
-    return pictures
-
-
-def emoji_pictures(package: Path) -> list[Image.Image]:
-    """The 64 px emoji of one vendor's package, one skin tone each."""
-    files = sorted(path for path in package.glob("img/*/64/*.png") if not SKIN_TONES.search(path.name))
-    return [square for path in files if (square := load_square(path, CHECK_SIDE)) is not None]
+    return [square for square in drawings(root, stems, CHECK_SIDE) if not is_variant(square, hashes, pixels)]
 
 
 def encoded(picture: Image.Image) -> bytes:
@@ -76,7 +61,7 @@ def encoded(picture: Image.Image) -> bytes:
 def collect(openclipart: Path, emoji: list[Path], out: Path) -> None:
     """Writes the upstream pictures as one Parquet file, without labels or names."""
     sources = {"clip art": clipart_pictures(openclipart)}
-    sources |= {f"emoji {i}": emoji_pictures(package) for i, package in enumerate(emoji)}
+    sources |= {f"emoji {i}": emoji_pictures(package, CHECK_SIDE) for i, package in enumerate(emoji)}
     print({name: len(pictures) for name, pictures in sources.items()}, flush=True)
     images = [encoded(picture) for pictures in sources.values() for picture in pictures]
     out.parent.mkdir(parents=True, exist_ok=True)
