@@ -1,0 +1,85 @@
+"""What every source of labelled images has: its images, before decoding, and the names of their classes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import UserError
+
+SPLITS = ("train", "val", "test")
+NAMES = "classes.txt"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image before decoding.
+
+    Attributes:
+        where: its address within the source.
+        label: class name; of a multi-label source the names of its classes; of one with masks nothing.
+        split: `train`, `val`, `test`, or `` where the data brings none.
+        group: images of one group land in one split; `` for none.
+        stamp: changes when the bytes (or the mask's) may have changed.
+        problem: why it is left out, where that is known already.
+    """
+
+    where: str
+    label: str | tuple[str, ...]
+    split: str
+    group: str
+    stamp: str
+    problem: str = ""
+
+
+class Source(ABC):
+    """A collection of labelled images."""
+
+    @abstractmethod
+    def items(self) -> list[Item]:
+        """Every image, in a stable order."""
+
+    @abstractmethod
+    def read(self, where: str) -> bytes:
+        """The encoded bytes of one image."""
+
+    def read_mask(self, where: str) -> bytes:
+        """The encoded bytes of the mask of the image at `where`."""
+        raise NotImplementedError
+
+    def names(self) -> tuple[str, ...] | None:
+        """Names of the class indices of masks, where the source brings them."""
+        return None
+
+
+def read_names(folder: Path) -> tuple[str, ...] | None:
+    """The names in a folder's `classes.txt`, one a line; None without one.
+
+    Raises:
+        UserError: if it cannot be read, or a line is empty or a repetition.
+    """
+    path = folder / NAMES
+    if not path.is_file():
+        return None
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"task.data: {str(path)!r} cannot be read: {error}.") from None
+    while names and not names[-1]:
+        names.pop()
+    for index, name in enumerate(names):
+        if not name or name in names[:index]:
+            raise UserError(
+                f"task.data: line {index + 1} of {str(path)!r} is {'empty' if not name else 'a repetition'}."
+            )
+    return tuple(names)
+
+
+def class_names(value: Any) -> tuple[str, ...]:
+    """The names in a list, or in a text that separates them by `;`; sorted, each once."""
+    if value is None:
+        return ()
+    parts = value.split(";") if isinstance(value, str) else [str(v) for v in value]
+    return tuple(sorted({part.strip() for part in parts} - {""}))

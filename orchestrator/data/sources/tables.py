@@ -1,0 +1,103 @@
+"""Images in Parquet files."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestrator.data.sources.source import SPLITS, Item, Source, class_names, read_names
+from orchestrator.errors import UserError, listed, nearest
+from orchestrator.spec import Kind
+
+
+class ParquetSource(Source):
+    """Rows with `image` (encoded bytes, or Hugging Face's struct with `bytes`), labels, and maybe `split`, `stem`.
+
+    Labels are a column `label`, a text or number; multi-label: a list of them, or a text that separates them by `;`;
+    segmentation: a column `mask` like `image`, and maybe a `classes.txt` beside the files. Without a `split` column, a
+    file name that begins with train, val or test (`train-00000.parquet`) decides.
+    """
+
+    def __init__(self, root: Path, kind: Kind = "classification") -> None:
+        self.root = root
+        self.kind = kind
+        if root.is_dir():
+            self.paths = sorted(root.glob("*.parquet"))
+        else:
+            self.paths = [root] if root.is_file() else []
+        if not self.paths:
+            near = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+            raise UserError(f"task.data: there is no Parquet file at {str(root)!r}.{nearest(root.name, near)}")
+
+    def items(self) -> list[Item]:
+        found = []
+        wanted = "mask" if self.kind == "segmentation" else "label"
+        for number, path in enumerate(self.paths):
+            try:
+                file = pq.ParquetFile(path)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise UserError(f"task.data: {str(path)!r} is not a readable Parquet file: {error}.") from None
+            names = file.schema_arrow.names
+            for column in ("image", wanted):
+                if column not in names:
+                    raise UserError(
+                        f"task.data: {str(path)!r} has no column {column!r}; it has {listed(names)}."
+                        f"{nearest(column, names)}"
+                    )
+            count = file.metadata.num_rows
+            table = file.read(columns=[c for c in ("label", "split", "stem") if c in names and c != "mask"])
+            labels = self._labels(table, path) if wanted == "label" else [""] * count
+            named = next((s for s in SPLITS if path.name.startswith(s)), "")
+            splits = [str(v) for v in table["split"].to_pylist()] if "split" in names else [named] * count
+            stems = [str(v) for v in table["stem"].to_pylist()] if "stem" in names else [""] * count
+            stat = path.stat()
+            stamp = f"{stat.st_size}.{stat.st_mtime_ns}"
+            for row, (label, split, stem) in enumerate(zip(labels, splits, stems, strict=True)):
+                found.append(Item(f"{number}:{row}", label, split, stem, stamp))
+        return found
+
+    def _labels(self, table: pa.Table, path: Path) -> list[Any]:
+        several = pa.types.is_list(table.schema.field("label").type) or pa.types.is_large_list(
+            table.schema.field("label").type
+        )
+        if self.kind == "multilabel":
+            return [class_names(v if several or v is None else str(v)) for v in table["label"].to_pylist()]
+        if several:
+            raise UserError(f"task.data: the labels in {str(path)!r} are lists; set task.kind to multilabel.")
+        return [str(v) for v in table["label"].to_pylist()]
+
+    def read(self, where: str) -> bytes:
+        return self._cell(where, "image")
+
+    def read_mask(self, where: str) -> bytes:
+        return self._cell(where, "mask")
+
+    def names(self) -> tuple[str, ...] | None:
+        return read_names(self.root if self.root.is_dir() else self.root.parent)
+
+    def _cell(self, where: str, column: str) -> bytes:
+        number, row = (int(part) for part in where.split(":"))
+        group, offset = self._locate(number, row)
+        value = self._column(number, group, column)[offset].as_py()
+        return (value["bytes"] if isinstance(value, dict) else value) or b""
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - a source lives as long as its process
+    def _starts(self, number: int) -> list[int]:
+        meta = pq.ParquetFile(self.paths[number]).metadata
+        starts = [0]
+        for group in range(meta.num_row_groups):
+            starts.append(starts[-1] + meta.row_group(group).num_rows)
+        return starts
+
+    def _locate(self, number: int, row: int) -> tuple[int, int]:
+        starts = self._starts(number)
+        group = next(g for g in range(len(starts) - 1) if starts[g] <= row < starts[g + 1])
+        return group, row - starts[group]
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - a source lives as long as its process
+    def _column(self, number: int, group: int, column: str) -> pa.ChunkedArray:
+        return pq.ParquetFile(self.paths[number]).read_row_group(group, columns=[column])[column]
