@@ -26,7 +26,7 @@ from orchestrator.data.images import CorruptError, decode
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
 from orchestrator.data.pixels import RenderedPixels, open_pixels, rendered_view, stored_pixels
 from orchestrator.data.sources import FolderSource, open_source
-from orchestrator.data.task import TaskData, load_task
+from orchestrator.data.task import TaskData, _load_task, load_task
 from orchestrator.data.views import Policy, draw, draw_all, render, stored_view, view_parameters
 from orchestrator.errors import UserError, WorkError
 from orchestrator.models.load import Preprocessing, load_network
@@ -161,7 +161,27 @@ def test_an_image_that_has_changed_since_it_was_listed_is_refused(tmp_path, stor
     (tmp_path / "images" / task.train.where[3]).write_bytes(png(picture(7777)))
     with pytest.raises(WorkError, match=rf"'{task.train.where[3]}' has changed since it was listed; begin again"):
         task.image(task.train, 3)
+    (tmp_path / "images" / task.train.where[5]).unlink()
+    with pytest.raises(WorkError, match=rf"'{task.train.where[5]}' cannot be read any more \(No such file"):
+        task.image(task.train, 5)
     assert task.image(task.train, 4).shape == (3, 40, 56)
+
+
+def test_a_row_of_a_table_that_has_become_shorter_is_refused(tmp_path, store):
+    rows = [{"image": png(picture(4000 + i)), "label": CLASSES[i % 2]} for i in range(24)]
+    path = tmp_path / "images.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    spec = Task(data=f"parquet:{path}", shots=2)
+    listing = load_task(spec, store).listing
+    pq.write_table(pa.Table.from_pylist(rows[:2]), path)
+    _load_task.cache_clear()  # as in another process
+    task = load_task(spec, store, listing=listing)
+    last = max(range(len(task.train)), key=lambda row: int(task.train.where[row].partition(":")[2]))
+    refused = (
+        rf"^task\.data: '{task.train.where[last]}' cannot be read any more \('.*' has no row \d+ .*it has 2 rows\)"
+    )
+    with pytest.raises(WorkError, match=refused):
+        task.image(task.train, last)
 
 
 @pytest.mark.parametrize("scheduler", ["none", "asha"])

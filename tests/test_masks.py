@@ -97,10 +97,11 @@ def test_masks_are_found_without_a_listing_and_what_was_listed_stays(own, store,
     where = again.train.where[0]
     changed = own / "masks" / f"{Path(where).stem}.png"
     changed.write_bytes(png(np.zeros((8, 8), np.uint8)))
-    with pytest.raises(WorkError, match=rf"'mask of {where}' has changed since it was listed"):
+    with pytest.raises(WorkError, match=rf"^task\.data: the mask of '{where}' has changed since it was listed"):
         again.mask(again.train, 0)
     changed.unlink()
-    with pytest.raises(FileNotFoundError, match=f"no mask for '{where}' any more"):
+    gone = rf"^task\.data: the mask of '{where}' cannot be read any more \(No such file or directory\); restore it"
+    with pytest.raises(WorkError, match=gone):
         again.mask(again.train, 0)
 
 

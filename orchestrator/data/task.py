@@ -18,7 +18,7 @@ from torch import Tensor
 from methods.contract import IGNORE, TaskInfo
 from orchestrator.data.decoded import DECODED
 from orchestrator.data.images import CorruptError, decode, decode_mask
-from orchestrator.data.sources import SPLITS, Item, Source, check_splits, open_source
+from orchestrator.data.sources import SPLITS, Item, Source, check_splits, open_source, read_again
 from orchestrator.data.strata import assign, draw_shots
 from orchestrator.errors import UserError, WorkError, listed
 from orchestrator.spec import Task
@@ -119,28 +119,17 @@ class TaskData:
     def image(self, split: Split, row: int) -> Tensor:
         """uint8 [3, H, W]; not to be changed, for the process may keep it."""
         where = split.where[row]
-        return DECODED.image(split.ids[row], lambda: _unchanged(self.source.read(where), split.ids[row], where))
+        return DECODED.image(split.ids[row], lambda: read_again(self.source.read, where, split.ids[row], repr(where)))
 
     def mask(self, split: Split, row: int) -> Tensor:
         """uint8 [H, W]: the class of each pixel, 255 where it does not count."""
         where = split.where[row]
-        mask = decode_mask(_unchanged(self.source.read_mask(where), split.labels[row], f"mask of {where}"))
+        mask = decode_mask(read_again(self.source.read_mask, where, split.labels[row], f"the mask of {where!r}"))
         return mask.masked_fill(mask == self.spec.ignore_index, IGNORE)
 
     def identity(self) -> dict[str, Any]:
         """What finds these images again."""
         return {"task": self.spec.model_dump(mode="json")}
-
-
-def _unchanged(data: bytes, known: str, what: str) -> bytes:
-    """What is stored under a content's hash must be made of that content, whatever was done to the file since.
-
-    Raises:
-        WorkError: if it is another one.
-    """
-    if hashlib.sha256(data).hexdigest() != known:
-        raise WorkError(f"task.data: {what!r} has changed since it was listed; begin again.")
-    return data
 
 
 def load_task(task: Task, store: Store, needed: tuple[str, ...] = SPLITS, listing: str = "") -> TaskData:

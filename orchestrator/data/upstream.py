@@ -17,7 +17,15 @@ from torch import Tensor
 
 from methods.contract import Batch
 from orchestrator.data.images import CorruptError, decode
-from orchestrator.data.sources import SUFFIXES, FolderSource, ParquetSource, Source, open_source
+from orchestrator.data.sources import (
+    SUFFIXES,
+    FolderSource,
+    ParquetSource,
+    Source,
+    files_below,
+    open_source,
+    read_again,
+)
 from orchestrator.data.views import Policy, draw, render
 from orchestrator.errors import UserError, listed
 from orchestrator.store import Entry, Records, Store, key_of, write_records
@@ -63,11 +71,11 @@ def _listing(data: str) -> tuple[Source, list[list[str]]]:
     try:
         source = open_source(data)
         if isinstance(source, FolderSource):
-            paths = sorted(p for p in source.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            found = [(p.relative_to(source.root).as_posix(), p.stat()) for p in paths]
-            return source, [[where, f"{stat.st_size}.{stat.st_mtime_ns}"] for where, stat in found]
+            return source, [[where, stamp] for where, stamp in files_below(source.root, SUFFIXES)]
         assert isinstance(source, ParquetSource)
         return source, [entry for number, path in enumerate(source.paths) for entry in _rows(number, path)]
+    except OSError as error:
+        raise UserError(f"--data: {error.filename!r} cannot be read: {error.strerror}.") from None
     except UserError as error:  # the sources speak of the sweep file's key
         raise UserError(str(error).replace("task.data:", "--data:")) from None
 
@@ -113,7 +121,8 @@ def _rendered(source: Source, table: list[dict[str, Any]], size: int, batch: int
 
     def one(row: dict[str, Any]) -> Tensor:
         view = draw(policy, row["id"], (row["height"], row["width"]), 0)
-        return render(decode(source.read(row["where"])), view, size, "bicubic")
+        data = read_again(source.read, row["where"], row["id"], repr(row["where"]), "--data")
+        return render(decode(data), view, size, "bicubic")
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for start in range(0, len(table), batch):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from orchestrator.data.images import CorruptError, decode
-from orchestrator.data.sources import SUFFIXES
+from orchestrator.data.sources import SUFFIXES, files_below
 from orchestrator.errors import UserError, nearest
 from orchestrator.select.deployed import Deployed, deployed
 
@@ -79,12 +79,15 @@ def find_images(paths: Sequence[Path]) -> list[Asked]:
     found: list[Asked] = []
     for path in paths:
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            try:
+                below = [where for where, _ in files_below(path, SUFFIXES)]
+            except OSError as error:
+                raise UserError(f"IMAGES: {error.filename!r} cannot be read: {error.strerror}.") from None
             if not below:
                 raise UserError(
                     f"IMAGES: there is no image below {str(path)!r} (looked for {', '.join(sorted(SUFFIXES))})."
                 )
-            found += [Asked(p, p.relative_to(path).with_suffix("").as_posix()) for p in below]
+            found += [Asked(path / where, os.path.splitext(where)[0]) for where in below]
         elif path.is_file():
             found.append(Asked(path, path.stem))
         else:

@@ -6,8 +6,15 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from orchestrator.data.sources.folders import SUFFIXES, Folder, FolderSource, ListedSource, MaskFolderSource
-from orchestrator.data.sources.source import SPLITS, Item, Source
+from orchestrator.data.sources.folders import (
+    SUFFIXES,
+    Folder,
+    FolderSource,
+    ListedSource,
+    MaskFolderSource,
+    files_below,
+)
+from orchestrator.data.sources.source import SPLITS, Item, Source, read_again
 from orchestrator.data.sources.tables import ParquetSource
 from orchestrator.errors import UserError, listed, nearest
 from orchestrator.spec import Kind
@@ -21,7 +28,9 @@ __all__ = [
     "ParquetSource",
     "Source",
     "check_splits",
+    "files_below",
     "open_source",
+    "read_again",
 ]
 
 FOLDERS: dict[Kind, type[Folder]] = {

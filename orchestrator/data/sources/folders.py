@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterator
@@ -81,21 +82,28 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _files(folder: Path | str, suffixes: Collection[str], within: str = "") -> Iterator[tuple[str, str]]:
+def files_below(folder: Path | str, suffixes: Collection[str], within: str = "") -> Iterator[tuple[str, str]]:
     """Every file below a folder with one of these endings: its path in the folder, and what changes when it does.
 
     By name, a folder's files where its name stands; of a link to a folder nothing. A task is listed once a trial, and
     may have millions of images: nothing is asked of the file system twice, and no path is taken apart.
+
+    Raises:
+        OSError: if a folder cannot be read.
     """
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from files_below(entry.path, suffixes, f"{within}{entry.name}/")
+        elif os.path.splitext(entry.name)[1].lower() in suffixes and _is_file(entry):
+            stat = entry.stat()
+            yield within + entry.name, f"{stat.st_size}.{stat.st_mtime_ns}"
+
+
+def _files(folder: Path, suffixes: Collection[str]) -> Iterator[tuple[str, str]]:
     try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files(entry.path, suffixes, f"{within}{entry.name}/")
-            elif os.path.splitext(entry.name)[1].lower() in suffixes and _is_file(entry):
-                stat = entry.stat()
-                yield within + entry.name, f"{stat.st_size}.{stat.st_mtime_ns}"
+        yield from files_below(folder, suffixes)
     except OSError as error:
         raise _unreadable(error) from None
 
@@ -199,7 +207,7 @@ class MaskFolderSource(Folder):
                 return path.read_bytes()
         odd = [p for p in stem.parent.iterdir() if p.stem == stem.name and p.suffix.lower() in MASK_SUFFIXES]
         if not odd:
-            raise FileNotFoundError(f"There is no mask for {where!r} any more.")
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         return max(odd).read_bytes()
 
     def names(self) -> tuple[str, ...] | None:

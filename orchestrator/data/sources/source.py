@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, WorkError
 
 SPLITS = ("train", "val", "test")
 NAMES = "classes.txt"
@@ -43,15 +45,42 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, where: str) -> bytes:
-        """The encoded bytes of one image."""
+        """The encoded bytes of one image.
+
+        Raises:
+            OSError: if it is not there any more, or cannot be read.
+        """
 
     def read_mask(self, where: str) -> bytes:
-        """The encoded bytes of the mask of the image at `where`."""
+        """The encoded bytes of the mask of the image at `where`; raises as `read`."""
         raise NotImplementedError
 
     def names(self) -> tuple[str, ...] | None:
         """Names of the class indices of masks, where the source brings them."""
         return None
+
+
+def read_again(read: Callable[[str], bytes], where: str, known: str, what: str, key: str = "task.data") -> bytes:
+    """Bytes that were read before: what is stored under a content's hash must be made of that content.
+
+    Args:
+        read: of a source, `read` or `read_mask`.
+        where: the address.
+        known: the hash of its content then.
+        what, key: how messages call it, and where the source was named.
+
+    Raises:
+        WorkError: if it cannot be read any more, or is another one.
+    """
+    try:
+        data = read(where)
+    except OSError as error:
+        raise WorkError(
+            f"{key}: {what} cannot be read any more ({error.strerror or error}); restore it, or begin again."
+        ) from None
+    if hashlib.sha256(data).hexdigest() != known:
+        raise WorkError(f"{key}: {what} has changed since it was listed; begin again.")
+    return data
 
 
 def read_names(folder: Path) -> tuple[str, ...] | None:

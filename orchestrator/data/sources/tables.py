@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,11 @@ class ParquetSource(Source):
 
     def _cell(self, where: str, column: str) -> bytes:
         number, row = (int(part) for part in where.split(":"))
-        group, offset = self._locate(number, row)
-        value = self._column(number, group, column)[offset].as_py()
+        try:
+            group, offset = self._locate(number, row)
+            value = self._column(number, group, column)[offset].as_py()
+        except (pa.ArrowInvalid, LookupError) as error:  # another file than was listed
+            raise OSError(f"{str(self.paths[number])!r} has no row {row} of {column!r}: {error}") from None
         return (value["bytes"] if isinstance(value, dict) else value) or b""
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a source lives as long as its process
@@ -95,7 +99,9 @@ class ParquetSource(Source):
 
     def _locate(self, number: int, row: int) -> tuple[int, int]:
         starts = self._starts(number)
-        group = next(g for g in range(len(starts) - 1) if starts[g] <= row < starts[g + 1])
+        group = bisect_right(starts, row) - 1
+        if group == len(starts) - 1:
+            raise IndexError(f"it has {starts[-1]} rows")
         return group, row - starts[group]
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a source lives as long as its process
