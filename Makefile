@@ -1,6 +1,6 @@
 # Two commands: `make quickstart` and `make test`. Each makes its own virtual environment, and is safe to run again.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
-  $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 PY := $(VENV)/bin/python
 RUNS ?= runs
@@ -15,7 +15,7 @@ help:
 	@echo "make bench        every comparison of docs/performance.md, anew: about three hours on two cores"
 
 $(VENV)/.quickstart: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed, and none was found."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed, and none was found."; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --editable .
 	@touch $@

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,7 @@ from orchestrator.cli.face import (
 from orchestrator.process import settle
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """What `export` writes."""
 
     safetensors = "safetensors"

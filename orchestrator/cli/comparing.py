@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ import typer
 from orchestrator.cli.face import JsonFlag, Limits, MaxLatency, MaxParams, app, out, read_limits
 
 
-class ComparisonFormat(str, Enum):
+class ComparisonFormat(StrEnum):
     """What `compare` writes."""
 
     md = "md"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ corpus_app = typer.Typer(no_args_is_help=True, help="Make a corpus of unlabelled
 app.add_typer(corpus_app, name="corpus")
 
 
-class CorpusKind(str, Enum):
+class CorpusKind(StrEnum):
     """What a corpus holds."""
 
     images = "images"

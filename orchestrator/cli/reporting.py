@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ import typer
 from orchestrator.cli.face import JsonFlag, SweepDir, app, out
 
 
-class ReportFormat(str, Enum):
+class ReportFormat(StrEnum):
     """What `report` writes."""
 
     html = "html"
@@ -58,7 +58,7 @@ def report(
     )
 
 
-class Tool(str, Enum):
+class Tool(StrEnum):
     """What `dashboard` starts."""
 
     tensorboard = "tensorboard"
