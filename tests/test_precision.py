@@ -14,6 +14,7 @@ from orchestrator.data.outputs import ensure_outputs, open_outputs
 from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy
 from orchestrator.errors import UserError
+from orchestrator.models.clip import is_clip, text_tower
 from orchestrator.models.load import load_network
 from orchestrator.spec import Model, Task
 from orchestrator.store import Store
@@ -45,10 +46,33 @@ def test_outputs_in_bfloat16_are_those_in_single_precision_to_eight_bits(colours
 
 def test_only_another_precision_is_in_a_key() -> None:
     single, half = load_network(SINGLE, "teacher"), load_network(HALF, "teacher")
-    assert (single.identity, half.identity) == (single.weights_hash, f"{single.weights_hash}@bf16")
+    assert single.identity.startswith(single.weights_hash)
+    assert half.identity == f"{single.identity}@bf16"
     reads = source_reads(SINGLE, "teacher")
     assert "precision" not in reads["entry"]
     assert source_reads(HALF, "teacher") == reads | {"entry": reads["entry"] | {"precision": "bf16"}}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Model(model="timm/resnet10t", pretrained=False), {"kwargs": {"global_pool": "max"}}),
+        (Model(model="packaged/clip_icons"), {"kwargs": {"force_quick_gelu": True}}),
+        (Model(model="timm/efficientnet_b0", pretrained=False), {"model": "timm/tf_efficientnet_b0"}),
+    ],
+    ids=["another pooling", "another activation", "another padding"],
+)
+def test_networks_of_equal_weights_that_compute_different_things_have_keys_of_their_own(
+    one: Model, other: dict[str, Any]
+) -> None:
+    """Else what one of them said would be taken for what the other says."""
+    pair = [load_network(entry, "teacher") for entry in (one, one.model_copy(update=other))]
+    assert pair[0].weights_hash == pair[1].weights_hash
+    assert pair[0].identity != pair[1].identity
+    if is_clip(one):
+        towers = [text_tower(network.entry, weights=True) for network in pair]
+        assert towers[0].weights_hash == towers[1].weights_hash
+        assert towers[0].identity != towers[1].identity
 
 
 def test_a_trial_learns_from_a_teacher_in_bfloat16_stored_or_live(

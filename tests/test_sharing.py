@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,15 @@ def test_the_order_in_which_trials_come_changes_nothing(colours: Path, tmp_path:
         }
         values.append({m: row["val_metric"] for m, row in rows.items()})
     assert values[0] == values[1]
+
+
+def test_a_network_at_another_size_is_not_scored_as_the_first_one(colours: Path, tmp_path: Path) -> None:
+    """Its weights are the same ones, and no stage comes before its score."""
+    sizes = (32, 64)
+    students = [{"model": "timm/test_resnet", "image_size": size} for size in sizes]
+    spec = small_spec(colours, tmp_path, students=students, methods={"linear_probe": {}})
+    rows = [run(spec, "linear_probe", i, i) for i in range(2)]
+    assert rows[1]["flops"] > 3 * rows[0]["flops"]
+    for row, size in zip(rows, sizes, strict=True):
+        about = json.loads((tmp_path / "small" / row["student_path"] / "student.json").read_text())
+        assert about["preprocessing"]["size"] == size

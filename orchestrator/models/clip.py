@@ -241,7 +241,7 @@ class TextTower:
     @property
     def identity(self) -> str:
         """Of what it computes."""
-        return identified(self.entry, self.weights_hash)
+        return identified(self.entry, self.weights_hash, clip_config(self.entry))
 
     @property
     def parameters(self) -> int:

@@ -19,7 +19,7 @@ from methods import method_packages
 from methods.contract import Deployed, NetworkInfo, Structure
 from methods.outputs import intermediate_channels
 from orchestrator.errors import UserError, first_lines, listed
-from orchestrator.models.clip import ImageTower, image_tower, is_clip
+from orchestrator.models.clip import ImageTower, clip_config, image_tower, is_clip
 from orchestrator.models.files import local_weights
 from orchestrator.models.names import Role, timm_name, wants_weights
 from orchestrator.models.precision import autocast, identified
@@ -57,18 +57,24 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Network:
-    """A loaded network with its own preprocessing, and the hash of its weights."""
+    """A loaded network with its own preprocessing.
+
+    Attributes:
+        weights_hash: of its weights; or the address of the stage that made them.
+        built: see `built_of`; None where that address tells it.
+    """
 
     entry: Model
     role: Role
     module: nn.Module
     preprocessing: Preprocessing
     weights_hash: str
+    built: Any = None
 
     @property
     def identity(self) -> str:
         """Of what it computes."""
-        return identified(self.entry, self.weights_hash)
+        return identified(self.entry, self.weights_hash, self.built)
 
     def cast(self, device: str) -> torch.autocast:
         """In which its outputs are computed."""
@@ -170,6 +176,13 @@ def preprocessing_of(entry: Model, network: nn.Module) -> Preprocessing:
     )
 
 
+def built_of(entry: Model) -> Any:
+    """Of what architecture an entry's network is: a name, or open_clip's description."""
+    if is_clip(entry):
+        return clip_config(entry)
+    return entry.model if entry.model == "packaged/vit_clipart" else timm_name(entry).partition(".")[0]
+
+
 @functools.lru_cache(maxsize=8)
 def _load(key: str, role: Role) -> Network:
     entry = Model.model_validate_json(key)
@@ -181,7 +194,7 @@ def _load(key: str, role: Role) -> Network:
             module = build_network(entry)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    return Network(entry, role, module, preprocessing_of(entry, module), hash_weights(module))
+    return Network(entry, role, module, preprocessing_of(entry, module), hash_weights(module), built_of(entry))
 
 
 def load_network(entry: Model, role: Role) -> Network:

@@ -35,7 +35,7 @@ from orchestrator.train.given import Networks, fresh_student, networks_of
 from orchestrator.train.loop import Report
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import Blueprint, latency_of
-from orchestrator.trial.plan import TrialConfig, method_named, policy_of
+from orchestrator.trial.plan import TrialConfig, method_named, policy_of, source_reads
 
 EVALUATION_VERSION = 3  # 2: details by class; 3: memory, file size and outcomes by image
 
@@ -179,7 +179,7 @@ def evaluate(
     store, spec = context.store, context.spec
     base = networks.trained(method.deploys)
     reads = {
-        "network": f"{last.stage}/{last.key}" if last else {"base": base.weights_hash, "seed": config.seed},
+        "network": f"{last.stage}/{last.key}" if last else source_reads(base.entry, base.role) | {"seed": config.seed},
         "labels": task.labels_hash,
         "val": [task.val.images_hash, list(task.val.labels)],
         "version": EVALUATION_VERSION,

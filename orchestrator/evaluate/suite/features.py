@@ -49,7 +49,7 @@ class Reader:
         if not len(split):
             return torch.empty(0, 0)
         reads: dict[str, Any] = {
-            "weights": self.subject.weights_hash,
+            "network": self.subject.identity,
             "preprocessing": describe(self.subject.preprocessing),
             "head": bool(self.subject.classes),
             "images": split.images_hash,

@@ -18,7 +18,8 @@ from orchestrator.data.embed import text_tower_of
 from orchestrator.errors import UserError
 from orchestrator.models.check import check_model
 from orchestrator.models.clip import is_clip
-from orchestrator.models.load import Preprocessing, load_network, load_student
+from orchestrator.models.load import Preprocessing, built_of, load_network, load_student
+from orchestrator.models.precision import identified
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.models.weights import hash_weights
 from orchestrator.spec import Model, Task, explain
@@ -34,7 +35,7 @@ class Subject:
         name: for people.
         module: images to what it gives; frozen, in evaluation mode.
         preprocessing: its own.
-        weights_hash: of its weights.
+        identity: of what it computes from pixels.
         texts: the dual encoder whose text tower shares its space; None where it does not embed images.
         own_texts: folder of the smaller text tower that was trained beside it; None where the dual encoder's is used.
         classes: of its own head; none where that is no classifier.
@@ -44,7 +45,7 @@ class Subject:
     name: str
     module: nn.Module
     preprocessing: Preprocessing
-    weights_hash: str
+    identity: str
     texts: Model | None
     classes: tuple[str, ...] = ()
     task: Task | None = None
@@ -87,7 +88,7 @@ def named_subject(model: str) -> Subject:
     check_model(entry, "teacher")
     network = load_network(entry, "teacher")
     texts = entry if is_clip(entry) else None
-    return Subject(model, network.module.eval(), network.preprocessing, network.weights_hash, texts)
+    return Subject(model, network.module.eval(), network.preprocessing, network.identity, texts)
 
 
 def stored_subject(folder: Path) -> Subject:
@@ -115,7 +116,10 @@ def stored_subject(folder: Path) -> Subject:
                 f"The student in {str(folder)!r} embeds into {width} dimensions and the text tower of "
                 f"{texts.model!r} into {theirs}: that is not the teacher that it learned from."
             )
-    return Subject(str(folder), module, preprocessing, hash_weights(module), texts, classes, task, own)
+    entry = Model.model_validate(meta["model"])
+    built = [built_of(entry), meta["changes"], meta.get("structure")]
+    identity = identified(entry, hash_weights(module), built)
+    return Subject(str(folder), module, preprocessing, identity, texts, classes, task, own)
 
 
 def _teacher(meta: dict[str, Any], folder: Path) -> Model:
