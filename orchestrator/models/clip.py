@@ -22,6 +22,12 @@ from orchestrator.spec import Model
 PREFIX = "open_clip/"
 PACKAGED = {"packaged/clip_icons": CLIP_ICONS}
 TEXT_BATCH = 256
+FORCED = {  # options of open_clip.create_model by where they go in a model's description
+    "force_quick_gelu": ("", "quick_gelu"),
+    "force_custom_text": ("", "custom_text"),
+    "force_patch_dropout": ("vision_cfg", "patch_dropout"),
+    "force_context_length": ("text_cfg", "context_length"),
+}
 
 
 def is_clip(entry: Model) -> bool:
@@ -62,7 +68,9 @@ def clip_name(entry: Model) -> tuple[str, str | None]:
 
 
 def clip_config(entry: Model) -> dict[str, Any]:
-    """open_clip's description of the network: `embed_dim`, `vision_cfg`, `text_cfg`.
+    """open_clip's description of the network that `build_clip` makes: `embed_dim`, `vision_cfg`, `text_cfg`, ...
+
+    With the entry's `force_*` options, and with the activation that its weights were trained with.
 
     Raises:
         UserError: if there is none, or it cannot be read.
@@ -72,11 +80,35 @@ def clip_config(entry: Model) -> dict[str, Any]:
     folder = folder_of(entry)
     if folder is None:
         name, _ = clip_name(entry)
-        return dict(open_clip.get_model_config(name) or {})
-    try:
-        return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"The file {str(folder / CONFIG)!r} does not describe an open_clip model: {error}.") from None
+        described = dict(open_clip.get_model_config(name) or {})
+        if wants_quick_gelu(entry):
+            described["quick_gelu"] = True
+    else:
+        try:
+            described = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"The file {str(folder / CONFIG)!r} does not describe an open_clip model: {error}."
+            ) from None
+    for option, (section, key) in FORCED.items():
+        if entry.kwargs.get(option):
+            if section:
+                described[section] = {**described[section], key: entry.kwargs[option]}
+            else:
+                described[key] = entry.kwargs[option]
+    return described
+
+
+def wants_quick_gelu(entry: Model) -> bool:
+    """Whether the weights that a name stands for were trained with QuickGELU, which open_clip knows and does not apply.
+
+    Also of a network that is built without weights: a tuned teacher is, before its own are loaded.
+    """
+    from open_clip.pretrained import get_pretrained_cfg
+
+    if entry.model.startswith("local:") or entry.pretrained is False:
+        return False
+    return bool(get_pretrained_cfg(clip_name(entry)[0], weights_tag(entry) or "").get("quick_gelu"))
 
 
 def weights_tag(entry: Model) -> str | None:
@@ -121,8 +153,10 @@ def build_clip(entry: Model, *, weights: bool) -> nn.Module:
 
     # open_clip moves what it built to a device of its own choice, which a plan's skeleton on "meta" cannot follow.
     options: dict[str, Any] = {"force_image_size": entry.image_size, "device": torch.get_default_device()}
-    options |= entry.kwargs
     folder = folder_of(entry)
+    if folder is None and wants_quick_gelu(entry):
+        options["force_quick_gelu"] = True
+    options |= entry.kwargs
     before = logging.root.manager.disable
     if not weights:
         logging.disable(logging.WARNING)  # open_clip warns that there are none, as was asked
