@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 USUAL = gc.get_threshold()
 SELDOM = (50_000, 10, 10)
+_settled = False
 
 
 def beginning() -> Callable[[], None]:
@@ -36,9 +37,11 @@ def settle() -> None:
 
     For processes of ours that have imported what they need and go on for long; again, it does nothing.
     """
+    global _settled
     gc.set_threshold(*USUAL)
-    if gc.get_freeze_count() == 0:
+    if not _settled:  # Python 3.12 begins with some hundred frozen objects, so their number does not tell
         gc.freeze()
+        _settled = True
 
 
 def run(main: Callable[[], None]) -> None:

@@ -112,10 +112,12 @@ BAD = {
     "cannot be decoded": plain(1, "jpeg")[:400],
     "more than 64 megapixels": bomb(9000),
     "smaller than 16 pixels": file_of(Image.fromarray(pixels(2, 15, 400))),
+    "values that are not finite": file_of(Image.fromarray(np.full((20, 28), np.nan, np.float32)), "tiff"),
 }
 ODD = {
     "CMYK colours": file_of(Image.fromarray(smooth(4), "CMYK"), "jpeg", quality=95),
     "16-bit values": file_of(Image.fromarray(np.arange(560, dtype=np.uint16).reshape(20, 28) * 117)),
+    "floating-point values": file_of(Image.fromarray(smooth()[..., 0].astype(np.float32) / 1000 - 0.1), "tiff"),
     "palette": file_of(Image.fromarray(smooth()).quantize(64)),
     "transparency": file_of(Image.fromarray(smooth(4))),
     "other colours": file_of(ImageCms.profileToProfile(Image.fromarray(smooth()), SRGB, LAB, outputMode="LAB"), "tiff"),

@@ -9,6 +9,7 @@ import itertools
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from small import small_spec
 from torch import Tensor
 
@@ -25,13 +27,13 @@ from orchestrator.data.draws import philox
 from orchestrator.data.images import CorruptError, decode
 from orchestrator.data.outputs import Bill, ensure_outputs, open_outputs
 from orchestrator.data.pixels import RenderedPixels, open_pixels, rendered_view, stored_pixels
-from orchestrator.data.sources import FolderSource, open_source
-from orchestrator.data.task import TaskData, _load_task, load_task
+from orchestrator.data.sources import FolderSource, ParquetSource, Source, open_source
+from orchestrator.data.task import TaskData, _load_task, listing_of, load_task
 from orchestrator.data.views import Policy, draw, draw_all, render, stored_view, view_parameters
 from orchestrator.errors import UserError, WorkError
 from orchestrator.models.load import Preprocessing, load_network
 from orchestrator.spec import Model, Task
-from orchestrator.store import Records, Store
+from orchestrator.store import Records, Store, key_of
 from orchestrator.sweep.space import default_knobs, method_space
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
@@ -57,9 +59,9 @@ def picture(seed: int, shape: tuple[int, ...] = (40, 56, 3), dtype: type = np.ui
     return Image.fromarray(np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape).astype(dtype))
 
 
-def png(image: Image.Image) -> bytes:
+def png(image: Image.Image, fmt: str = "png") -> bytes:
     file = io.BytesIO()
-    image.save(file, "png")
+    image.save(file, fmt)
     return file.getvalue()
 
 
@@ -83,7 +85,7 @@ def folder_of(root: Path, files: dict[str, bytes]) -> str:
     return f"folder:{root}"
 
 
-def parquet_of(path: Path, files: dict[str, bytes], **columns: list[str]) -> str:
+def parquet_of(path: Path, files: dict[str, bytes], **columns: list[Any]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = {"image": list(files.values()), "label": [p.split("/")[-2] for p in files], **columns}
     pq.write_table(pa.table(rows), path, row_group_size=10)
@@ -153,6 +155,48 @@ def test_a_folder_that_cannot_be_listed_is_told_in_a_sentence(tmp_path, monkeypa
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(UserError, match=r"^task\.data: '.*/bee' cannot be read: Permission denied\.$"):
         open_source(f"folder:{tmp_path}").items()
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), r"Permission denied"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), r"No such file or directory"),
+        (OSError("no row 7"), r"no row 7"),
+    ],
+    ids=["refused", "vanished", "without a number"],
+)
+def test_an_image_that_cannot_be_read_now_is_named_and_nothing_is_stored_of_it(
+    tmp_path, store, monkeypatch, kind, error, reason
+):
+    files = encoded()
+    where = (folder_of if kind == "folder" else parquet_of)(tmp_path / "images" / "i.parquet", files)
+    bad = "bee/07.png" if kind == "folder" else f"0:{list(files).index('bee/07.png')}"
+    source: type[Source] = FolderSource if kind == "folder" else ParquetSource
+    read = source.read
+
+    def failing(self: Source, address: str) -> bytes:
+        if address == bad:
+            raise error
+        return read(self, address)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "read", failing)
+        with pytest.raises(WorkError, match=rf"^task\.data: '{bad}' cannot be read \({reason}\)\.$"):
+            load_task(Task(data=where, shots=4), store)
+    assert not list(store.root.glob("catalogue/*"))
+    assert load_task(Task(data=where, shots=4), store).skipped == SKIPPED
+
+
+def test_a_broken_parquet_file_is_named_with_what_arrow_says_in_one_line(tmp_path, store):
+    where = parquet_of(tmp_path / "i.parquet", encoded())
+    path = tmp_path / "i.parquet"
+    begin = pq.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
+    data = path.read_bytes()
+    path.write_bytes(data[:begin] + b"\xff" * 20 + data[begin + 20 :])
+    with pytest.raises(WorkError, match=rf"^task\.data: '0:\d' cannot be read \('{path}': .*\)\.$"):
+        load_task(Task(data=where, shots=4), store)
 
 
 def test_an_image_that_has_changed_since_it_was_listed_is_refused(tmp_path, store):
@@ -234,6 +278,39 @@ def test_transparency_is_laid_on_white_grey_is_repeated_and_16_bit_is_scaled():
     assert np.abs(decode(png(Image.fromarray(ramp)))[0].numpy() - ramp / 257.0).max() <= 1
 
 
+def decoded(values: np.ndarray) -> list[int]:
+    """One channel of an 8 x 8 image in TIFF, whose values are these, again and again."""
+    image = decode(png(Image.fromarray(np.resize(values, (8, 8))), "tiff"))
+    assert torch.equal(image[0], image[1])
+    return image[0].flatten()[: len(values)].tolist()
+
+
+def test_wide_greyscale_is_scaled_from_0_or_its_least_value_below_to_its_greatest():
+    hounsfield = np.array([-1000, 0, 1000, 3000], np.int32)
+    assert decoded(hounsfield) == decoded(hounsfield.astype(np.float32)) == [0, 63, 127, 255]
+    assert decoded(np.array([0, 0.125, 0.5], np.float32)) == [0, 63, 255]
+    for whole in (np.int32, np.uint16):
+        assert decoded(np.array([100, 200, 400], whole)) == [63, 127, 255]
+    assert decoded(np.array([-300, -200, -100], np.float32)) == [0, 127, 255]
+    for flat in (np.uint16, np.int32, np.float32):
+        assert decoded(np.zeros(2, flat)) == [0, 0]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_floating_point_values_that_are_not_finite_are_refused(value):
+    with pytest.raises(CorruptError, match=r"^values that are not finite$"):
+        decoded(np.array([0, 1, value], np.float32))
+
+
+def test_a_lack_of_memory_is_no_fault_of_an_image(monkeypatch):
+    def full(image: Image.Image) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(PngImageFile, "load", full)
+    with pytest.raises(MemoryError):
+        decode(png(picture(0)))
+
+
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
@@ -311,6 +388,57 @@ def test_where_only_train_and_test_are_ready_val_is_drawn_from_train(tmp_path, s
     assert {w.split("/")[0] for w in task.train.where + task.val.where} == {"train"}
 
 
+def of_splits(root: Path, *folders: str) -> str:
+    """Six images of each class in each folder, all of them different."""
+    files = {
+        f"{folder}/{name}/{i}.png": png(picture(1000 * f + 100 * c + i))
+        for f, folder in enumerate(folders)
+        for c, name in enumerate(CLASSES)
+        for i in range(6)
+    }
+    return folder_of(root, files)
+
+
+def test_folders_of_splits_may_be_written_in_capitals_and_keep_their_names(tmp_path, store):
+    task = load_task(Task(data=of_splits(tmp_path, "Training", "VALID", "Test"), shots=2), store)
+    assert task.classes == CLASSES
+    assert [{w.split("/")[0] for w in task.split(s).where} for s in ("train", "val", "test")] == [
+        {"Training"},
+        {"VALID"},
+        {"Test"},
+    ]
+    assert task.image(task.test, 0).shape == (3, 40, 56)
+
+
+def test_of_two_folders_of_one_split_both_count(tmp_path, store):
+    task = load_task(Task(data=of_splits(tmp_path, "train", "Training", "test"), shots=2), store)
+    assert {w.split("/")[0] for w in task.train.where + task.val.where} == {"train", "Training"}
+    assert {w.split("/")[0] for w in task.test.where} == {"test"}
+
+
+def test_beside_train_and_test_a_folder_without_images_is_passed_over_and_one_with_images_refused(tmp_path, store):
+    where = of_splits(tmp_path, "train", "Test")
+    (tmp_path / "annotations" / "deep").mkdir(parents=True)
+    (tmp_path / "annotations" / "deep" / "a.json").write_text("{}")
+    assert load_task(Task(data=where, shots=2), store).classes == CLASSES
+    (tmp_path / "annotations").rename(tmp_path / "Vall")
+    (tmp_path / "Vall" / "deep" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        load_task(Task(data=where, shots=2), store)
+    assert str(caught.value) == (
+        f"task.data: the folder '{tmp_path}/Vall' holds images, beside folders of train and test; allowed there are "
+        "train, val, test, valid, validation, training and testing, and folders without images. Did you mean 'val'?"
+    )
+
+
+@pytest.mark.parametrize("names", [("train", "plane"), ("Train", "training", "plane"), ("test", "val", "plane")])
+def test_folders_named_like_splits_are_classes_unless_train_stands_beside_val_or_test(tmp_path, names):
+    of_splits(tmp_path, *names)
+    items = open_source(f"folder:{tmp_path}").items()
+    assert {item.label for item in items} == set(names)
+    assert {item.split for item in items} == {""}
+
+
 @pytest.mark.parametrize("struct", [False, True])
 def test_parquet_gives_what_the_folder_gives(tmp_path, store, task, struct):
     files = encoded()
@@ -337,6 +465,39 @@ def test_parquet_keeps_its_split_column_and_its_groups_together(tmp_path, store)
     for number in range(12):
         members = {f"0:{3 * number + i}" for i in range(3)}
         assert sum(bool(members & set(grouped.split(s).where)) for s in ("train", "val", "test")) == 1
+
+
+def test_nulls_in_parquet_are_no_split_no_stem_and_no_label(tmp_path, store):
+    files = {f"{n}/{i}.png": png(picture(100 * c + i)) for c, n in enumerate(CLASSES) for i in range(12)}
+    columns = {
+        "label": [None if i % 12 == 5 else path.split("/")[0] for i, path in enumerate(files)],
+        "split": ["test" if i % 4 == 3 else None for i in range(36)],
+        "stem": [f"pair{i // 2}" if i < 4 else None for i in range(36)],
+    }
+    task = load_task(Task(data=parquet_of(tmp_path / "i.parquet", files, **columns), shots=2), store)
+    assert task.classes == CLASSES
+    assert task.skipped == {"no label": 3}
+    assert sorted(task.test.where) == sorted(f"0:{i}" for i in range(3, 36, 4))
+    assert len(task.val) > 0  # with one stem "None" they all would be of one group
+    assert {item.group for item in task.source.items()} == {"pair0", "pair1", ""}
+
+
+def test_a_number_that_is_none_is_no_label_either(tmp_path, store):
+    files = {f"{n}/{i}.png": png(picture(100 * c + i)) for c, n in enumerate(CLASSES) for i in range(12)}
+    labels = [float("nan") if i == 7 else float(i // 12) for i in range(36)]
+    task = load_task(Task(data=parquet_of(tmp_path / "i.parquet", files, label=labels), shots=2), store)
+    assert task.classes == ("0.0", "1.0", "2.0")
+    assert task.skipped == {"no label": 1}
+
+
+def test_a_table_without_nulls_has_the_address_that_it_always_had(tmp_path):
+    files = {f"x/{i}.png": b"x" for i in range(3)}
+    columns = {"label": [1, 0, 2], "split": ["train", "", "test"], "stem": ["a", "", "None"]}
+    where = parquet_of(tmp_path / "i.parquet", files, **columns)
+    stat = (tmp_path / "i.parquet").stat()
+    stamp = f"{stat.st_size}.{stat.st_mtime_ns}"
+    rows = [["0:0", "1", "train", "a", stamp], ["0:1", "0", "", "", stamp], ["0:2", "2", "test", "None", stamp]]
+    assert listing_of(Task(data=where)) == key_of(rows)
 
 
 def test_the_packaged_clip_art_has_nine_classes_that_twenty_shots_fit(store):

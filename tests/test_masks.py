@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from pixel_data import INK, mask_folder
 
 import orchestrator.data.task as task_module
@@ -132,6 +135,15 @@ def test_palette_greyscale_and_bilevel_masks_are_read_as_indices():
     assert decode_mask(png(values.astype(np.uint16))).tolist() == values.tolist()
 
 
+def test_a_lack_of_memory_is_no_fault_of_a_mask(monkeypatch):
+    def full(image: Image.Image) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(PngImageFile, "load", full)
+    with pytest.raises(MemoryError):
+        decode_mask(png(np.zeros((4, 4), np.uint8)))
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -167,6 +179,23 @@ def test_images_with_unusable_masks_are_counted_by_reason(own, store):
     assert sum(map(len, (task.train, task.val, task.test))) == 20 - 4 - 2 - 1
 
 
+def test_a_mask_that_cannot_be_read_now_is_named_and_nothing_is_stored_of_it(own, store, monkeypatch):
+    read = MaskFolderSource.read_mask
+
+    def failing(source: MaskFolderSource, where: str) -> bytes:
+        if where == "images/07.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(source, where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskFolderSource, "read_mask", failing)
+        refused = r"^task\.data: the mask of 'images/07\.png' cannot be read \(Input/output error\)\.$"
+        with pytest.raises(WorkError, match=refused):
+            load_task(task_of(own), store)
+    assert not list(store.root.glob("catalogue/*"))
+    assert load_task(task_of(own), store).skipped == {}
+
+
 @pytest.mark.parametrize("struct", [False, True])
 def test_parquet_gives_what_the_folder_gives(folder, store, tmp_path, struct):
     stems = [f"{i:02}" for i in range(40)]
@@ -184,9 +213,11 @@ def test_parquet_gives_what_the_folder_gives(folder, store, tmp_path, struct):
         assert torch.equal(one.mask(one.train, row), other.mask(other.train, row))
 
 
-def test_ready_splits_are_kept(tmp_path, store):
+@pytest.mark.parametrize("folders", [("train", "valid", "test"), ("Training", "Val", "TEST")])
+def test_ready_splits_are_kept(tmp_path, store, folders):
     root = tmp_path / "ready"
-    for number, split in enumerate(("train", "valid", "test")):
+    (root / "notes").mkdir(parents=True)
+    for number, split in enumerate(folders):
         whole = mask_folder(tmp_path / split, 24)
         for kind in ("images", "masks"):
             (root / split / kind).mkdir(parents=True)
@@ -194,10 +225,9 @@ def test_ready_splits_are_kept(tmp_path, store):
                 path.rename(root / split / kind / path.name)
     task = load_task(task_of(root, shots=1), store)
     assert [{w.split("/")[0] for w in task.split(s).where} for s in ("train", "val", "test")] == [
-        {"train"},
-        {"valid"},
-        {"test"},
+        {folder} for folder in folders
     ]
+    assert task.mask(task.train, 0).shape == (72, 80)
     assert task.classes == ("0", "1", "2", "3")
 
 

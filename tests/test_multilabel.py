@@ -138,6 +138,13 @@ def test_what_the_table_does_not_name_is_counted_and_equal_images_with_other_lab
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("file,labels\n00.png,red\n01.png,red,blue\n", r"line 3 of '.*labels\.csv' has 3 fields \('01.png,red,blue'\)"),
+        (
+            "file,labels\n00.png\n",
+            r"has 1 field \('00.png'\) and the header has 2 \(file and labels\); several names are ",
+        ),
+        ("labels,file\nred\n", r"line 2 of .* has 1 field \('red'\).* separated by ';'"),
+        ("file,labels,by\n00.png,red,me,x\n", r"has 4 fields .* the header has 3 \(file, labels and by\)"),
         (None, r"needs '.*labels.csv', a table with the columns file and labels"),
         ("file,label\n00.png,red\n", r"has no column 'labels'; it has file and label. Did you mean 'label'\?"),
         ("file,labels\n00.pngg,red\n", r"names '00.pngg', which is no image. Did you mean '00.png'\?"),
@@ -153,6 +160,48 @@ def test_a_bad_table_is_refused_in_a_sentence(tmp_path, store, text, message):
         (root / "labels.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         load_task(task_of(root), store)
+
+
+def test_a_line_of_the_table_may_end_before_columns_that_are_not_asked_for(tmp_path, store):
+    root = listed_folder(tmp_path / "images")
+    known = table(root)
+    lines = (root / "labels.csv").read_text().splitlines()
+    (root / "labels.csv").write_text("\n".join([f"{lines[0]},by", "", f"{lines[1]},me", *lines[2:]]) + "\n")
+    task = load_task(task_of(root), store)
+    assert task.skipped == {}
+    assert sum(map(len, (task.train, task.val, task.test))) == len(known)
+    assert not all(known.values())  # some with an empty field of labels
+
+
+def test_nulls_among_labels_are_no_class(folder, store, tmp_path):
+    known = table(folder)
+    images = [(folder / name).read_bytes() for name in known]
+    names = [sorted(labels) for labels in known.values()]
+    texts = [";".join(one) or None for one in names]
+    lists = [[*one, None] if one else None for one in names]
+    for labels in (texts, lists):
+        pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "i.parquet")
+        task = load_task(Task(data=f"parquet:{tmp_path / 'i.parquet'}", kind="multilabel", shots=5), store)
+        assert task.classes == tuple(sorted(INK))
+        assert task.skipped == {}
+        assert sum(map(len, (task.train, task.val, task.test))) == len(known)
+
+
+def test_ready_splits_are_kept_and_their_tables_read(tmp_path, store):
+    root = listed_folder(tmp_path / "Training")
+    listed = (root / "labels.csv").read_text().splitlines()
+    (tmp_path / "Testing").mkdir()
+    (tmp_path / "notes").mkdir()
+    for line in listed[41:]:
+        (root / line.split(",")[0]).rename(tmp_path / "Testing" / line.split(",")[0])
+    (root / "labels.csv").write_text("\n".join(listed[:41]))
+    (tmp_path / "Testing" / "labels.csv").write_text("\n".join([listed[0], *listed[41:]]))
+    task = load_task(task_of(tmp_path, shots=2), store)
+    assert (len(task.train) + len(task.val), len(task.test)) == (40, 20)
+    assert {where.split("/")[0] for where in task.test.where} == {"Testing"}
+    (tmp_path / "notes" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"the folder '.*/notes' holds images, beside folders of train and test"):
+        load_task(task_of(tmp_path, shots=2), store)
 
 
 def test_keys_of_another_kind_are_refused(folder):

@@ -35,6 +35,7 @@ from orchestrator.spec import (
     Upstream,
     documented_keys,
     parse_spec,
+    read_mapping,
     read_spec,
 )
 from orchestrator.sweep.space import Dice, default_knobs, method_space, sample
@@ -299,7 +300,8 @@ def test_of_several_overrides_the_last_holds(sweep_file):
     [
         ("task.shots", "is not of the form key.path=value"),
         ("=5", "is not of the form key.path=value"),
-        ("task.shots=[", "'[' is not a YAML value"),
+        ("task.shots=[", "'[' is not a YAML value: expected the node content, but found '<stream end>'."),
+        ("methods={kd: , kd: }", "a YAML value: the key 'kd' stands there a second time (first in line 1)."),
         ("teachers.2.image_size=64", "'2' is not a position in a list of 2 (0 to 1)"),
         ("teachers.x=64", "'x' is not a position in a list of 2 (0 to 1)"),
         ("teachers.0.image_size=64", "teachers.0 is 'packaged/vit_clipart', which has no keys below it"),
@@ -352,3 +354,38 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, text: str) -> None
     path = tmp_path / "s.yaml"
     path.write_text(f"name: a\ntask: {{data: packaged/clipart}}\nmethods: {{finetune: {{lr: {text}}}}}\n")
     assert read_spec(path).methods["finetune"]["lr"] == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {steps: 5}\nstorage: x\ntrain: {batch: 8}\n", "line 3, column 1: the key 'train' {} 1)."),
+        ("task:\n  shots: 1\n\n  'shots': 2\n", "line 4, column 3: the key 'shots' {} 2)."),
+        ("students:\n- {model: a, model: b}\n", "line 2, column 14: the key 'model' {} 2)."),
+        ("a: &x {b: 1}\nc:\n  <<: *x\n  d: 1\n  d: 2\n", "line 5, column 3: the key 'd' {} 4)."),
+    ],
+    ids=["on top", "below", "in a list", "beside a merge"],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_spec(path)
+    said = said.format("stands there a second time (first in line")
+    assert str(caught.value) == f"The sweep file '{path}' is not valid YAML at {said}"
+
+
+def test_merged_keys_may_be_given_again_and_the_same_key_may_stand_in_two_mappings(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "a: &a {x: 1, y: 1}\nb: &b\n  <<: *a\n  y: 2\nc: &c {z: 1}\nd: {<<: [*a, *c], z: 2}\ne: *b\n1: one\n'1': text\n"
+    )
+    assert read_mapping(path, "file") == {
+        "a": {"x": 1, "y": 1},
+        "b": {"x": 1, "y": 2},
+        "c": {"z": 1},
+        "d": {"x": 1, "y": 1, "z": 2},
+        "e": {"x": 1, "y": 2},
+        1: "one",
+        "1": "text",
+    }

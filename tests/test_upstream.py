@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,9 +22,9 @@ from torch import Tensor
 
 from methods.generators.vq import VQPackage
 from orchestrator import cli
-from orchestrator.data.sources import open_source
+from orchestrator.data.sources import FolderSource, open_source
 from orchestrator.data.upstream import UpstreamFeeder, upstream_pixels
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, WorkError
 from orchestrator.models.upstream import check_upstream, load_upstream, save_upstream
 from orchestrator.packaged import models
 from orchestrator.store import Records, Store
@@ -150,6 +152,25 @@ def test_upstream_images_are_read_without_labels_once_each_and_bad_ones_are_coun
     pixels = Records(entry.path / "pixels.arrow")
     assert pixels.shape == (3, 8, 8)
     assert len(pixels) == 9
+
+
+def test_an_upstream_image_that_cannot_be_read_now_is_named_and_nothing_is_stored_of_it(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, read = Store(tmp_path / "store"), FolderSource.read
+    bad = sorted((colours / "red").iterdir())[1].relative_to(colours).as_posix()
+
+    def failing(source: FolderSource, where: str) -> bytes:
+        if where == bad:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return read(source, where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "read", failing)
+        with pytest.raises(WorkError, match=rf"^--data: '{bad}' cannot be read \(Permission denied\)\.$"):
+            upstream_pixels(store, f"folder:{colours}", 8)
+    assert not list(store.root.glob("upstream_*/*"))
+    assert upstream_pixels(store, f"folder:{colours}", 8).meta["about"] == {"images": 72, "skipped": {}}
 
 
 def test_the_feeder_gives_every_image_once_an_epoch_and_any_step_alone(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ CONVERSIONS = (
     "palette",
     "other colours",
     "16-bit values",
+    "floating-point values",
     "transparency",
     "more than one frame",
     "EXIF rotation",
@@ -31,7 +32,8 @@ def decode(data: bytes) -> Tensor:
     """uint8 [3, H, W]. Transparency is laid on white, EXIF rotation applied, of an animation the first frame taken.
 
     Raises:
-        CorruptError: `empty file`, `cannot be decoded`, `more than 64 megapixels`, or `smaller than 8 pixels`.
+        CorruptError: `empty file`, `cannot be decoded`, `more than 64 megapixels`, `smaller than 8 pixels`, or `values
+            that are not finite`.
     """
     pixels = np.array(open_rgb(data)[0])
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -63,12 +65,10 @@ def open_rgb(data: bytes, least: int = 8) -> tuple[Image.Image, list[str]]:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, (255, 255, 255, 255))
                 image = Image.alpha_composite(white, image)
-            elif image.mode.startswith("I"):
-                # 16-bit greyscale: PIL's own conversion clips instead of scaling.
-                wide = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray((wide / max(wide.max(), 1) * 255).astype(np.uint8))
+            elif _is_wide(image.mode):
+                image = _scaled(image)
             image = image.convert("RGB")
-    except CorruptError:
+    except (CorruptError, MemoryError):  # memory is this machine's lack, not the file's
         raise
     except Image.DecompressionBombError:
         raise CorruptError("more than 64 megapixels") from None
@@ -79,6 +79,25 @@ def open_rgb(data: bytes, least: int = 8) -> tuple[Image.Image, list[str]]:
     return image, [reason for reason in CONVERSIONS if reason in found]
 
 
+def _is_wide(mode: str) -> bool:
+    """Whether it is greyscale of more than 8 bits: whole numbers of 16 or 32, or floating-point numbers."""
+    return mode.startswith("I") or mode == "F"
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Wide greyscale in 8 bits, from 0 or its least value below to its greatest; PIL's own conversion clips instead.
+
+    Raises:
+        CorruptError: `values that are not finite`.
+    """
+    wide: np.ndarray = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(wide).all():
+        raise CorruptError("values that are not finite")
+    low = min(float(wide.min()), 0.0)
+    span = float(wide.max()) - low or 1.0
+    return Image.fromarray(((wide - low) / span * 255).astype(np.uint8))
+
+
 def _peculiar(image: Image.Image) -> set[str]:
     """What an image that is not loaded yet will have to be converted from; transparency shows only later."""
     found = set()
@@ -86,8 +105,10 @@ def _peculiar(image: Image.Image) -> set[str]:
         found.add("CMYK colours")
     elif image.mode in ("P", "PA"):
         found.add("palette")
-    elif image.mode not in ("1", "L", "LA", "RGB", "RGBA") and not image.mode.startswith("I"):
+    elif image.mode not in ("1", "L", "LA", "RGB", "RGBA") and not _is_wide(image.mode):
         found.add("other colours")
+    elif image.mode == "F":
+        found.add("floating-point values")
     # PIL reduces colours of 16 bits as it loads; only the raw mode still tells.
     if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         found.add("16-bit values")
@@ -115,6 +136,8 @@ def decode_mask(data: bytes) -> Tensor:
             image.load()
             image = ImageOps.exif_transpose(image)
             values = np.array(image)
+    except MemoryError:  # this machine's, not the file's
+        raise
     except Exception:  # decoders raise whatever they like on broken files
         raise CorruptError("mask cannot be decoded") from None
     if values.ndim != 2 or values.dtype.kind == "f":

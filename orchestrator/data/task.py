@@ -18,7 +18,7 @@ from torch import Tensor
 from methods.contract import IGNORE, TaskInfo
 from orchestrator.data.decoded import DECODED
 from orchestrator.data.images import CorruptError, decode, decode_mask
-from orchestrator.data.sources import SPLITS, Item, Source, check_splits, open_source, read_again
+from orchestrator.data.sources import SPLITS, Item, Source, check_splits, open_source, read_again, read_listed
 from orchestrator.data.strata import assign, draw_shots
 from orchestrator.errors import UserError, WorkError, listed
 from orchestrator.spec import Task
@@ -198,13 +198,11 @@ def _scan(source: Source, items: list[Item], task: Task, folder: Path) -> dict[s
         if item.problem:
             return {"reason": item.problem}
         try:
-            data = source.read(item.where)
+            data = read_listed(source.read, item.where, repr(item.where))
             _, height, width = decode(data).shape
             seen = _mask_facts(source, item, (height, width)) if task.kind == "segmentation" else {}
         except CorruptError as reason:
             return {"reason": str(reason)}
-        except OSError as error:
-            return {"reason": f"cannot be read ({type(error).__name__})"}
         label = item.label if isinstance(item.label, str) else list(item.label)
         row = {"id": hashlib.sha256(data).hexdigest(), "where": item.where, "label": label, "split": item.split}
         return {**row, "group": item.group, "stamp": item.stamp, "height": height, "width": width, **seen}
@@ -221,7 +219,7 @@ def _scan(source: Source, items: list[Item], task: Task, folder: Path) -> dict[s
 
 def _mask_facts(source: Source, item: Item, size: tuple[int, int]) -> dict[str, Any]:
     """The mask's content hash, in the label's place, and the values that occur in it."""
-    data = source.read_mask(item.where)
+    data = read_listed(source.read_mask, item.where, f"the mask of {item.where!r}")
     mask = decode_mask(data)
     if tuple(mask.shape) != size:
         raise CorruptError("mask of another size than its image")

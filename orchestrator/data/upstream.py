@@ -25,6 +25,7 @@ from orchestrator.data.sources import (
     files_below,
     open_source,
     read_again,
+    read_listed,
 )
 from orchestrator.data.views import Policy, draw, render
 from orchestrator.errors import UserError, listed
@@ -45,6 +46,7 @@ def upstream_pixels(store: Store, data: str, size: int) -> Entry:
 
     Raises:
         UserError: if there is no such data, or fewer than 8 images in it can be used.
+        WorkError: if one cannot be read, or has changed since it was listed.
     """
     source, listing = _listing(data)
     reads: dict[str, Any] = {"listing": key_of(listing), "version": VERSION}
@@ -95,12 +97,10 @@ def _rows(number: int, path: Path) -> list[list[str]]:
 def _scan(source: Source, listing: list[list[str]], folder: Path) -> dict[str, Any]:
     def look(entry: list[str]) -> dict[str, Any]:
         try:
-            data = source.read(entry[0])
+            data = read_listed(source.read, entry[0], repr(entry[0]), "--data")
             _, height, width = decode(data).shape
         except CorruptError as reason:
             return {"reason": str(reason)}
-        except OSError as error:
-            return {"reason": f"cannot be read ({type(error).__name__})"}
         return {"id": hashlib.sha256(data).hexdigest(), "where": entry[0], "height": height, "width": width}
 
     with ThreadPoolExecutor(READ_THREADS) as pool:

@@ -8,12 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from orchestrator.errors import UserError, nearest
 
+MERGE = "tag:yaml.org,2002:merge"
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, as everybody expects; PyYAML's own rule wants `1.0e-3`."""
+    """YAML in which `1e-3` is a number, as everybody expects; PyYAML's own rule wants `1.0e-3`.
+
+    A key that stands twice in a mapping is an error, as YAML has it; PyYAML takes the last. Merge keys (`<<`) are none.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE:
+                continue
+            if (key.tag, key.value) in lines:
+                problem = (
+                    f"the key {key.value!r} stands there a second time (first in line {lines[key.tag, key.value]})"
+                )
+                raise ComposerError(problem=problem, problem_mark=key.start_mark)
+            lines[key.tag, key.value] = key.start_mark.line + 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -58,13 +78,16 @@ def read_mapping(path: Path, what: str, hint: str = "") -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise UserError(f"The {what} {str(path)!r} is not valid YAML{where}: {problem}.") from None
+        raise UserError(f"The {what} {str(path)!r} is not valid YAML{where}: {_problem(error)}.") from None
     if raw is None:
         raise UserError(f"The {what} {str(path)!r} is empty{hint}.")
     if not isinstance(raw, dict):
         raise UserError(f"The {what} {str(path)!r} holds a {type(raw).__name__}, not a mapping of keys.")
     return raw
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or "it cannot be parsed"
 
 
 def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -86,8 +109,8 @@ def override(raw: dict[str, Any], pair: str) -> None:
         raise UserError(f"--set {pair!r} is not of the form key.path=value.")
     try:
         value = _parse_yaml(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {path}: {text!r} is not a YAML value.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {path}: {text!r} is not a YAML value: {_problem(error)}.") from None
     node: Any = raw
     *parents, last = path.split(".")
     for i, key in enumerate(parents):

@@ -14,7 +14,7 @@ from orchestrator.data.sources.folders import (
     MaskFolderSource,
     files_below,
 )
-from orchestrator.data.sources.source import SPLITS, Item, Source, read_again
+from orchestrator.data.sources.source import SPLITS, Item, Source, read_again, read_listed
 from orchestrator.data.sources.tables import ParquetSource
 from orchestrator.errors import UserError, listed, nearest
 from orchestrator.spec import Kind
@@ -31,6 +31,7 @@ __all__ = [
     "files_below",
     "open_source",
     "read_again",
+    "read_listed",
 ]
 
 FOLDERS: dict[Kind, type[Folder]] = {

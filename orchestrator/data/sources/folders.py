@@ -8,6 +8,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from orchestrator.data.sources.source import SPLITS, Item, Source, class_names, read_names
 from orchestrator.errors import UserError, listed, nearest
@@ -20,7 +21,8 @@ LISTING = "labels.csv"
 class Folder(Source):
     """What the folder sources share: images below `root`, or below `root/{train,val,test}`.
 
-    `valid` and `validation` count as val, `training` and `testing` as their short forms.
+    `valid` and `validation` count as val, `training` and `testing` as their short forms, in capitals or not. Beside the
+    folder of train and one of another split, folders without images are passed over.
     """
 
     ALIASES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}  # noqa: RUF012
@@ -32,12 +34,10 @@ class Folder(Source):
             raise UserError(f"task.data: there is no folder {str(root)!r}.{nearest(root.name, near)}")
 
     def items(self) -> list[Item]:
-        folders = _folders(self.root)
-        splits = {p: self.ALIASES.get(p.name, p.name) for p in folders}
-        ready = bool(folders) and all(s in SPLITS for s in splits.values())
-        if not ready:
+        splits = self._splits()
+        if not splits:
             return self.below(self.root, "")
-        found = {folder: self.below(folder, splits[folder]) for folder in folders}
+        found = {folder: self.below(folder, split) for folder, split in splits.items()}
         for folder, items in found.items():
             if not items:
                 raise UserError(
@@ -45,6 +45,28 @@ class Folder(Source):
                     f"{splits[folder]} is drawn from the other images."
                 )
         return [item for items in found.values() for item in items]
+
+    def _splits(self) -> dict[Path, str]:
+        """The split that each folder below the root stands for; nothing where the folders are no splits.
+
+        Raises:
+            UserError: if a folder beside those of splits holds images.
+        """
+        folders = _folders(self.root)
+        short = {p: self.ALIASES.get(p.name.lower(), p.name.lower()) for p in folders}
+        splits = {p: name for p, name in short.items() if name in SPLITS}
+        others = [p for p in folders if p not in splits]
+        found = [name for name in SPLITS if name in splits.values()]
+        if others and (len(found) < 2 or "train" not in found):  # a class may be called train, or test
+            return {}
+        for folder in others:
+            if next(_files(folder, SUFFIXES), None) is not None:
+                allowed = [*SPLITS, *self.ALIASES]
+                raise UserError(
+                    f"task.data: the folder {str(folder)!r} holds images, beside folders of {listed(found)}; allowed "
+                    f"there are {listed(allowed)}, and folders without images.{nearest(folder.name.lower(), allowed)}"
+                )
+        return splits
 
     @abstractmethod
     def below(self, root: Path, split: str) -> list[Item]:
@@ -154,15 +176,7 @@ class ListedSource(Folder):
     def _table(path: Path) -> dict[str, tuple[str, ...]]:
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                columns = reader.fieldnames or []
-                for column in ("file", "labels"):
-                    if column not in columns:
-                        raise UserError(
-                            f"task.data: {str(path)!r} has no column {column!r}; it has {listed(columns)}."
-                            f"{nearest(column, columns)}"
-                        )
-                rows = [(row["file"].strip(), row["labels"]) for row in reader if row["file"]]
+                rows = list(_rows(file, path))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"task.data: {str(path)!r} cannot be read as a table: {error}.") from None
         result: dict[str, tuple[str, ...]] = {}
@@ -171,6 +185,32 @@ class ListedSource(Folder):
                 raise UserError(f"task.data: {str(path)!r} names {name!r} twice.")
             result[name] = class_names(text)
         return result
+
+
+def _rows(file: TextIO, path: Path) -> Iterator[tuple[str, str]]:
+    """The name and the labels in each line of a `labels.csv`.
+
+    Raises:
+        UserError: if a column is missing, or a line has fields beyond the header's or ends before those two.
+    """
+    reader = csv.reader(file)
+    columns = next(reader, [])
+    for column in ("file", "labels"):
+        if column not in columns:
+            raise UserError(
+                f"task.data: {str(path)!r} has no column {column!r}; it has {listed(columns)}."
+                f"{nearest(column, columns)}"
+            )
+    name, labels = columns.index("file"), columns.index("labels")
+    for row in filter(None, reader):
+        if not max(name, labels) < len(row) <= len(columns):
+            raise UserError(
+                f"task.data: line {reader.line_num} of {str(path)!r} has {len(row)} field{'s' if len(row) > 1 else ''} "
+                f"({','.join(row)[:60]!r}) and the header has {len(columns)} ({listed(columns)}); several names are "
+                f"separated by ';', and an image of no class has an empty field of labels."
+            )
+        if row[name]:
+            yield row[name].strip(), row[labels]
 
 
 class MaskFolderSource(Folder):

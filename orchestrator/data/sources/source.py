@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,21 @@ class Source(ABC):
         return None
 
 
+def read_listed(read: Callable[[str], bytes], where: str, what: str, key: str = "task.data") -> bytes:
+    """Bytes that were listed just now. Where they cannot be read, nothing is known of them, and nothing may be stored.
+
+    Args:
+        read, where, what, key: as of `read_again`.
+
+    Raises:
+        WorkError: if they cannot be read.
+    """
+    try:
+        return read(where)
+    except OSError as error:
+        raise WorkError(f"{key}: {what} cannot be read ({error.strerror or error}).") from None
+
+
 def read_again(read: Callable[[str], bytes], where: str, known: str, what: str, key: str = "task.data") -> bytes:
     """Bytes that were read before: what is stored under a content's hash must be made of that content.
 
@@ -106,9 +122,14 @@ def read_names(folder: Path) -> tuple[str, ...] | None:
     return tuple(names)
 
 
+def is_null(value: Any) -> bool:
+    """Whether a table's cell holds nothing: a null, or the NaN that pandas makes of one."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def class_names(value: Any) -> tuple[str, ...]:
     """The names in a list, or in a text that separates them by `;`; sorted, each once."""
-    if value is None:
+    if is_null(value):
         return ()
-    parts = value.split(";") if isinstance(value, str) else [str(v) for v in value]
+    parts = value.split(";") if isinstance(value, str) else [str(v) for v in value if not is_null(v)]
     return tuple(sorted({part.strip() for part in parts} - {""}))

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.data.sources.source import SPLITS, Item, Source, class_names, read_names
-from orchestrator.errors import UserError, listed, nearest
+from orchestrator.data.sources.source import SPLITS, Item, Source, class_names, is_null, read_names
+from orchestrator.errors import UserError, first_lines, listed, nearest
 from orchestrator.spec import Kind
 
 
@@ -20,7 +20,8 @@ class ParquetSource(Source):
 
     Labels are a column `label`, a text or number; multi-label: a list of them, or a text that separates them by `;`;
     segmentation: a column `mask` like `image`, and maybe a `classes.txt` beside the files. Without a `split` column, a
-    file name that begins with train, val or test (`train-00000.parquet`) decides.
+    file name that begins with train, val or test (`train-00000.parquet`) decides. A null is no split and no stem; a row
+    whose label is null has no class (multi-label), or is left out and counted.
     """
 
     def __init__(self, root: Path, kind: Kind = "classification") -> None:
@@ -53,23 +54,25 @@ class ParquetSource(Source):
             table = file.read(columns=[c for c in ("label", "split", "stem") if c in names and c != "mask"])
             labels = self._labels(table, path) if wanted == "label" else [""] * count
             named = next((s for s in SPLITS if path.name.startswith(s)), "")
-            splits = [str(v) for v in table["split"].to_pylist()] if "split" in names else [named] * count
-            stems = [str(v) for v in table["stem"].to_pylist()] if "stem" in names else [""] * count
+            splits = _texts(table["split"]) if "split" in names else [named] * count
+            stems = _texts(table["stem"]) if "stem" in names else [""] * count
             stat = path.stat()
             stamp = f"{stat.st_size}.{stat.st_mtime_ns}"
             for row, (label, split, stem) in enumerate(zip(labels, splits, stems, strict=True)):
-                found.append(Item(f"{number}:{row}", label, split, stem, stamp))
+                known, problem = ("", "no label") if label is None else (label, "")
+                found.append(Item(f"{number}:{row}", known, split, stem, stamp, problem))
         return found
 
     def _labels(self, table: pa.Table, path: Path) -> list[Any]:
+        """The label of each row, multi-label a tuple of them; None where there is none and one is needed."""
         several = pa.types.is_list(table.schema.field("label").type) or pa.types.is_large_list(
             table.schema.field("label").type
         )
         if self.kind == "multilabel":
-            return [class_names(v if several or v is None else str(v)) for v in table["label"].to_pylist()]
+            return [class_names(v if several or is_null(v) else str(v)) for v in table["label"].to_pylist()]
         if several:
             raise UserError(f"task.data: the labels in {str(path)!r} are lists; set task.kind to multilabel.")
-        return [str(v) for v in table["label"].to_pylist()]
+        return [None if is_null(v) else str(v) for v in table["label"].to_pylist()]
 
     def read(self, where: str) -> bytes:
         return self._cell(where, "image")
@@ -87,6 +90,8 @@ class ParquetSource(Source):
             value = self._column(number, group, column)[offset].as_py()
         except (pa.ArrowInvalid, LookupError) as error:  # another file than was listed
             raise OSError(f"{str(self.paths[number])!r} has no row {row} of {column!r}: {error}") from None
+        except OSError as error:  # Arrow's own may name no file, and take several lines
+            raise OSError(f"{str(self.paths[number])!r}: {first_lines(error).removesuffix('.')}") from None
         return (value["bytes"] if isinstance(value, dict) else value) or b""
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a source lives as long as its process
@@ -107,3 +112,7 @@ class ParquetSource(Source):
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a source lives as long as its process
     def _column(self, number: int, group: int, column: str) -> pa.ChunkedArray:
         return pq.ParquetFile(self.paths[number]).read_row_group(group, columns=[column])[column]
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    return ["" if is_null(v) else str(v) for v in column.to_pylist()]
