@@ -81,8 +81,10 @@ class Sweep:
 
         Raises:
             UserError: if it cannot run here, or another process runs it.
-            WorkError: if the work fails as a whole; a failed trial is a row of the leaderboard.
+            WorkError: if the work fails as a whole, or Ctrl-C broke trials off; a failed trial is a row of the
+                leaderboard.
         """
+        from orchestrator.select.results import check_ended
         from orchestrator.sweep.event_files import write_event_files
         from orchestrator.sweep.live import TrialLines
         from orchestrator.sweep.run import prepare, run
@@ -90,6 +92,7 @@ class Sweep:
         prepared = prepare(self._spec)
         run(prepared, self._folder, TrialLines(self._folder, self._spec, tell, prepared.trials))
         write_event_files(self._folder)
+        check_ended(self._folder, self.trials())
         return self
 
     resume = run
@@ -136,6 +139,10 @@ class Sweep:
 
         Returns:
             That sweep. `ranks` tells what changed.
+
+        Raises:
+            UserError: if no trial can be chosen, or others were promoted before.
+            WorkError: as `run`.
         """
         from orchestrator.sweep.folder import create
         from orchestrator.sweep.promote import check_promoted, promoted_spec
@@ -147,7 +154,10 @@ class Sweep:
         return Sweep(folder).run(tell)
 
     def ranks(self, promoted: Sweep) -> list[dict[str, Any]]:
-        """How the places of this sweep's best trials changed in the promoted one, by their new place."""
+        """How the places of this sweep's best trials changed in the promoted one, by their new place.
+
+        What a trial that did not complete again does not have is None.
+        """
         from orchestrator.sweep.promote import ranks
 
         return ranks(self._folder, promoted.folder)

@@ -14,18 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, WorkError
 from orchestrator.select.leaderboard import print_leaderboard
 from orchestrator.select.results import (
     COLUMNS,
+    check_ended,
     choose,
     leaderboard,
     margin_note,
     pareto,
+    read_facts,
     read_trials,
     short_name,
 )
-from orchestrator.spec import METRICS, Objective
+from orchestrator.select.subject import find_student
+from orchestrator.spec import METRICS, Objective, better
+from orchestrator.sweep.choice import against_baseline
 
 VAL = [Objective()]
 
@@ -128,6 +132,57 @@ def test_a_damaged_or_foreign_table_is_named(tmp_path: Path) -> None:
     pd.DataFrame({"trial_id": ["t0000"]}).to_parquet(folder / "trials.parquet")
     with pytest.raises(UserError, match="has no column method"):
         read_trials(folder)
+
+
+def beside(folder: Path, row: dict[str, Any], where: str = "trials") -> None:
+    """A row in a file of its own, as a trial's process writes it."""
+    (folder / where).mkdir(parents=True, exist_ok=True)
+    (folder / where / f"{row['trial_id']}.json").write_text(json.dumps(row), encoding="utf-8")
+
+
+def test_rows_that_the_table_does_not_have_yet_are_read_from_their_files(tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "s", trial(0, val_metric=0.5), failed(1, "running"), failed(3, "running"))
+    spec = {"task": {"data": "packaged/clipart"}, "methods": {"kd": {}}}
+    (folder / "sweep.yaml").write_text(json.dumps({"name": "s", **spec}), encoding="utf-8")
+    beside(folder, trial(1, val_metric=0.9))  # its driver was killed before it wrote the table anew
+    beside(folder, trial(2, val_metric=0.7, repeats=3))
+    beside(folder, failed(3, "running", node="head"), "trials/running")
+    beside(folder, failed(4, "running"), "trials/running")
+    before = {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+    trials = read_trials(folder)
+    assert list(trials["trial_id"]) == [f"t000{n}" for n in range(5)]
+    assert list(trials["status"]) == ["complete"] * 3 + ["running"] * 2
+    assert list(trials["repeats"]) == [1, 1, 3, 1, 1]
+    assert choose(trials, "val_metric", "max")["trial_id"] == "t0001"
+    assert find_student(str(folder)) == folder / "students" / "t0001"
+    assert {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]} == before, "nothing is written"
+    (folder / "trials.parquet").unlink()
+    assert list(read_trials(folder)["trial_id"]) == ["t0001", "t0002", "t0003", "t0004"]
+
+
+def test_a_row_that_ends_while_it_is_looked_for_is_found_and_one_that_cannot_be_read_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sweep(tmp_path / "s", failed(0, "running"), failed(1, "running"))
+    beside(folder, failed(0, "running"), "trials/running")
+    (folder / "trials" / "t0001.json").write_text("{", encoding="utf-8")
+    looked = read_facts
+
+    def ends_now(path: Path) -> dict[str, Any]:
+        found = looked(path)
+        if path.name == "t0000.json" and path.parent.name == "trials":
+            beside(folder, trial(0))
+            (folder / "trials" / "running" / "t0000.json").unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr("orchestrator.select.results.read_facts", ends_now)
+    assert list(read_trials(folder)["status"]) == ["complete", "running"]
+
+
+def test_a_sweep_that_was_broken_off_is_told_with_what_continues_it(tmp_path: Path) -> None:
+    check_ended(tmp_path, frame(trial(0), failed(1), failed(2, "pruned")))
+    with pytest.raises(WorkError, match=r"^Stopped while a trial was running; continue with `orchestrator resume "):
+        check_ended(tmp_path, frame(trial(0), failed(1, "running")))
 
 
 # --- ranking -------------------------------------------------------------------------------------------------------
@@ -256,6 +311,66 @@ def test_other_metrics_and_single_methods_have_no_such_note() -> None:
     row = choose(trials, "val_metric", "max")
     assert margin_note(trials, row, "val_metric", 100) is None
     assert margin_note(frame(trial(0), trial(1, method="fitnet")), row, "flops", 100) is None
+
+
+def compared(*rows: dict[str, Any], by: str = "val_metric", images: int = 1000, **limits: float) -> list[str]:
+    """What is said of the chosen one beside what was, or was not, trained on the labels alone."""
+    trials = frame(*rows)
+    return against_baseline(trials, choose(trials, by, better(by), limits), images, "classification", limits)
+
+
+def test_a_baseline_that_wins_is_above_the_best_transfer_method() -> None:
+    rows = [trial(0, method="finetune", val_metric=0.8), trial(1, val_metric=0.75), trial(2, val_metric=0.7)]
+    # sqrt(0.8 * 0.2 / 1000 + 0.75 * 0.25 / 1000) = 0.0186, and twice that is less than the difference of 0.05
+    assert compared(*rows) == [
+        "No transfer method beat training on the labels alone: the best, t0001 (kd), is 0.050 below, more than twice "
+        "its standard error (0.019 on 1000 images)."
+    ]
+    assert "is 0.050 below, within twice its standard error (0.059 on" in compared(*rows, images=100)[0]
+    assert compared(*rows[:1], trial(1, val_metric=0.8))[0].endswith("the best, t0001 (kd), is as good.")
+
+
+def test_a_transfer_method_that_wins_is_above_the_best_baseline() -> None:
+    rows = [trial(0, val_metric=0.8), trial(1, method="linear_probe", val_metric=0.6), trial(2, method="finetune")]
+    assert compared(rows[0], rows[1]) == [
+        "The best network trained on the labels alone, t0001 (linear_probe), reaches val 0.600, which is 0.200 below, "
+        "more than twice its standard error (0.020 on 1000 images)."
+    ]
+    assert compared(*rows)[0].endswith("t0002 (finetune), reaches val 0.800, which is as good.")
+    assert compared(rows[0]) == []
+
+
+def test_under_limits_a_choice_is_compared_with_what_keeps_them_too() -> None:
+    rows = [
+        trial(0, method="finetune", val_metric=0.5),
+        trial(1, val_metric=0.7, latency_ms=9.0),
+        trial(2, val_metric=0.4),
+        trial(3, val_metric=0.45, status="infeasible"),  # under limits that others have taken the place of
+    ]
+    (said,) = compared(*rows, latency_ms=5.0)
+    assert said.startswith(
+        "No transfer method that keeps the limits beat training on the labels alone: the best, t0003"
+    )
+    assert compared(*rows[:2], latency_ms=5.0) == []
+
+
+@pytest.mark.parametrize(
+    ("fast", "slow", "words"),
+    [
+        ("finetune", "kd", "The best transfer method, t0001 (kd), reaches val 0.700, which is 0.150 above, more than"),
+        (
+            "kd",
+            "finetune",
+            "The best network trained on the labels alone, t0001 (finetune), reaches val 0.700, which is 0.150 above, "
+            "more than twice its standard error (0.021 on",
+        ),
+    ],
+    ids=["baseline", "transfer"],
+)
+def test_a_choice_by_another_metric_may_be_worse_on_val_and_is_said_to_be(fast: str, slow: str, words: str) -> None:
+    rows = [trial(0, method=fast, val_metric=0.55), trial(1, method=slow, val_metric=0.7, latency_ms=9.0)]
+    (said,) = compared(*rows, by="latency_ms")
+    assert said.startswith(words)
 
 
 # --- Pareto --------------------------------------------------------------------------------------------------------

@@ -14,15 +14,37 @@ from small import small_spec, study_of
 from methods.knobs import Choice
 from orchestrator.errors import UserError
 from orchestrator.sweep.earlier import first_trials
+from orchestrator.sweep.held import Held
+from orchestrator.sweep.ledger import Clock, Ledger
 from orchestrator.sweep.run import prepare
 from orchestrator.sweep.space import scale_of
 from orchestrator.sweep.study import Study
+from orchestrator.trial.context import SweepContext
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 def row(status: str, **values: Any) -> dict[str, Any]:
     return {"status": status, "reason": "" if status == "complete" else "because", **values}
+
+
+@pytest.mark.parametrize(("device", "devices"), [("cpu", 2 * 3), ("cuda", 2 * 0.5)])
+def test_a_stopped_trial_has_taken_all_its_devices_as_one_that_ended_by_itself(
+    colours: Path, tmp_path: Path, device: str, devices: float
+) -> None:
+    from orchestrator.sweep.tune import _Bridge
+
+    train = {"steps": 6, "batch": 12, "workers": 2, "threads": 3, "gpus_per_worker": 0.5}
+    spec = small_spec(colours, tmp_path, train=train)
+    study, ledger = study_of(spec, tmp_path / "s"), Ledger(tmp_path / "s")
+    context = SweepContext(spec, str(tmp_path / "s"), device)
+    clock, held = Clock(tmp_path / "s"), Held(tmp_path / "s", spec, device)
+    bridge = _Bridge(context, study, ledger, 1, clock, held)
+    bridge.suggest("tune's name")
+    bridge.on_trial_complete("tune's name", {"time_total_s": 7.0, "progress": 50, "val_metric": 0.4})
+    (stopped,) = ledger.rows()
+    assert (stopped["status"], stopped["device_seconds"]) == ("pruned", 7.0 * devices)
+    assert context.devices == held.devices == devices
 
 
 def test_every_method_is_tried_once_at_its_defaults_before_the_sampler_draws(colours: Path, tmp_path: Path) -> None:

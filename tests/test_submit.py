@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
+import requests
 import yaml
 from local_cluster import LIMIT_S, ROOT, LocalCluster, local_cluster
 from small import small_spec
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, WorkError
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep import submit
 from orchestrator.sweep.ledger import Ledger
@@ -116,6 +119,67 @@ def test_an_address_where_nothing_answers_is_one_sentence(monkeypatch: pytest.Mo
         submit.client_of("127.0.0.1:9")
     with pytest.raises(UserError, match="is no dashboard's address"):
         submit.client_of("ray://127.0.0.1:9")
+
+
+class Clock:
+    """Time that passes while one sleeps."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Server:
+    """A job server that is away for some calls, and whose log is `log`.
+
+    Args:
+        away: by call, in how many of the first ones the connection is lost.
+    """
+
+    def __init__(self, log: str, **away: int) -> None:
+        self.log, self.away = log, away
+
+    def _reach(self, call: str) -> None:
+        self.away[call] = self.away.get(call, 0) - 1
+        if self.away[call] >= 0:
+            raise requests.ConnectionError("Connection refused")
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield self.log[:4]
+        self.away["tail"] = self.away.get("tail", 0) - 1
+        if self.away["tail"] >= 0:
+            raise aiohttp.ServerDisconnectedError
+        yield self.log[4:6]
+
+    def get_job_status(self, job: str) -> Any:
+        self._reach("status")
+        return SimpleNamespace(value="SUCCEEDED" if self.away["tail"] < 0 else "RUNNING")
+
+    def get_job_logs(self, job: str) -> str:
+        self._reach("logs")
+        return self.log
+
+
+def test_a_lost_connection_is_made_again_wherever_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "time", Clock())
+    shown: list[str] = []
+    assert submit.watch(Server("one\ntwo\nthree\n", tail=2, status=3, logs=2), "small", shown.append) == "SUCCEEDED"
+    assert "".join(shown) == "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize("call", ["status", "logs"])
+def test_a_connection_that_stays_lost_ends_in_a_sentence_that_says_how_to_watch_on(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(submit, "time", clock)
+    with pytest.raises(WorkError, match=r"the job 'small', .*`orchestrator submit --attach small` .*refused\)\.$"):
+        submit.watch(Server("log", **{call: 1_000_000}), "small", lambda text: None)
+    assert clock.now >= submit.LOST_S
 
 
 @pytest.fixture(scope="module")

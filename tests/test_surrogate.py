@@ -16,12 +16,12 @@ from small import small_spec, study_of
 
 from methods.knobs import Choice, Range
 from orchestrator.sweep import surrogate
-from orchestrator.sweep.proposals import Told, key_of, most_promising
+from orchestrator.sweep.proposals import Told, most_promising
 from orchestrator.sweep.run import prepare
 from orchestrator.sweep.space import Dice, grid, neighbours, sample
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.surrogate import Places, Surrogate, weighed
-from orchestrator.trial.plan import Cell
+from orchestrator.trial.plan import Cell, same_key
 
 RATE = Choice(values=(1e-4, 1e-3, 1e-2, 1e-1))
 SPACES: dict[str, dict[str, Any]] = {
@@ -250,7 +250,7 @@ def test_ties_are_in_a_random_order_that_the_seed_decides() -> None:
     """Nothing tells configurations of words apart that nobody tried: the first one listed has no privilege."""
     space: dict[str, dict[str, Any]] = {"a": {"w": Choice(values=tuple("pqrstuvw"))}}
     told = [Told((A, {"w": "p"}), [0.5], None, False)]
-    seen = {key_of(A, {"w": "p"})}
+    seen = {same_key(A, {"w": "p"})}
     firsts = [most_promising(told, [A], space, seen, [1], seed)[0][1]["w"] for seed in range(12)]
     assert len(set(firsts)) > 3
     assert firsts == [most_promising(told, [A], space, seen, [1], seed)[0][1]["w"] for seed in range(12)]
@@ -260,7 +260,7 @@ def test_a_method_that_cannot_run_here_has_no_part_in_the_search() -> None:
     """Its range would turn the whole comparison of a small grid into draws."""
     spaces = {"a": {"w": Choice(values=(1, 2, 3))}, "b": {"x": Range(low=0, high=1)}}
     told = [Told((A, {"w": 1}), [0.5], None, False)]
-    found = most_promising(told, [A], spaces, {key_of(A, {"w": 1})}, [1], 0)
+    found = most_promising(told, [A], spaces, {same_key(A, {"w": 1})}, [1], 0)
     assert sorted(knobs["w"] for _, knobs in found) == [2, 3]
 
 
@@ -288,13 +288,13 @@ def test_the_search_finds_a_lone_best_in_a_third_of_what_chance_takes(
         spec = small_spec(colours, tmp_path, methods=methods, search=search)
         study = study_of(spec, tmp_path / str(seed))
         values = {
-            key_of(c, k): landscape(c.method, k) for c in study.cells for k in grid(study.spaces[c.method], c.method)
+            same_key(c, k): landscape(c.method, k) for c in study.cells for k in grid(study.spaces[c.method], c.method)
         }
         assert len(values) == 48
         best = max(values.values())
         for number in range(48):
             config = study.ask()
-            value = values[key_of(config.cell, config.knobs)]
+            value = values[same_key(config.cell, config.knobs)]
             study.tell(number, {"status": "complete", "reason": "", "val_metric": value})
             if value == best:
                 taken.append(number + 1)

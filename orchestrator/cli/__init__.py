@@ -7,6 +7,7 @@ A file of this package is a group of commands, and is found by itself; importing
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import pkgutil
@@ -28,6 +29,9 @@ def main() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Torch warns of a CUDA toolkit without a GPU; on a CPU machine that is no news.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # A file's name need not be text, nor fit the terminal: such a character is shown by its escape, as on stderr.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -117,7 +117,7 @@ def _watch(client: Any, job: str, stream: Any) -> str:
             except (typer.Abort, KeyboardInterrupt):
                 pass  # a second Ctrl-C only leaves
         err.print(f"The job runs on. Watch it: orchestrator submit --attach {job}; stop it: --stop {job}", markup=False)
-        return status_of(client, job)
+        return status_of(client, job, patience_s=0)  # who wants to leave does not wait
 
 
 def _tell(as_json: bool, job: str, sweep: str, status: str) -> None:
@@ -175,8 +175,8 @@ def cost(folder: SweepDir, as_json: JsonFlag = False) -> None:
     beyond = total["device_seconds"] - total["own_device_seconds"]
     out.print(
         f"In all {spent:.2f} {device}-hours held{f' ({told})' if told else ''}, {total['money']:.4g} by the prices "
-        f"given; of it {failed:.0f} {device}-s by failed trials, {beyond:.0f} "
-        "beyond trials' own work (starting, waiting, failed). The head and idle nodes are not in it.",
+        f"given; of it {failed:.0f} {device}-s by failed trials, {beyond:.0f} in no trial's own: starts of processes, "
+        "processes that died, trials that still run. The head and idle nodes are not in it.",
         markup=False,
     )
 

@@ -108,7 +108,7 @@ def sweep(
     as_json: JsonFlag = False,
 ) -> None:
     """Run a sweep to its end and show the leaderboard."""
-    from orchestrator.sweep.folder import check_new, check_places, create, discard
+    from orchestrator.sweep.folder import check_new, check_places, check_same, create, discard
     from orchestrator.sweep.ledger import open_sweep
     from orchestrator.sweep.study_storage import check_study
 
@@ -116,7 +116,9 @@ def sweep(
     check_places(read)
     begun = Path(read.storage) / read.name
     if continued and (begun / "sweep.yaml").is_file():
-        _run(_prepared(open_sweep(begun), as_json), begun, as_json)
+        known = open_sweep(begun)
+        check_same(read, known)
+        _run(_prepared(known, as_json), begun, as_json)
         return
     check_new(read)
     check_study(read)
@@ -175,7 +177,7 @@ def read_sweep_file(
 
 def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     from orchestrator.select.leaderboard import print_leaderboard
-    from orchestrator.select.results import read_trials
+    from orchestrator.select.results import check_ended, read_trials
     from orchestrator.sweep.cluster import stop_ray_beside
     from orchestrator.sweep.event_files import write_event_files
     from orchestrator.sweep.run import run
@@ -204,9 +206,6 @@ def _run(prepared: Any, folder: Path, as_json: bool) -> None:
     else:
         print_leaderboard(out, frame, prepared.spec.objectives, kind=prepared.spec.task.kind)
         out.print(f"\nNext: python -m orchestrator best {folder}", markup=False, soft_wrap=True)
-    running = int((frame["status"] == "running").sum())
-    if running:  # Tune takes a Ctrl-C and comes back as if it were done
-        trials = f"{running} trials were" if running > 1 else "a trial was"
-        raise WorkError(f"Stopped while {trials} running; continue with `orchestrator resume {folder}`.")
+    check_ended(folder, frame)
     if not (frame["status"] == "complete").any():
         raise WorkError(f"No trial of {folder} is complete; its leaderboard says why.")

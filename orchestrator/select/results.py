@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from orchestrator.errors import UserError, listed, nearest
+from orchestrator.errors import UserError, WorkError, listed, nearest
 from orchestrator.spec import LATENCY, METRICS, Kind, Objective, better, shown
 
 TEXTS = ("method", "teacher", "student", "status", "reason", "config", "latency_setup", "student_path")
@@ -64,7 +64,9 @@ def read_facts(path: Path) -> dict[str, Any]:
 def read_trials(sweep_dir: str | Path) -> pd.DataFrame:
     """One row a trial, in the order they were proposed; no rows where no trial has been recorded yet.
 
-    Counts are nullable integers, `teacher` and `student` None where there is none, other missing texts empty.
+    The table is written now and then: rows that it does not have yet, as while a sweep runs or after its driver was
+    killed, are read from their own files. Counts are nullable integers, `teacher` and `student` None where there is
+    none, other missing texts empty.
 
     Raises:
         UserError: if the folder is missing, is not a sweep's, or its table cannot be read.
@@ -77,9 +79,23 @@ def read_trials(sweep_dir: str | Path) -> pd.DataFrame:
         inside = sorted(p.parent.name for p in folder.glob("*/sweep.yaml"))
         hint = f" The sweeps below it are {listed(inside)}." if inside else ""
         raise UserError(f"The folder {str(folder)!r} is not a sweep: it has no sweep.yaml.{hint}")
-    path = folder / "trials.parquet"
+    frame = _table(folder / "trials.parquet")
+    rows = _rows_beside(folder, list(frame.loc[frame["status"] != "running", "trial_id"]))
+    if rows:
+        kept = frame[~frame["trial_id"].isin([row["trial_id"] for row in rows])].to_dict("records")
+        columns = list(dict.fromkeys([*frame.columns, *(name for row in rows for name in row)]))
+        frame = pd.DataFrame([*kept, *rows], columns=columns)
+    return _typed(frame).sort_values("number", kind="stable", ignore_index=True)
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """The table of trials; one without rows where there is none.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     if not path.is_file():
-        return _typed(pd.DataFrame(columns=list(COLUMNS)))
+        return pd.DataFrame(columns=list(COLUMNS))
     try:
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:
@@ -88,7 +104,20 @@ def read_trials(sweep_dir: str | Path) -> pd.DataFrame:
     missing = [c for c in COLUMNS if c not in frame.columns]
     if missing:
         raise UserError(f"The table {str(path)!r} is not a table of trials: it has no column {listed(missing)}.")
-    return _typed(frame).sort_values("number", kind="stable", ignore_index=True)
+    return frame
+
+
+def _rows_beside(folder: Path, ended: Collection[str]) -> list[dict[str, Any]]:
+    """The rows in files of their own, without those of `ended` trials, which never change again."""
+    places = (folder / "trials", folder / "trials" / "running")
+    names = {path.stem for place in places for path in place.glob("t*.json")} - set(ended)
+    found = []
+    for name in sorted(names):
+        # A trial may end between the look at where rows of ended ones lie and that at where it ran.
+        looks = (read_facts(place / f"{name}.json") for place in (*places, places[0]))
+        row = next((facts for facts in looks if facts.get("trial_id") == name), None)
+        found += [LATER | row] if row is not None else []
+    return found
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
@@ -102,6 +131,22 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     for column in REALS:
         frame[column] = pd.to_numeric(frame[column], errors="coerce").astype("float64")
     return frame
+
+
+def check_ended(folder: Path, frame: pd.DataFrame) -> None:
+    """Refuses to take a sweep for done whose trials were broken off: Tune takes a Ctrl-C and comes back as if it were.
+
+    Args:
+        folder: the sweep's.
+        frame: its trials, once nothing runs them.
+
+    Raises:
+        WorkError: with the command that continues it.
+    """
+    running = int((frame["status"] == "running").sum())
+    if running:
+        trials = f"{running} trials were" if running > 1 else "a trial was"
+        raise WorkError(f"Stopped while {trials} running; continue with `orchestrator resume {folder}`.")
 
 
 def numbers(frame: pd.DataFrame, column: str) -> np.ndarray:

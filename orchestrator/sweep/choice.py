@@ -11,12 +11,16 @@ from typing import Any
 from orchestrator.errors import UserError, nearest
 from orchestrator.files import at_once
 from orchestrator.select.results import (
+    Direction,
     as_accuracy,
+    candidates_of,
     margin_note,
     over_repeats,
+    ranked,
     read_trials,
     standard_error,
     top,
+    within,
 )
 from orchestrator.select.uncertainty import lead_of, lead_sentence
 from orchestrator.spec import METRIC_NAMES, METRICS, Kind, SweepSpec, better, latency_column, near_limits
@@ -38,12 +42,7 @@ def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, floa
     """
     spec = open_sweep(folder)
     frame = read_trials(folder)
-    first = spec.objectives[0]
-    name = metric or first.metric
-    known = list(dict.fromkeys([*METRICS, *spec.latencies]))
-    if name not in known:
-        raise UserError(f"--metric: unknown metric {name!r}; allowed: {', '.join(known)}.{nearest(name, known)}")
-    direction = first.direction if name == first.metric else better(name)
+    name, direction = chosen_by(spec, metric)
     kept = spec.limits.given | dict(limits or {})
     best = top(frame, name, direction, kept)
     row = best.iloc[0]
@@ -65,7 +64,7 @@ def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, floa
     if lead is None or best.iloc[1]["method"] == row["method"]:  # that of another method is then a further one
         note = margin_note(frame, row, name, test["val_images"], kept, kind)
         sentences += [note] if note else []
-    sentences += against_baseline(frame, row, test["val_images"], kind)
+    sentences += against_baseline(frame, row, test["val_images"], kind, kept)
     if reads > 1:
         sentences.append(f"The test images were now read for {reads} different choices: the last score is optimistic.")
     sentences.append(f"Next: python -m orchestrator export {folder} OUT_DIR --trial {row['trial_id']}")
@@ -80,27 +79,57 @@ def recommend(folder: Path, metric: str | None = None, limits: Mapping[str, floa
     return plain | {"metric": name, "test": test, "test_choices": reads, "sentences": sentences}
 
 
-def against_baseline(frame: Any, row: Any, images: int, kind: Kind) -> list[str]:
-    """Whether transfer beat training on the labels alone, and by more than the noise of `images` images."""
-    complete = frame[(frame["status"] == "complete") & frame["val_metric"].notna()]
+def chosen_by(spec: SweepSpec, metric: str | None) -> tuple[str, Direction]:
+    """The metric to choose by, the sweep's first objective if none is named, and what of it is better.
+
+    Raises:
+        UserError: if the sweep has no such metric.
+    """
+    first = spec.objectives[0]
+    if metric is None or metric == first.metric:
+        return first.metric, first.direction
+    known = list(dict.fromkeys([*METRICS, *spec.latencies]))
+    if metric not in known:
+        raise UserError(f"--metric: unknown metric {metric!r}; allowed: {', '.join(known)}.{nearest(metric, known)}")
+    return metric, better(metric)
+
+
+def against_baseline(
+    frame: Any, row: Any, images: int, kind: Kind, limits: Mapping[str, float] | None = None
+) -> list[str]:
+    """Whether transfer beat training on the labels alone, and by more than the noise of `images` images.
+
+    Args:
+        frame: all trials.
+        row: the chosen one, by whatever metric.
+        images: of val.
+        kind: of the task.
+        limits: kept by what it is compared with, as by the chosen one.
+    """
+    found = within(candidates_of(frame, bool(limits)), limits or {})
     chose_baseline = row["method"] in BASELINES
-    rivals = complete[complete["method"].isin(BASELINES) != chose_baseline]
-    if rivals.empty:
+    rivals = found[(found["method"].isin(BASELINES) != chose_baseline) & found["val_metric"].notna()]
+    if rivals.empty or math.isnan(row["val_metric"]):
         return []
-    rival = rivals.loc[rivals["val_metric"].idxmax()]
+    rival = ranked(rivals, "val_metric", "max").iloc[0]
     gain = float(row["val_metric"]) - float(rival["val_metric"])
-    noise = math.sqrt(standard_error(rival, images) ** 2 + standard_error(row, images) ** 2)
-    verdict = "more than" if gain > 2 * noise else "within"
-    error = f"{verdict} twice its standard error ({noise:.3f}{as_accuracy(kind)} on {images} images{over_repeats(row)})"
-    if chose_baseline:
-        name = f"{rival['trial_id']} ({rival['method']})"
-        return [
-            f"No transfer method beat training on the labels alone: the best, {name}, is {-gain:.3f} below, {error}."
-        ]
-    value = float(rival["val_metric"])
-    return [
-        f"The best network trained on the labels alone reaches val {value:.3f}: the difference {gain:+.3f} is {error}."
-    ]
+    apart = _apart(gain, row, rival, images, kind)
+    kept = " that keeps the limits" if limits else ""
+    name = f"{rival['trial_id']} ({rival['method']})"
+    if chose_baseline and gain >= 0:
+        return [f"No transfer method{kept} beat training on the labels alone: the best, {name}, is {apart}."]
+    which = "transfer method" if chose_baseline else "network trained on the labels alone"
+    return [f"The best {which}{kept}, {name}, reaches val {rival['val_metric']:.3f}, which is {apart}."]
+
+
+def _apart(gain: float, row: Any, rival: Any, images: int, kind: Kind) -> str:
+    """Where a rival's val metric is from that of the chosen row, which is `gain` higher, and whether that is noise."""
+    if gain == 0:
+        return "as good"
+    noise = math.hypot(standard_error(rival, images), standard_error(row, images))
+    verdict = "more than" if abs(gain) > 2 * noise else "within"
+    error = f"{noise:.3f}{as_accuracy(kind)} on {images} images{over_repeats(row)}"
+    return f"{abs(gain):.3f} {'below' if gain > 0 else 'above'}, {verdict} twice its standard error ({error})"
 
 
 def latencies_of(row: Any, spec: SweepSpec) -> str:

@@ -11,7 +11,7 @@ from orchestrator.select.comparison import ALL, Comparison, compare
 from orchestrator.select.comparison_text import comparison_markdown, plain
 from orchestrator.select.members import read_members
 from orchestrator.select.report.several import joint_table, several_html
-from orchestrator.sweep.report import check_place, format_of, gathered, made_now, up_to_date, write_file
+from orchestrator.sweep.report import check_place, format_of, gathered, made_now, write_file
 
 FORMATS = {"md": ".md", "csv": ".csv", "parquet": ".parquet"}
 WRITERS: dict[str, Callable[[Comparison, Path], Any]] = {
@@ -31,8 +31,6 @@ def compare_sweeps(folders: Sequence[Path], limits: Mapping[str, float] | None =
     Raises:
         UserError: if a folder is no sweep, they do not compare, or no trial keeps the limits.
     """
-    for folder in folders:
-        up_to_date(folder)
     return compare(read_members(folders), limits)
 
 

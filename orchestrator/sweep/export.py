@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.embed import text_tower_of
-from orchestrator.data.task import load_task
 from orchestrator.errors import UserError, nearest
 from orchestrator.models.load import Preprocessing, load_student
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.select.export import Evidence, Wanted, export_student
 from orchestrator.select.export.provenance import provenance_of
 from orchestrator.select.results import choose, read_trials
-from orchestrator.spec import Model, Task
+from orchestrator.spec import Model
 from orchestrator.store import store_at
+from orchestrator.sweep.final_score import scored_task
 from orchestrator.sweep.ledger import open_sweep
 
 SAMPLE = 8  # val images on which every export is compared
@@ -62,7 +62,7 @@ def export_trial(folder: Path, out_dir: Path, trial: str | None, fmt: str, **opt
     student = Path(folder) / row["student_path"]
     network, meta = load_student(student)
     store = store_at(spec.store_address)
-    task = load_task(Task.model_validate(meta["task"]), store)
+    task = scored_task(Path(folder), meta, store)
     evidence = Evidence(task, store, Preprocessing.from_json(meta["preprocessing"]))
     tested = Path(folder) / "test.json"
     known = json.loads(tested.read_text(encoding="utf-8")) if tested.is_file() else {}

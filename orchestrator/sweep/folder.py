@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from methods import method_names
 from orchestrator.data.sources import open_source
 from orchestrator.errors import UserError
+from orchestrator.files import at_once
 from orchestrator.models.files import check_files
 from orchestrator.spec import SweepSpec, check_method
 from orchestrator.sweep.capacity import known_cluster
 
+BEGUN = ".sweep.yaml"  # until it has been written whole
+LISTING = "listing"  # the state of the images with which the sweep began
 RAY_DASHBOARD = ".ray-dashboard"  # where it is, while a sweep runs
 
 
@@ -81,7 +86,7 @@ def check_new(spec: SweepSpec) -> Path:
     """Where the sweep's folder will be; makes nothing.
 
     Raises:
-        UserError: if there is a sweep of that name already.
+        UserError: if there is a sweep of that name already, or a folder with something else in it.
     """
     folder = Path(spec.storage) / spec.name
     if (folder / "sweep.yaml").exists():
@@ -89,21 +94,84 @@ def check_new(spec: SweepSpec) -> Path:
             f"There is a sweep {spec.name!r} in {spec.storage!r} already: continue it with "
             f"`orchestrator resume {folder}`, or give this one another --name."
         )
+    other = _first_in(folder)
+    if other is not None:
+        raise UserError(
+            f"name: the folder {str(folder)!r} of the sweep {spec.name!r} is there already and holds {other!r}; "
+            "give the sweep another --name, or other storage."
+        )
     return folder
+
+
+def check_same(spec: SweepSpec, begun: SweepSpec) -> None:
+    """Refuses to continue a sweep with another file than it began with. Where things lie may have changed.
+
+    Raises:
+        UserError: naming a key, and both values.
+    """
+    from orchestrator.select.members import PLACES, flat
+
+    new, old = (flat(_elsewhere(s.model_dump(mode="json", exclude=set(PLACES)))) for s in (spec, begun))
+    different = [key for key in {**old, **new} if new.get(key) != old.get(key)]
+    if different:
+        key = different[0]
+        more = f" ({len(different) - 1} further keys differ)" if len(different) > 1 else ""
+        folder = Path(spec.storage) / spec.name
+        raise UserError(
+            f"--resume: {key} is {json.dumps(new.get(key))} here, and {str(folder)!r} began with "
+            f"{json.dumps(old.get(key))}{more}; continue it as it is with `orchestrator resume {folder}`, or give this "
+            "sweep another --name."
+        )
+
+
+def _elsewhere(value: Any) -> Any:
+    """With the last part alone of each path: the same file lies elsewhere for a job that was sent again."""
+    if isinstance(value, dict):
+        return {key: _elsewhere(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_elsewhere(inner) for inner in value]
+    return value.rpartition("/")[2] if isinstance(value, str) else value
+
+
+def _first_in(folder: Path) -> str | None:
+    """What a folder holds that no sweep left there; None of an empty one, or where there is none."""
+    try:
+        found = sorted(path.name for path in folder.iterdir() if path.name != BEGUN)
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        return folder.name
+    return found[0] if found else None
 
 
 def create(spec: SweepSpec) -> Path:
     """Makes the sweep's folder with its `sweep.yaml`.
 
     Raises:
-        UserError: if there is a sweep of that name already.
+        UserError: as `check_new`.
     """
     folder = check_new(spec)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".sweep.yaml"
+    temporary = folder / BEGUN
     temporary.write_text(spec.to_yaml(), encoding="utf-8")
     os.replace(temporary, folder / "sweep.yaml")
     return folder
+
+
+def begun_with(folder: Path) -> str:
+    """The state of the images, as `data.task.listing_of` tells it, with which a sweep began; "" where none is kept."""
+    try:
+        return (folder / LISTING).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def keep_listing(folder: Path, listing: str) -> str:
+    """The state of the images that all trials of a sweep see: that of its begin; `listing` if it begins now."""
+    known = begun_with(folder)
+    if not known:
+        at_once(folder / LISTING, lambda to: to.write_text(f"{listing}\n", encoding="utf-8"))
+    return known or listing
 
 
 def discard(folder: Path) -> None:

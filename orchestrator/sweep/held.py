@@ -1,7 +1,8 @@
 """What trials hold of the cluster: seconds in which their devices are theirs, whatever comes of it.
 
 A trial holds its devices while Tune runs it: while it trains, waits for a stage that another computes, computes stages
-that the store keeps for others, fails, and is run again. `device_seconds` of its row is the useful part of that.
+that the store keeps for others, fails, and is run again. `device_seconds` of its row is what
+its last process took.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def bill(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         `trials`: a row for each, with status, seconds, device_seconds held and own, node type and money; `total`,
-        and of it what failed trials held and what trials held beyond their own work (waiting, stages of the store).
+        and of it what failed trials held. What is held beyond a trial's own is the start of processes, and those that
+        died.
 
     Raises:
         UserError: if the sweep has held nothing yet.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 from methods.knobs import Choice, Range
 from orchestrator.sweep.space import Dice, Space, count, grid, has_range, neighbours, sample
 from orchestrator.sweep.surrogate import LOWEST, MOST, Places, Surrogate, weighed
-from orchestrator.trial.plan import Cell
+from orchestrator.trial.plan import Cell, same_key
 
 WHOLE = 1000  # configurations in all, up to which every one is compared
 DRAWN = 400  # with more: so many by chance, and
@@ -41,11 +40,6 @@ class Told:
     values: list[float] | None
     over: float | None
     running: bool
-
-
-def key_of(cell: Cell, knobs: Mapping[str, Any]) -> str:
-    """What two equal configurations have in common."""
-    return json.dumps([cell.method, cell.teacher, cell.student, sorted(knobs.items())])
 
 
 def most_promising(
@@ -137,6 +131,6 @@ def candidates(
             space = spaces[cell.method]
             fixed = {knob: value for knob, value in space.items() if not isinstance(value, Range | Choice)}
             drawn += [(cell, one) for one in neighbours(space, fixed | knobs, dice)]
-    fresh = list({key: point for point in drawn if (key := key_of(*point)) not in seen}.values())
+    fresh = list({key: point for point in drawn if (key := same_key(*point)) not in seen}.values())
     dice.shuffle(fresh)
     return fresh

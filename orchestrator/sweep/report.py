@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import math
@@ -24,7 +23,7 @@ from orchestrator.select.results import margin_note, numbers, read_facts, read_t
 from orchestrator.select.uncertainty import lead_of, lead_sentence
 from orchestrator.spec import METRIC_NAMES, SweepSpec, near_limits
 from orchestrator.sweep.choice import against_baseline, latencies_of, spread
-from orchestrator.sweep.ledger import Ledger, open_sweep
+from orchestrator.sweep.ledger import open_sweep
 from orchestrator.sweep.space import method_space
 from orchestrator.sweep.study_importance import importances
 
@@ -70,7 +69,6 @@ def gathered(folder: Path, images: bool = True) -> Gathered:
     Raises:
         UserError: if there is no sweep.
     """
-    up_to_date(folder)
     frame = read_trials(folder)
     spec = open_sweep(folder)
     return gather(folder, spec, frame, _study(folder, spec, frame), made_now(), images)
@@ -93,15 +91,6 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         if disk_full(error):
             raise
         raise UserError(f"--out: {str(path)!r} cannot be written ({error.strerror}).") from error
-
-
-def up_to_date(folder: Path) -> None:
-    """Makes the table anew where rows were written after it, as when the sweep runs or its driver was killed."""
-    table_path, rows = folder / "trials.parquet", list((folder / "trials").glob("**/t*.json"))
-    written = max((path.stat().st_mtime for path in rows), default=0.0)
-    if rows and (not table_path.is_file() or table_path.stat().st_mtime < written):
-        with contextlib.suppress(OSError):  # a folder that may only be read: what its table says has to do
-            Ledger(folder).publish()
 
 
 def format_of(out: Path | None) -> str:
@@ -173,7 +162,7 @@ def _recommendation(folder: Path, spec: SweepSpec, frame: pd.DataFrame) -> tuple
         if not lead or best.iloc[1]["method"] == row["method"]:  # the best of another method is then a further one
             note = margin_note(frame, row, first.metric, images, kept, kind)
             sentences += [note] if note else []
-        sentences += against_baseline(frame, row, images, kind)
+        sentences += against_baseline(frame, row, images, kind, kept)
     return trial, sentences
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from orchestrator.spec import SweepSpec
 from orchestrator.store import store_at
 from orchestrator.sweep.capacity import check_shape, has, nodes_now
 from orchestrator.sweep.earlier import check_earlier, first_trials, starts, trials_in_all
-from orchestrator.sweep.folder import RAY_DASHBOARD
+from orchestrator.sweep.folder import RAY_DASHBOARD, keep_listing
 from orchestrator.sweep.holdings import holdings_of
 from orchestrator.sweep.space import Space, check_cell, default_knobs, grid, method_space, wanted_outputs
 from orchestrator.trial.context import SweepContext
@@ -217,6 +217,8 @@ def device_of(spec: SweepSpec) -> str:
 def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
     """Runs or continues a sweep to its end, on the cluster or on this machine.
 
+    Its trials see the images as they were listed when it began: one that was added since is in none of their splits.
+
     Raises:
         UserError: if another process runs this sweep.
         FullDiskError, StudyLostError: with what to do then.
@@ -225,7 +227,7 @@ def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
     lock = FileLock(folder / ".driver.lock", timeout=0)
     try:
         with lock:
-            _run(prepared, folder, on_event)
+            _run(_as_begun(prepared, folder), folder, on_event)
     except Timeout:
         raise UserError(f"Another process is running the sweep {str(folder)!r}.") from None
     except StudyLostError as error:
@@ -235,6 +237,17 @@ def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
             said = str(error) if isinstance(error, FullDiskError) else f"The disk of {str(folder)!r} is full."
             raise FullDiskError(f"{said} Make room, then continue with `orchestrator resume {folder}`.") from error
         raise
+
+
+def _as_begun(prepared: Prepared, folder: Path) -> Prepared:
+    """With the images as they were when the sweep began.
+
+    Raises:
+        WorkError: if they have changed since, and the store has lost what they were.
+    """
+    spec = prepared.spec
+    listing = keep_listing(folder, prepared.task.listing)
+    return replace(prepared, task=load_task(spec.task, store_at(spec.store_address), listing=listing))
 
 
 def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
@@ -261,6 +274,7 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
         str(folder),
         device,
         wanted_outputs(spec, prepared.spaces, prepared.cells, prepared.task.info),
+        prepared.task.listing,
     )
     study = Study(spec, folder, prepared.cells, prepared.spaces, prepared.task.info, sole=True)
     try:

@@ -16,10 +16,10 @@ from optuna.trial import FrozenTrial, TrialState
 from methods.knobs import Choice, Range
 from orchestrator.spec import METRICS, SweepSpec
 from orchestrator.sweep.earlier import earlier, first_trials, trials_in_all
-from orchestrator.sweep.proposals import Told, key_of, most_promising
+from orchestrator.sweep.proposals import Told, most_promising
 from orchestrator.sweep.space import Space, Suggests, count, grid, has_range, sample, scale_of
 from orchestrator.sweep.study_storage import Result, StudyPlace
-from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
+from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, same_key, setting_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
@@ -78,7 +78,7 @@ class Study:
         self._waits = any(trial.state is TrialState.WAITING for trial in trials)  # a dead driver's proposal
         whole = [trial for trial in trials if "config" in trial.user_attrs]
         self._whole = [(TrialConfig.from_json(trial.user_attrs["config"]), trial.number) for trial in whole]
-        self._seen = {key_of(config.cell, config.knobs) for config, _ in self._whole}
+        self._seen = {same_key(config.cell, config.knobs) for config, _ in self._whole}
         for trial in trials:
             if trial.state is TrialState.RUNNING and "config" not in trial.user_attrs:
                 self._study.tell(trial.number, state=TrialState.FAIL)
@@ -176,7 +176,7 @@ class Study:
         config = TrialConfig(f"t{number:04d}", number, *self._choose(trial, None, self._along), self.spec.search.seed)
         trial.set_user_attr("config", config.to_json())
         self._whole.append((config, trial.number))
-        self._seen.add(key_of(config.cell, config.knobs))
+        self._seen.add(same_key(config.cell, config.knobs))
         return config
 
     def _choose(self, trial: Suggests, cell: Cell | None, along: bool) -> tuple[Cell, dict[str, Any]]:
@@ -205,7 +205,7 @@ class Study:
                 knobs |= given
             if not self._runs(cell, knobs):
                 fallback = fallback or (cell, knobs)
-            elif fresh and key_of(cell, knobs) in self._seen:
+            elif fresh and same_key(cell, knobs) in self._seen:
                 fallback = (cell, knobs)
             else:
                 return cell, knobs
@@ -216,7 +216,7 @@ class Study:
         """The first trial of that number, if it is one; where the sweep began with another list of them (by an earlier
         version, or for another number of trials), one that was not proposed then.
         """
-        return next((one for one in self._fixed[number:] if key_of(*one) not in self._seen), (None, {}))
+        return next((one for one in self._fixed[number:] if same_key(*one) not in self._seen), (None, {}))
 
     @property
     def _all(self) -> float:
@@ -280,7 +280,7 @@ class Study:
             space = self.spaces[cell.method]
             if not has_range(space):
                 for knobs in grid(space, cell.method):
-                    if key_of(cell, knobs) not in self._seen and self._runs(cell, knobs):
+                    if same_key(cell, knobs) not in self._seen and self._runs(cell, knobs):
                         yield cell, knobs
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:

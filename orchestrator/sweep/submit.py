@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from orchestrator.errors import UserError, WorkError, listed, nearest
+from orchestrator.errors import UserError, WorkError, first_lines, listed, nearest
 from orchestrator.spec import NAME, SweepSpec
 from orchestrator.sweep.folder import resolved
 from orchestrator.sweep.upload import Upload, check_size, measure
@@ -25,7 +25,10 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 SWEEP = "sweep"  # the key of a job's metadata that holds the sweep's name
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 STOP_S = 60.0
+LOST_S = 60.0  # for which a job server that does not answer is asked again
+RETRY_S = 1.0  # between two tries
 CODE = Path(__file__).parents[2]
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,12 @@ def watch(client: Any, job: str, tell: Callable[[str], None]) -> str:
 
     Returns:
         How it ended: SUCCEEDED, FAILED or STOPPED.
+
+    Raises:
+        WorkError: if the connection stays lost.
     """
+    from aiohttp import ClientError
+
     shown = 0
 
     async def follow() -> None:
@@ -289,19 +297,43 @@ def watch(client: Any, job: str, tell: Callable[[str], None]) -> str:
     while True:
         try:
             asyncio.run(follow())
-        except (RuntimeError, OSError):
-            time.sleep(1.0)
+        except (RuntimeError, OSError, ClientError):
+            time.sleep(RETRY_S)
         status = status_of(client, job)
         if status in ENDED:
-            rest = client.get_job_logs(job)[shown:]
+            rest = _answer(lambda: client.get_job_logs(job), job)[shown:]
             if rest:
                 tell(rest)
             return status
         time.sleep(0.5)
 
 
-def status_of(client: Any, job: str) -> str:
-    return str(client.get_job_status(job).value)
+def status_of(client: Any, job: str, patience_s: float = LOST_S) -> str:
+    """What the job does, or how it ended.
+
+    Raises:
+        WorkError: if the job server gives no answer for `patience_s`.
+    """
+    return str(_answer(lambda: client.get_job_status(job), job, patience_s).value)
+
+
+def _answer(ask: Callable[[], Answer], job: str, patience_s: float = LOST_S) -> Answer:
+    """What the job server answers, which is asked again while the connection to it is lost.
+
+    Raises:
+        WorkError: if it stays lost for `patience_s`; the job knows nothing of that.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return ask()
+        except (RuntimeError, OSError) as error:
+            if time.monotonic() >= deadline:
+                raise WorkError(
+                    f"The job server gives no answer about the job {job!r}, which may run on; watch it with "
+                    f"`orchestrator submit --attach {job}` once it does ({first_lines(error).rstrip('.')})."
+                ) from None
+        time.sleep(RETRY_S)
 
 
 def stop(client: Any, job: str) -> str:
@@ -311,9 +343,9 @@ def stop(client: Any, job: str) -> str:
         How it ended.
 
     Raises:
-        WorkError: if it runs on.
+        WorkError: if it runs on, or the connection is lost and stays so.
     """
-    client.stop_job(job)
+    _answer(lambda: client.stop_job(job), job)
     deadline = time.monotonic() + STOP_S
     while (status := status_of(client, job)) not in ENDED:
         if time.monotonic() > deadline:
@@ -327,13 +359,13 @@ def verdict(client: Any, job: str, status: str, name: str) -> None:
 
     Raises:
         UserError: if the sweep was refused on the cluster (exit code 2 there).
-        WorkError: if it failed or was stopped.
+        WorkError: if it failed or was stopped, or the connection is lost and stays so.
     """
     if status == "SUCCEEDED":
         return
     if status == "STOPPED":
         raise WorkError(f"The job {job!r} was stopped; what is finished is kept: `orchestrator submit SPEC --resume`.")
-    info = client.get_job_info(job)
+    info = _answer(lambda: client.get_job_info(job), job)
     if info.driver_exit_code == 2:
         raise UserError(f"The sweep {name!r} was refused on the cluster; the last line of its log says why.")
     lines = (info.message or "").strip().splitlines()

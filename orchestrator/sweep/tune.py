@@ -136,7 +136,7 @@ class _Bridge(Searcher):
         if row["status"] not in FINAL:
             result = result or {}
             metric = result.get("val_metric", float("nan"))
-            spent = float(result.get("time_total_s", 0.0)) * self.context.spec.train.workers
+            spent = float(result.get("time_total_s", 0.0)) * self.context.devices
             row |= {"ended": time.time(), "device_seconds": spent}
             if error:
                 row |= {"status": "failed", "reason": f"its process or its node died {LOSSES + 1} times"}
@@ -319,8 +319,8 @@ def run_search(context: SweepContext, study: Study, on_event: Any = None) -> Non
             ),
         )
         tuner.fit()
-    if not bridge.halted:  # it goes on later, and a proposal hears of no more results than it would have
-        bridge.flush()
+    if not bridge.halted and (bridge.count >= study.size or bridge.spent()):
+        bridge.flush()  # else it goes on later, and a proposal hears of no more results than it would have
     ledger.publish()
     clock.save(force=True)
     held.save(force=True)

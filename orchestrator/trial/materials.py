@@ -50,7 +50,7 @@ class Materials:
 
     def __post_init__(self) -> None:
         self.spec, self.store = self.context.spec, self.context.store
-        self.task: TaskData = load_task(self.spec.task, self.store)
+        self.task: TaskData = load_task(self.spec.task, self.store, listing=self.context.listing)
         cell = self.config.cell
         self.networks: Networks = networks_of(self.spec, cell.teacher, cell.student)
 
@@ -101,7 +101,7 @@ class Materials:
         assert teacher is not None
         if name == "prompts":
             return [address_of(self.bill.add(tokenized_prompts(self.store, self.task, self.spec.teachers[teacher])))]
-        job = TokenJob(self.spec, str(self.store.root), teacher, name)
+        job = TokenJob(self.spec, self.store.address, teacher, name)
         return [address_of(self.bill.add(entry)) for entry in ensure_tokenized(job, self.mapper)]
 
     def _embedded(self, what: str, output: Output = EMBEDDING) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
@@ -50,6 +51,12 @@ class TrialConfig:
         return TrialConfig(**{**raw, "cell": Cell(**raw["cell"])})
 
 
+def same_key(cell: Cell, knobs: Mapping[str, Any]) -> str:
+    """What equal configurations have in common, whether a file or a field's default wrote the number: 4 is 4.0."""
+    plain = {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in knobs.items()}
+    return json.dumps([cell.method, cell.teacher, cell.student, plain], sort_keys=True)
+
+
 def method_named(name: str) -> type[Method]:
     """The method of that name.
 
@@ -70,7 +77,7 @@ def setting_of(spec: SweepSpec, task: TaskInfo, cell: Cell) -> Setting:
         upstream=spec.upstream.given,
         texts=kinds_of_texts(spec),
         streamed=spec.corpus.images is not None,
-        batch=spec.train.batch,
+        batch=spec.train.batch // spec.train.accumulate,  # of which a loss relates the rows
     )
     return Setting(brought, teacher, student)
 

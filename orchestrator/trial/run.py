@@ -101,7 +101,7 @@ def run_trial(
         (folder / f"{config.trial_id}.traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
     row |= {
         "ended": time.time(),
-        "device_seconds": (time.time() - started) * context.spec.train.workers * _devices(context),
+        "device_seconds": (time.time() - started) * context.devices,
         "teacher_forwards": row["teacher_forwards"] + bill.forwards_paid,
         "teacher_forwards_shared": bill.forwards_shared,
         "store_seconds_paid": bill.seconds_paid,
@@ -111,11 +111,6 @@ def run_trial(
     }
     release_memory()
     return row
-
-
-def _devices(context: SweepContext) -> float:
-    train = context.spec.train
-    return train.gpus_per_worker if context.device == "cuda" else float(train.threads)
 
 
 @dataclass
