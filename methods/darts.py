@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from methods.contract import Batch, Deployed, Given, Recipe, Setting, Stage, Structure, TrainStage
-from methods.kd import KD, KDConfig, KDLearner
+from methods.contract import Batch, Deployed, Given, Recipe, Setting, Stage, Structure, TrainStage, supervised_loss
+from methods.kd import KD, KDConfig, KDLearner, uneven_distillation_loss
 from methods.knobs import Choice, Range, knob
 from methods.parts.cells import CHOICES, CellNetwork, operation
-from methods.ranks import places
+from methods.ranks import even_labels, places
 
 SEARCH = "search"
 ALPHAS = "alphas"
@@ -91,6 +91,8 @@ class SearchLearner(KDLearner):
     The loss is `L(w; one half, α fixed) + L(α; the other, w fixed)`, L logit distillation's, so one backward gives
     each its own gradient and no other. DARTS holds out half of the training data for α; here every image is in
     either half from step to step [inferred], so that few labels are not halved. Batch statistics see both halves.
+
+    In a worker group each half is that of the global batch, however many of its rows, and of its labels, a rank has.
     """
 
     student: SuperNetwork
@@ -120,6 +122,13 @@ class SearchLearner(KDLearner):
     def _side(self, fixed: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         return self.distillation(functional_call(self.student, fixed, (batch.images,)), batch)
 
+    def distillation(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        assert batch.labels is not None
+        with even_labels(False):  # as many labels in a rank's batch are not as many in its halves
+            ce = supervised_loss(logits, batch.labels, self.kind)
+        kd = uneven_distillation_loss(logits, self.soft_teacher(batch.outputs), self.temperature, self.kind)
+        return {"loss": (1 - self.weight) * ce + self.weight * kd, "ce": ce, "kd": kd}
+
     def tensors(self) -> dict[str, Tensor]:
         return {ALPHAS: self.student.alphas.detach().clone()}
 
@@ -127,7 +136,7 @@ class SearchLearner(KDLearner):
         return self.alpha_scale if name.endswith(ALPHAS) else 1.0
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        return parameter.ndim >= 2 and not name.endswith(ALPHAS)
+        return super().decays(name, parameter) and not name.endswith(ALPHAS)
 
     def deployed(self) -> Deployed:
         """The mixture itself. The stage publishes its choices, so nobody deploys it."""
@@ -148,10 +157,12 @@ class CellLearner(KDLearner):
 
 
 def _rows(batch: Batch, half: int) -> Batch:
-    """Half of the rows, labelled and unlabelled ones dealt out evenly.
+    """Half of the rows, labelled and unlabelled ones dealt out evenly; on some ranks of a group it may have none.
 
-    By the parity of the ones in a row's binary place in the global batch: of any two neighbours, on any of 1, 2, 4, ...
-    workers, one is in either half, and a row's half does not depend on how many workers there are.
+    By the parity of the ones in a row's binary place in the global batch, where labelled rows come first: a row's half
+    does not depend on how many workers there are. Of a rank's rows that follow each other in pairs one is in either
+    half on 1, 2, 4, ... workers. No rule has both for other numbers: on two workers place 0 and 2 are apart, on one
+    0 and 1, and 2 and 3; so 0 and 3 are together, which on three workers are a pair.
     """
     assert batch.labels is not None
     parity = torch.tensor([place.bit_count() % 2 for place in places(len(batch.images)).tolist()])
@@ -193,7 +204,7 @@ class DARTS(KD):
         search = replace(
             distil,
             name=SEARCH,
-            version=3,
+            version=4,
             learner=SearchLearner,
             params={**params, "alpha_scale": config.alpha_lr / config.search_lr},
             recipe=Recipe(lr=config.search_lr, weight_decay=config.weight_decay, budget=config.search_budget),

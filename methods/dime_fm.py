@@ -56,15 +56,23 @@ def diagonal_mass(embeddings: Tensor, temperature: float, scale: float, batch: i
 
 
 def calibrate(params: Mapping[str, Any], given: Given) -> dict[str, Tensor]:
-    """`temperature` [1] at which the diagonal of the teacher's self-similarities takes the wanted mass, and `mass` [1].
+    """`temperature` [n] at which the diagonal of the teacher's self-similarities takes the wanted mass, and `mass` [n].
 
-    In batches as large as those of training. With the diagonal near 1 the losses that hold it are numerically 0.
+    One for each of the `batches`, so many rows that a loss sees: the diagonal has the less the more rows there are.
+    With the diagonal near 1 the losses that hold it are numerically 0.
     """
     table = given.table(EMBEDDING)
+    batches, scale, wanted = params["batches"], float(params["scale"]), float(params["mass"])
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randperm(len(table), generator=generator)[: max(CALIBRATED, int(params["batch"]))]
+    rows = torch.randperm(len(table), generator=generator)[: max(CALIBRATED, *batches)]
     embeddings = table.rows(rows.numpy()).float()
-    scale, batch, wanted = float(params["scale"]), int(params["batch"]), float(params["mass"])
+    temperatures = [_temperature(embeddings, wanted, scale, batch) for batch in batches]
+    masses = [diagonal_mass(embeddings, t, scale, batch) for t, batch in zip(temperatures, batches, strict=True)]
+    return {"temperature": torch.tensor(temperatures), "mass": torch.tensor(masses)}
+
+
+def _temperature(embeddings: Tensor, wanted: float, scale: float, batch: int) -> float:
+    """Where `diagonal_mass` is the wanted one."""
     low, high = math.log(1e-2), math.log(1e4)
     for _ in range(40):  # the mass falls as the temperature rises
         middle = (low + high) / 2
@@ -72,9 +80,7 @@ def calibrate(params: Mapping[str, Any], given: Given) -> dict[str, Tensor]:
             low = middle
         else:
             high = middle
-    temperature = math.exp((low + high) / 2)
-    mass = diagonal_mass(embeddings, temperature, scale, batch)
-    return {"temperature": torch.tensor([temperature]), "mass": torch.tensor([mass])}
+    return math.exp((low + high) / 2)
 
 
 class DimeFMConfig(MethodConfig):
@@ -140,6 +146,9 @@ class DimeFMLearner(EmbeddingLearner):
 
     The teacher's image embeddings v_t [B, d] are those of the plain images (or of the same views), its text embeddings
     u_t [M, d] those of texts that belong to no image in particular. The student keeps the teacher's text tower.
+
+    Calibrated temperatures are those of the calibrated number of rows that is nearest to what a loss sees: where a
+    training that ran out of memory is tried again, micro batches are half as large as planned.
     """
 
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
@@ -147,9 +156,11 @@ class DimeFMLearner(EmbeddingLearner):
         self.weights: tuple[float, float, float] = tuple(params["weights"])
         self.temperatures: list[float] = list(params["temperatures"])
         self.scale: float = params["scale"]
+        self.calibrated: dict[int, float] = {}
         if params["calibrated"]:
-            found = float(given.result(TEMPERATURES)["temperature"])
-            self.temperatures[1:] = [found, found]
+            found = given.result(TEMPERATURES)["temperature"].tolist()
+            self.calibrated = dict(zip(params["calibrated"], found, strict=True))
+            self.temperatures[1:] = [found[0]] * 2
 
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         assert batch.texts is not None or self.weights[0] == 0
@@ -159,6 +170,9 @@ class DimeFMLearner(EmbeddingLearner):
     def combine(self, v_t: Tensor, v_s: Tensor, u_t: Tensor | None) -> dict[str, Tensor]:
         """The loss of embeddings [B, d] and [M, d]; a part of weight 0 is neither computed nor told."""
         parts: dict[str, Tensor] = {}
+        if self.calibrated:
+            nearest = min(self.calibrated, key=lambda rows: abs(rows - len(v_t)))
+            self.temperatures[1:] = [self.calibrated[nearest]] * 2
         t_vl, t_pvl, t_udist = self.temperatures
         vl, pvl, udist = self.weights
         if vl > 0 and u_t is not None:
@@ -218,17 +232,19 @@ class DimeFM(ByDualEncoder):
             names = ("budget", "top", "clusters", "cap", "anchors")
             chosen = {name: getattr(config, f"text_{name}") for name in names}
             stages.append(texts_stage({**chosen, "rule": config.text_rule, "seed": 0}))
-        calibrated = config.mass > 0 and rest < 1
-        if calibrated:
-            params = {"mass": config.mass, "scale": config.scale, "batch": setting.task.batch}
+        calibrated: list[int] = []
+        if config.mass > 0 and rest < 1:
+            # Out of device memory a stage is tried once more, with micro batches half as large.
+            calibrated = [setting.task.batch, max(1, setting.task.batch // 2)]
+            params = {"mass": config.mass, "scale": config.scale, "batches": calibrated}
             stages.append(
                 FitStage(
-                    name=TEMPERATURES, version=1, fit=calibrate, params=params, outputs=(EMBEDDING,), images="corpus"
+                    name=TEMPERATURES, version=2, fit=calibrate, params=params, outputs=(EMBEDDING,), images="corpus"
                 )
             )
         train = TrainStage(
             name="distil_embeddings",
-            version=1,
+            version=2,
             learner=DimeFMLearner,
             params={
                 "width": setting.teacher.embedding,

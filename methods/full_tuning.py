@@ -41,21 +41,20 @@ class FullTuningLearner(TuningLearner):
         super().__init__(params, given)
         head = {id(p) for p in self.student.get_classifier().parameters()}  # type: ignore[operator]
         self.head = {name for name, p in self.student.named_parameters() if id(p) in head}
-        self.distance = distance_to_head(self.student) if params["layer_decay"] != 1 else {}
-        exempt = getattr(self.student, "no_weight_decay", None)
-        self.exempt: set[str] = set(exempt()) if exempt is not None else set()
 
     def adapt(self, network: nn.Module, params: Mapping[str, Any]) -> nn.Module:
+        self.distance = distance_to_head(network) if params["layer_decay"] != 1 else {}
         return network.requires_grad_(True)
+
+    @classmethod
+    def rehearsed(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().rehearsed(params), "backbone": 1.0, "layer_decay": 1.0 if params["layer_decay"] == 1 else 0.5}
 
     def lr_scale(self, name: str) -> float:
         inner = name.removeprefix("student.")
         if inner in self.head:
             return 1.0
         return self.params["backbone"] * self.params["layer_decay"] ** self.distance.get(inner, 0)
-
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        return super().decays(name, parameter) and name.removeprefix("student.") not in self.exempt
 
 
 class FullTuning(TunedTeacher):

@@ -19,10 +19,11 @@ POOLED = Output("pooled")
 DENSE = Output("dense")
 TEACHER_HEAD = "teacher_head"
 PIXELS = 4096  # of all images together, that a head of pixels is fitted on
+L2 = 1e-2  # where none can be chosen
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
-def fit_linear_head(features: Tensor, labels: Tensor, num_classes: int, l2: float = 1e-2) -> tuple[Tensor, Tensor]:
+def fit_linear_head(features: Tensor, labels: Tensor, num_classes: int, l2: float = L2) -> tuple[Tensor, Tensor]:
     """Fits `softmax(W f + b)` to standardised features and folds the standardisation into the result.
 
     Minimises `mean cross-entropy + l2 / 2 · ||W||²` over the given rows, with `W` acting on features of zero mean and
@@ -58,6 +59,10 @@ def fit_linear_head_cv(
     Args and returns as there. Stratified folds of the given rows, always the same ones; the larger `l2` wins a tie.
     With several labels a row each class gets its own `l2`, and folds are stratified by a row's rarest class. The
     features are standardised once, over all given rows, and the folds are scored in float32.
+
+    A held-out row counts only where the other folds have its class: of a class that a head has not seen, the strongest
+    penalty is always the least wrong. Where no row counts, as with one row a class or in a single fold, `l2` is 1e-2.
+    With several labels a row this holds for each class by itself, of which both answers must be seen, yes and no.
 
     Args:
         groups: [n] int64; rows of one group share a fold, instead of stratified folds.
@@ -212,20 +217,47 @@ def _rowwise(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _choose_l2(rows: Tensor, labels: Tensor, num_classes: int, grid: Sequence[float], fold: Tensor) -> float | Tensor:
-    """One of `grid`; with several labels a row, [C] float64 on the rows' device, one for each class."""
+    """One of `grid`; with several labels a row, [C] float64 on the rows' device, one for each class.
+
+    `L2` where the grid leaves a choice and no held-out row counts.
+    """
     ordered = sorted(grid, reverse=True)
+    if len(ordered) == 1:
+        return ordered[0]
+    counts = _counting(labels, num_classes, fold)
+    if not bool(counts.any()):
+        return L2
     held_out = torch.zeros(len(ordered), 1 if labels.ndim == 1 else num_classes, dtype=torch.float64)
-    for i in range(int(fold.max()) + 1 if len(ordered) > 1 and int(fold.max()) > 0 else 0):
+    for i in range(int(fold.max()) + 1):
         seen, unseen = fold != i, fold == i
         start = None
         for j, l2 in enumerate(ordered):  # from the smoothest solution on, each starts where the last one ended
             start = _solve(rows[seen], labels[seen], num_classes, l2, start)
-            logits = rows[unseen] @ start[0].T + start[1]
-            held_out[j] += _rowwise(logits, labels[unseen]).sum(0).double().cpu()
+            losses = _rowwise(rows[unseen] @ start[0].T + start[1], labels[unseen])
+            held_out[j] += losses.where(counts[unseen], 0).sum(0).double().cpu()
     best = held_out.argmin(0)
     if labels.ndim == 1:
         return ordered[int(best)]
-    return torch.tensor(ordered, dtype=torch.float64)[best].to(rows.device)
+    chosen = torch.tensor(ordered, dtype=torch.float64)[best].to(rows.device)
+    return chosen.where(counts.any(0), L2)
+
+
+def _counting(labels: Tensor, num_classes: int, fold: Tensor) -> Tensor:
+    """[n] which rows are scored while their fold is held out; with several labels a row [n, C], of which classes.
+
+    With several labels a row, a class of which yes or no is never scored counts nowhere.
+    """
+    counts = torch.zeros_like(labels, dtype=torch.bool)
+    for i in range(int(fold.max()) + 1):
+        seen, unseen = labels[fold != i], fold == i
+        if labels.ndim == 1:
+            counts[unseen] = (torch.bincount(seen, minlength=num_classes) > 0)[labels[unseen]]
+        else:
+            counts[unseen] = (seen > 0).any(0) & (seen == 0).any(0)
+    if labels.ndim == 1:
+        return counts
+    yes = labels > 0
+    return counts & (counts & yes).any(0) & (counts & ~yes).any(0)
 
 
 def head_output(kind: Kind) -> Output:
@@ -251,7 +283,7 @@ def teacher_head_stage(kind: Kind = "classification") -> FitStage:
     """
     return FitStage(
         name=TEACHER_HEAD,
-        version=1,
+        version=2,
         fit=fit_teacher_head,
         outputs=(head_output(kind),),
         images="labelled",

@@ -25,7 +25,13 @@ from methods.contract import (
 )
 from methods.dense import structure_of
 from methods.knobs import Choice, MethodConfig, Range, knob
+from methods.ranks import even_labels, weight_of
 from methods.tuning import SoftTeacher, TeacherTuning, soft_targets, tuning_knob, tuning_refuses
+
+LABELLED_DESCRIPTION = (
+    "Share of each batch that has labels, where some images have none: rounded to whole portions, at least one and at "
+    "most all but one. A portion is the greatest common divisor of 8 and half the batch: 8 images of a batch of 64."
+)
 
 
 class KDConfig(MethodConfig):
@@ -37,9 +43,7 @@ class KDConfig(MethodConfig):
     weight: float = knob(
         0.5, "λ: share of the teacher's term; 0 trains on labels alone.", search=Range(low=0, high=1), ge=0, le=1
     )
-    labelled_fraction: float = knob(
-        0.25, "Share of each batch that has labels.", search=Choice(values=(0.25, 0.5, 0.75)), ge=0, le=1
-    )
+    labelled_fraction: float = knob(0.25, LABELLED_DESCRIPTION, search=Choice(values=(0.25, 0.5, 0.75)), ge=0, le=1)
     teacher_tuning: TeacherTuning = tuning_knob()
     lr: float = knob(1e-3, "Peak learning rate.", search=Range(low=1e-4, high=1e-2, log=True), gt=0, le=1)
     weight_decay: float = knob(
@@ -68,6 +72,18 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, kind
         F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1), reduction="batchmean", log_target=True
     )
     return temperature**2 * divergence
+
+
+def uneven_distillation_loss(student: Tensor, teacher: Tensor, temperature: float, kind: Kind) -> Tensor:
+    """`distillation_loss` where the ranks of a group may have another number of rows each; every rank must ask.
+
+    The mean over ranks is the mean over all of their rows. 0 with a graph where this rank has none.
+    """
+    with even_labels(False):  # which tells of labels, not of these rows
+        weight = weight_of(torch.tensor(len(student), device=student.device))
+    if not len(student):
+        return student.sum() * 0.0
+    return distillation_loss(student, teacher, temperature, kind) * weight
 
 
 class KDLearner(Learner):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from methods.by_peft import PeftLearner, Targets, exactly, target_modules
+from methods.by_peft import PeftLearner, Targets, exactly
 from methods.contract import Setting
 from methods.knobs import Choice, MethodConfig, knob
 from methods.tuning import TunedTeacher, TuningConfig
@@ -44,14 +44,22 @@ class LoRALearner(PeftLearner):
     the paper's parametrisation: peft cannot adapt slices of a fused map.
     """
 
-    def peft_config(self, network: nn.Module, params: Mapping[str, Any]) -> PeftConfig:
+    @classmethod
+    def wrapped(cls, params: Mapping[str, Any], network: nn.Module) -> list[str]:
+        names = super().wrapped(params, network)
+        for name in names:
+            if set(getattr(network.get_submodule(name), "dilation", ())) - {1}:
+                raise ValueError(f"peft's lora of a convolution cannot be dilated, and {name!r} is.")
+        return names
+
+    def peft_config(self, names: list[str], params: Mapping[str, Any]) -> PeftConfig:
         from peft import LoraConfig
 
         return LoraConfig(
             r=params["rank"],
             lora_alpha=params["alpha_ratio"] * params["rank"],  # type: ignore[arg-type]
             lora_dropout=params["dropout"],
-            target_modules=exactly(target_modules(network, params["targets"])),
+            target_modules=exactly(names),
             use_rslora=params["variant"] == "rslora",
             use_dora=params["variant"] == "dora",
         )
@@ -69,7 +77,7 @@ class LoRA(TunedTeacher):
     paper = "Hu et al., LoRA, ICLR 2022; Kalajdzievski, rsLoRA, 2023; Liu et al., DoRA, ICML 2024"
     Config = LoRAConfig
     learner = LoRALearner
-    version = 2
+    version = 3
 
     @classmethod
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:

@@ -29,7 +29,7 @@ from methods.contract import (
 from methods.generators.makers import Completion, RePaint, SDEdit, UpstreamMaker
 from methods.generators.pipelines import ImageToImage, Inpaint, IPAdapter
 from methods.irf import CALIBRATE, IRF, MODE_DESCRIPTION, IRFConfig, Mode
-from methods.kd import distillation_loss
+from methods.kd import uneven_distillation_loss
 from methods.knobs import Choice, MethodConfig, Range, knob
 from methods.tuning import LOGITS, SoftTargets, SoftTeacher, TeacherTuning, soft_targets, tuning_refuses
 
@@ -184,11 +184,9 @@ class OTALearner(Learner):
         return {"loss": ce + self.weight * kd, "ce": ce, "kd": kd}
 
     def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """`T² · KL` over the rows on which the teacher is sure enough; 0 with a graph where it never is."""
+        """`T² · KL` over the rows, of all ranks, on which the teacher is sure enough; 0 with a graph without any."""
         sure = confidence(teacher, self.kind) >= self.min_confidence
-        if not bool(sure.any()):
-            return student.sum() * 0.0
-        return distillation_loss(student[sure], teacher[sure], self.temperature, self.kind)
+        return uneven_distillation_loss(student[sure], teacher[sure], self.temperature, self.kind)
 
     def deployed(self) -> Deployed:
         return Deployed(network=self.student.eval(), base="student")
@@ -261,7 +259,7 @@ class OTA(Method):
             params |= {"temperature": config.temperature, "min_confidence": config.min_confidence, **targets.params}
         distil = TrainStage(
             name=DISTIL,
-            version=1,
+            version=2,
             learner=OTALearner,
             params=params,
             feed=feed,

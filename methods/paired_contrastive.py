@@ -21,7 +21,7 @@ LARGEST = math.log(100)  # as in CLIP
 class PairedContrastiveConfig(MethodConfig):
     """Knobs of contrastive training."""
 
-    temperature: float = knob(0.07, "Where the learned temperature starts.", gt=0, le=1)
+    temperature: float = knob(0.07, "Where the learned temperature starts; it is never below 0.01.", gt=0, le=1)
     lr: float = rate_knob()
     weight_decay: float = decay_knob()
     budget: float = knob(1.0, "Share of the sweep's steps; above 1 costs more than the other methods.", gt=0, le=4)
@@ -36,12 +36,14 @@ class PairedContrastiveLearner(EmbeddingLearner):
 
     def __init__(self, params: Mapping[str, Any], given: Given) -> None:
         super().__init__(params, given)
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(params["temperature"])))
+        self.log_scale = nn.Parameter(torch.tensor(min(-math.log(params["temperature"]), LARGEST)))
 
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         assert batch.captions is not None
         images, texts = gathered(self.student(batch.images)), gathered(batch.captions)
-        scores = similarities(images, texts, 1.0) * self.log_scale.clamp(max=LARGEST).exp()
+        with torch.no_grad():  # the parameter itself, as in CLIP: a clamp with a graph has no gradient beyond the limit
+            self.log_scale.clamp_(max=LARGEST)
+        scores = similarities(images, texts, 1.0) * self.log_scale.exp()
         target = torch.arange(len(scores), device=scores.device)
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
         return {"loss": loss, "contrastive": loss}
@@ -50,7 +52,7 @@ class PairedContrastiveLearner(EmbeddingLearner):
         return name != "log_scale" and super().decays(name, parameter)
 
     def facts(self) -> dict[str, float]:
-        return {"temperature": float((-self.log_scale.detach()).exp())}
+        return {"temperature": math.exp(-min(self.log_scale.item(), LARGEST))}
 
 
 class PairedContrastive(ByDualEncoder):
@@ -78,7 +80,7 @@ class PairedContrastive(ByDualEncoder):
         return [
             TrainStage(
                 name="contrast",
-                version=1,
+                version=2,
                 learner=PairedContrastiveLearner,
                 params={"width": setting.teacher.embedding, "temperature": config.temperature},
                 feed=Feed(images="corpus", captions=True),

@@ -26,7 +26,7 @@ from methods.contract import (
     supervised_loss,
 )
 from methods.heads import POOLED
-from methods.kd import distillation_loss
+from methods.kd import LABELLED_DESCRIPTION, distillation_loss
 from methods.knobs import Choice, MethodConfig, Range, knob
 from methods.outputs import Output, intermediate_channels, read_outputs
 from methods.proxy import PROXY, Proxy, load_proxy, proxy_stage
@@ -111,9 +111,7 @@ class TDMRConfig(MethodConfig):
     transport: float = knob(
         0.0, "Weight of an optimal transport cost that is added at each depth; 0: none.", ge=0, le=10
     )
-    labelled_fraction: float = knob(
-        0.25, "Share of each batch that has labels.", search=Choice(values=(0.25, 0.5, 0.75)), ge=0, le=1
-    )
+    labelled_fraction: float = knob(0.25, LABELLED_DESCRIPTION, search=Choice(values=(0.25, 0.5, 0.75)), ge=0, le=1)
     teacher_tuning: TeacherTuning = tuning_knob()
     lr: float = knob(1e-3, "Peak learning rate.", search=Range(low=1e-4, high=1e-2, log=True), gt=0, le=1)
     weight_decay: float = knob(5e-4, "AdamW's weight decay.", search=Choice(values=(0.0, 5e-4, 5e-3, 5e-2)), ge=0, le=1)

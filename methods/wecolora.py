@@ -43,10 +43,14 @@ class WeCoLoRAConfig(MethodConfig):
         search=Choice(values=("qv", "qkv", "attn", "all")),
     )
     init: Literal["copy", "random"] = knob(
-        "copy", "Kept blocks start as the teacher's, or anew (the paper's control without weight copy)."
+        "copy",
+        "Kept blocks start as the teacher's, or anew (the paper's control without weight copy); what is before and "
+        "after the blocks is the teacher's either way.",
     )
     train: Literal["pairs", "all"] = knob(
-        "pairs", "What is trained: the low-rank pairs, or every weight without pairs (the paper's control WeCo+KD)."
+        "pairs",
+        "What is trained: the low-rank pairs, or all weights of the kept blocks without pairs (our form of the paper's "
+        "control WeCo+KD). Class token, embeddings and the final norm stay frozen either way.",
     )
     target: Literal["prenorm", "postnorm"] = knob(
         "prenorm",
@@ -234,6 +238,10 @@ class WeCoLoRA(Method):
     and both MLP layers learn to reproduce the teacher's last tokens (L1, all tokens, before the final norm) on
     unlabelled images [code]. The pairs are merged into the weights, so the student is a plain, shallower teacher. Its
     head is the common probe's; the paper probes too (batch norm and a linear layer under LARS [code], not ours).
+
+    The controls are not quite the authors': theirs train every weight, ours (`train: all`) those of the kept blocks.
+    Class token, positional and patch embedding and the final norm stay the teacher's, frozen, also under
+    `init: random`.
 
     Segmentation is announced in the paper and not in the code: ours probes the student's patch tokens with the common
     linear or convolutional decoder [inferred].

@@ -16,10 +16,16 @@ SPEC: dict[str, Any] = {
 }
 BASE: dict[str, Any] = {"factor": 3, "lr": 4e-3}
 ARMS = [
-    Arm("random blocks, all weights", "wecolora", {**BASE, "init": "random", "train": "all", "lr": 1e-3}),
+    Arm("random blocks, all of their weights", "wecolora", {**BASE, "init": "random", "train": "all", "lr": 1e-3}),
     Arm("copy, hardly trained", "wecolora", {**BASE, "rank": 1, "targets": "qv", "budget": 0.01}),
-    Arm("copy, all weights (WeCo+KD)", "wecolora", {**BASE, "train": "all", "target": "postnorm", "lr": 3e-4}),
-    Arm("copy, all weights, rate of the pairs", "wecolora", {**BASE, "train": "all", "target": "postnorm"}),
+    Arm(
+        "copy, all weights of the blocks (WeCo+KD)",
+        "wecolora",
+        {**BASE, "train": "all", "target": "postnorm", "lr": 3e-4},
+    ),
+    Arm(
+        "copy, all weights of the blocks, rate of the pairs", "wecolora", {**BASE, "train": "all", "target": "postnorm"}
+    ),
     Arm("copy + LoRA on q, v", "wecolora", {**BASE, "rank": 16, "targets": "qv"}),
     Arm("copy + six pairs (WeCoLoRA)", "wecolora", {**BASE, "rank": 16, "targets": "all"}),
 ]

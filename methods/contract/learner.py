@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from methods.contract.given import Given
 
+MAGNITUDE = "lora_magnitude_vector"  # peft's name of a vector that has four dimensions where a convolution is adapted
+
 
 @dataclass
 class Batch:
@@ -123,8 +125,21 @@ class Learner(nn.Module, ABC):
         return 1.0
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether the recipe's weight decay acts on this parameter: on tensors of two or more dimensions."""
-        return parameter.ndim >= 2
+        """Whether the recipe's weight decay acts on this parameter: on tensors of two or more dimensions.
+
+        But not on those that a network exempts in its own `no_weight_decay()`, as timm's transformers do their class
+        token, positional embedding and relative position bias; and not on DoRA's magnitudes.
+        """
+        return parameter.ndim >= 2 and MAGNITUDE not in name and not self._exempts(name)
+
+    def _exempts(self, name: str) -> bool:
+        """Whether a module that holds the parameter `name` lists it, by its name there, in `no_weight_decay()`."""
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            listed = getattr(self.get_submodule(".".join(parts[:i])), "no_weight_decay", None)
+            if listed is not None and ".".join(parts[i:]) in listed():
+                return True
+        return False
 
     def frozen(self) -> list[nn.Module]:
         """Modules that stay in evaluation mode while training (batch norm, dropout, drop path)."""

@@ -58,7 +58,7 @@ class TaskInfo:
         upstream: which upstream generators the sweep file brings: of `vq`, `diffusion`, `pipeline`.
         texts: which texts there are: of `prompts` (of the class names), `sentences`, `captions` (of the corpus).
         streamed: whether the corpus's images are streamed; else they are the training images.
-        batch: images of a step, over all workers.
+        batch: images whose rows one loss relates: of a micro batch, over all workers.
     """
 
     kind: Kind

@@ -132,7 +132,8 @@ def source_reads(entry: Model, role: Any) -> dict[str, Any]:
         {"precision"} if entry.precision == "fp32" else set()
     )
     options = entry.model_dump(mode="json", exclude=left_out)
-    return {"entry": options, "weights": network.weights_hash, "preprocessing": describe(network.preprocessing)}
+    reads = {"entry": options, "weights": network.weights_hash, "preprocessing": describe(network.preprocessing)}
+    return reads | ({"built": network.built} if isinstance(network.built, dict) else {})
 
 
 UPSTREAM = ("vq", "diffusion", "pipeline")
@@ -222,6 +223,8 @@ def stage_reads(
             reads["feed"] |= {"pool_size": stage.feed.pool_size, "pool_ratio": stage.feed.pool_ratio}
             reads["feed"]["pool_outputs"] = [asdict(o) for o in stage.feed.pool_outputs]
         reads["recipe"] = asdict(stage.recipe)
+        if stage.trains == "student" and (exempt := _undecayed(spec.students[cell.student or 0])):
+            reads["undecayed"] = exempt
         reads["steps"] = stage_steps(stage, spec, task)
         reads["batch"] = train.batch
         reads["views"] = None if train.fresh else train.views
@@ -243,6 +246,12 @@ def stage_reads(
             reads |= {"workers": train.workers, "window": spec.corpus.window, "views": None}
         reads["seed"] = config.seed
     return reads
+
+
+def _undecayed(student: Model) -> list[str]:
+    """Names of a student's parameters that weight decay spares, by its own list (`Learner.decays`)."""
+    listed = getattr(plan_network(student, "student")[0].skeleton, "no_weight_decay", None)
+    return sorted(listed()) if listed is not None else []
 
 
 def stage_steps(stage: TrainStage, spec: SweepSpec, task: TaskData) -> int:

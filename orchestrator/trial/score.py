@@ -37,6 +37,7 @@ from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import Blueprint, latency_of
 from orchestrator.trial.plan import TrialConfig, method_named, policy_of, source_reads
 
+PROBE_VERSION = 2  # 2: of classes with one label each
 EVALUATION_VERSION = 3  # 2: details by class; 3: memory, file size and outcomes by image
 
 
@@ -183,7 +184,7 @@ def evaluate(
         "labels": task.labels_hash,
         "val": [task.val.images_hash, list(task.val.labels)],
         "version": EVALUATION_VERSION,
-        "probe": not method.trains_head,
+        "probe": False if method.trains_head else PROBE_VERSION,
     }
     if method.zero_shot:
         assert config.cell.teacher is not None

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from learners import learner_of
+from small import small_spec
 from tiny import EMBEDDING as WIDTH
 from tiny import Rows, make_case, make_images, run_chain, teacher_outputs
 from torch import Tensor
 
 from methods.contract import Batch, Given
-from methods.dime_fm import DimeFM, DimeFMConfig, calibrate, diagonal_mass, pvl_loss, udist_loss, vl_loss
+from methods.dime_fm import TEMPERATURES, DimeFM, DimeFMConfig, calibrate, diagonal_mass, pvl_loss, udist_loss, vl_loss
+from methods.paired_contrastive import PairedContrastive
 from methods.texts import clusters_of, groundedness, select
 from methods.vision_language import EMBEDDING, similarities
+from orchestrator.trial.plan import Cell, setting_of
 
 T1, T2, T3, SCALE = 1.0, 3.0, 7.0, 100.0
 
@@ -147,13 +153,61 @@ def test_dm_12_sixty_four_images_are_learned_by_heart() -> None:
 def test_the_calibrated_temperature_leaves_the_wanted_mass_on_the_diagonal() -> None:
     v = drawn(200, 0, dtype=torch.float32)
     given = Given(values={}, num_classes=2, outputs={EMBEDDING.key: Rows(v)})
-    found = calibrate({"mass": 0.7, "scale": SCALE, "batch": 50}, given)
-    assert float(found["mass"]) == pytest.approx(0.7, abs=1e-4)
+    found = calibrate({"mass": 0.7, "scale": SCALE, "batches": [50, 25]}, given)
+    assert found["mass"].tolist() == pytest.approx([0.7, 0.7], abs=1e-4)
     assert diagonal_mass(v, 1.0, SCALE, 50) > 0.99
-    again = diagonal_mass(
-        v[torch.randperm(200, generator=torch.Generator().manual_seed(0))], float(found["temperature"]), SCALE, 50
-    )
-    assert again == pytest.approx(0.7, abs=1e-4)
+    shuffled = v[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    whole, half = found["temperature"].tolist()
+    assert diagonal_mass(shuffled, whole, SCALE, 50) == pytest.approx(0.7, abs=1e-4)
+    assert diagonal_mass(shuffled, half, SCALE, 25) == pytest.approx(0.7, abs=1e-4)
+    assert diagonal_mass(shuffled, whole, SCALE, 25) > 0.75
+
+
+def test_temperatures_are_calibrated_for_the_rows_that_a_loss_sees(colours: Path, tmp_path: Path) -> None:
+    task = make_case("clip", "cnn").setting.task
+    for accumulate, rows in ((1, 12), (2, 6), (4, 3)):
+        train = {"steps": 6, "batch": 12, "accumulate": accumulate}
+        spec = small_spec(colours, tmp_path, train=train)
+        brought = setting_of(spec, task, Cell("finetune", None, None)).task
+        setting = replace(make_case("clip", "cnn").setting, task=brought)
+        temperatures = next(s for s in DimeFM.stages(DimeFMConfig(), setting) if s.name == TEMPERATURES)
+        assert temperatures.params["batches"] == [rows, rows // 2]
+
+
+def test_micro_batches_half_as_large_as_planned_have_the_temperature_of_theirs() -> None:
+    """As where a training that ran out of memory is tried again."""
+    found = {TEMPERATURES: {"temperature": torch.tensor([5.0, 2.0]), "mass": torch.tensor([0.7, 0.7])}}
+    learner, _ = learner_of(make_case("clip", "cnn"), DimeFM, found)
+    v_t, v_s, u = drawn(16, 0), drawn(16, 1), drawn(9, 2)
+    for rows, temperature in ((16, 5.0), (8, 2.0)):
+        pvl = learner.combine(v_t[:rows], v_s[:rows], u)["pvl"]  # type: ignore[operator]
+        assert torch.equal(pvl, pvl_loss(v_t[:rows], v_s[:rows], temperature, SCALE))
+        assert learner.facts() == {"t_vl": T1, "t_pvl": temperature, "t_udist": temperature}
+
+
+# Contrastive training on pairs
+
+
+def test_a_learned_temperature_starts_at_its_limit_at_the_least_and_can_come_back() -> None:
+    learner, _ = learner_of(make_case("clip", "vit"), PairedContrastive, temperature=0.005)
+    assert learner.facts()["temperature"] == pytest.approx(0.01)
+    images, _ = make_images(8)
+    batch = Batch(images, None, captions=torch.randn(8, WIDTH))  # of no image: a softer temperature is better
+    optimizer = torch.optim.SGD([learner.log_scale], lr=1e-2)
+    learner(batch, 0.0)["loss"].backward()
+    optimizer.step()
+    assert learner.facts()["temperature"] > 0.0105
+
+
+def test_a_learned_temperature_beyond_its_limit_is_told_as_it_acts() -> None:
+    learner, _ = learner_of(make_case("clip", "vit"), PairedContrastive, temperature=0.01)
+    images, _ = make_images(8)
+    batch = Batch(images, None, captions=torch.randn(8, WIDTH))
+    at_the_limit = learner(batch, 0.0)["loss"]
+    with torch.no_grad():
+        learner.log_scale.add_(1.0)
+    assert learner.facts()["temperature"] == pytest.approx(0.01)
+    assert torch.allclose(learner(batch, 0.0)["loss"], at_the_limit)
 
 
 def sentences_near(images: Tensor) -> Tensor:

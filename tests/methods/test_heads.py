@@ -119,6 +119,44 @@ def test_one_row_a_class_works():
     assert torch.equal((features @ weight.T + bias).argmax(1), labels)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_where_no_row_can_be_held_out_the_penalty_is_the_fixed_one(several):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(20)
+    features = torch.randn(20, 64, generator=generator) + 3 * F.one_hot(labels, 64)
+    given = F.one_hot(labels).float() if several else labels
+    found, fixed = fit_linear_head_cv(features, given, 20), fit_linear_head(features, given, 20)
+    for one, other in zip(found, fixed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    logits = features @ found[0].T + found[1]
+    chance = logits.sigmoid().diagonal() if several else logits.softmax(1).amax(1)
+    assert chance.mean() > 0.5
+
+
+def test_a_single_fold_chooses_no_penalty():
+    features, labels = rows(40, 12)
+    found = fit_linear_head_cv(features, labels, 4, groups=torch.zeros(40, dtype=torch.int64))
+    assert all(torch.equal(*pair) for pair in zip(found, fit_linear_head(features, labels, 4), strict=True))
+
+
+def test_classes_of_one_row_have_no_say_in_the_penalty():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.arange(3).repeat(4), torch.arange(3, 15)])
+    lookalikes = torch.arange(24) % 3  # each single row looks like one of the three classes: a sure head is wrong on it
+    features = torch.randn(24, 40, generator=generator) + 4 * F.one_hot(lookalikes, 40)
+    weight, _ = fit_linear_head_cv(features, labels, 15)
+    assert torch.equal(weight, fit_linear_head(features, labels, 15, 1e-3)[0])  # with their say 1 would be best
+
+
+def test_a_class_of_one_image_has_no_say_where_images_are_held_out():
+    generator = torch.Generator().manual_seed(3)
+    images, lookalikes = torch.arange(60) // 10, torch.arange(60) % 2
+    labels = torch.where(images == 5, 2, lookalikes)
+    features = torch.randn(60, 40, generator=generator) + 8 * F.one_hot(lookalikes, 40)
+    weight, _ = fit_linear_head_cv(features, labels, 3, folds=6, groups=images)
+    assert torch.equal(weight, fit_linear_head(features, labels, 3, 1e-2)[0])  # with its say 0.1 would be best
+
+
 def test_wrong_input_is_refused():
     features, labels = rows(12, 6)
     with pytest.raises(ValueError, match="l2"):

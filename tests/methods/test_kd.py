@@ -6,14 +6,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from learners import learner_of as built_learner
 from tiny import CLASSES, draw, fitted, given_for, make_case, make_images, run_chain, teacher_outputs
 
-from methods.contract import Batch, supervised_loss
+from methods.contract import Batch, Feed, supervised_loss
 from methods.finetune import FineTune, FineTuneConfig, FineTuneLearner
 from methods.fitnet import FitNet, FitNetConfig, FitNetLearner, layer_at
 from methods.heads import POOLED, TEACHER_HEAD
 from methods.kd import KD, KDConfig, KDLearner, distillation_loss
+from methods.lora import LoRA
 from methods.outputs import Output, read_outputs
+from methods.tdmr import TDMR
+from orchestrator.train.feed import Feeder
 
 
 def learner_of(case, method=KD, config=None, **knobs):
@@ -260,6 +264,39 @@ def test_cross_entropy_of_no_labels_is_0():
     assert loss.item() == 0.0
     mixed = supervised_loss(logits, torch.tensor([1, -1, 2, -1]), "classification")
     torch.testing.assert_close(mixed, F.cross_entropy(logits[[0, 2]], torch.tensor([1, 2])))
+
+
+@pytest.mark.parametrize("method", [KD, TDMR], ids=lambda m: m.name)
+def test_the_share_with_labels_is_rounded_as_the_knob_says(method):
+    said = method.Config.model_fields["labelled_fraction"].description
+    assert "8 images of a batch of 64" in said
+    assert "at least one and at most all but one" in said
+
+    def share(batch: int, fraction: float) -> int:
+        feed = Feed("all", labels=True, labelled_fraction=fraction)
+        return Feeder(feed, 100, None, None, labelled=range(50), batch=batch, views=1, seed=0).pools[0][1]
+
+    assert [share(64, f) for f in (0.0, 0.05, 0.1, 0.25, 1.0)] == [8, 8, 8, 16, 56]
+    assert [share(12, f) for f in (0.0, 0.25, 1.0)] == [2, 4, 10]  # portions of gcd(6, 8) = 2
+
+
+def test_a_transformers_class_token_and_positions_are_not_decayed():
+    learner, _, _ = learner_of(make_case("vit", "vit"))
+    tensors = {n: p for n, p in learner.named_parameters() if p.ndim >= 2}
+    assert {n for n, p in tensors.items() if not learner.decays(n, p)} == {"student.cls_token", "student.pos_embed"}
+
+
+def test_of_a_convolutional_student_every_tensor_but_vectors_is_decayed():
+    learner, _, _ = learner_of(make_case("vit", "cnn"))
+    assert all(learner.decays(n, p) == (p.ndim >= 2) for n, p in learner.named_parameters())
+
+
+def test_the_magnitudes_of_dora_are_not_decayed():
+    learner, _ = built_learner(make_case("cnn", "cnn"), LoRA, variant="dora")
+    magnitudes = {n: p for n, p in learner.named_parameters() if "magnitude" in n}
+    assert {p.ndim for p in magnitudes.values()} == {4}
+    assert not any(learner.decays(n, p) for n, p in magnitudes.items())
+    assert all(learner.decays(n, p) for n, p in learner.named_parameters() if "lora_A" in n)
 
 
 def test_kd_learner_has_no_teacher_inside():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from methods.contract import Batch, Learner
+from methods.ranks import GlobalBatchNorm, even_labels
 
-WORLD = 2
+WORLDS = (2, 3)
 
 
 def rkd() -> tuple[Learner, Batch]:
@@ -79,7 +81,36 @@ def texts() -> tuple[Learner, Batch]:
     return learner, Batch(images, labels, texts=texts_of(16), tokens=tokens)
 
 
-CASES = {"rkd": rkd, "tdmr": tdmr, "prompt": prompt, "dime_fm": dime_fm, "texts": texts}
+def darts() -> tuple[Learner, Batch]:
+    """Six of twelve rows have a label, as many on each rank, but not in each half; on three ranks halves are uneven."""
+    from learners import learner_of
+    from tdmr_cases import batch_of
+    from tiny import make_case
+
+    from methods.darts import DARTS
+
+    case = make_case("vit", "cnn")
+    learner, _ = learner_of(case, DARTS, stage=-2, cells=1, stages=2, width=8)
+    return learner, batch_of(case, n=12, labelled=6)
+
+
+def ota() -> tuple[Learner, Batch]:
+    """The teacher is sure of four of twelve rows: of three and one on two ranks, of three, one and none on three."""
+    from tiny import CLASSES, make_case, make_images
+
+    from methods.contract import Given
+    from methods.ota import OTALearner
+    from methods.tuning import LOGITS
+
+    params = {"weight": 1.0, "temperature": 2.0, "min_confidence": 0.9, "tuned": True}
+    learner = OTALearner(params, Given(values={"student": make_case("vit", "vit").student}, num_classes=CLASSES))
+    images, labels = make_images(12)
+    sure = torch.zeros(12, 1).index_fill(0, torch.tensor([0, 3, 4, 6]), 9.0)
+    return learner.train(), Batch(images, labels, {LOGITS.key: sure * torch.eye(CLASSES)[labels.roll(1)]})
+
+
+CASES = {"rkd": rkd, "tdmr": tdmr, "prompt": prompt, "dime_fm": dime_fm, "texts": texts, "darts": darts, "ota": ota}
+OF_THREE = ("darts", "ota")  # whose rows three ranks can share
 
 
 def run(rank: int, world: int, folder: str) -> None:
@@ -89,9 +120,9 @@ def run(rank: int, world: int, folder: str) -> None:
     if world > 1:
         dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     results = {}
-    for name, case in CASES.items():
+    for name in CASES if world < 3 else OF_THREE:
         torch.manual_seed(0)
-        learner, batch = case()
+        learner, batch = CASES[name]()
         assert batch.labels is not None
         outputs = {k: v[rank::world] for k, v in batch.outputs.items()}
         own = batch.texts if batch.tokens is None or batch.texts is None else batch.texts[rank::world]
@@ -100,7 +131,10 @@ def run(rank: int, world: int, folder: str) -> None:
         wrapped: nn.Module = learner
         if world > 1:
             wrapped = DistributedDataParallel(learner, find_unused_parameters=True)
-        loss = wrapped(part, 0.5)["loss"]
+        labelled = int((batch.labels >= 0).sum())
+        even = labelled % world == 0 and len(batch.images) % world == 0
+        with even_labels(even), GlobalBatchNorm() if world > 1 else nullcontext():
+            loss = wrapped(part, 0.5)["loss"]
         loss.backward()
         value = loss.detach().clone()
         if world > 1:
@@ -118,15 +152,25 @@ def run(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict[str, torch.Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run, (WORLD, str(folder)), nprocs=WORLD)
+    for world in WORLDS:
+        (folder / str(world)).mkdir()
+        mp.spawn(run, (world, str(folder / str(world))), nprocs=world)
     run(0, 1, str(folder))
-    return {world: torch.load(folder / f"{world}.pt", weights_only=True) for world in (1, WORLD)}
+    return {int(path.stem): torch.load(path, weights_only=True) for path in folder.rglob("*.pt")}
+
+
+def same(one: dict[str, torch.Tensor], several: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == several.keys()
+    assert len(one) > 3
+    for key, value in one.items():
+        assert torch.allclose(value, several[key], atol=1e-5), key
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_give_the_loss_and_the_gradients_of_one(steps, name: str) -> None:
-    one, two = steps[1][name], steps[WORLD][name]
-    assert one.keys() == two.keys()
-    assert len(one) > 3
-    for key, value in one.items():
-        assert torch.allclose(value, two[key], atol=1e-5), key
+    same(steps[1][name], steps[2][name])
+
+
+@pytest.mark.parametrize("name", OF_THREE)
+def test_three_ranks_give_the_loss_and_the_gradients_of_one(steps, name: str) -> None:
+    same(steps[1][name], steps[3][name])

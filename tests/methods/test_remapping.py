@@ -212,6 +212,24 @@ def test_every_distillation_can_learn_from_a_tuned_teacher(method):
     assert "kd" in chain.parts[-1]
 
 
+# Architecture search
+
+
+@pytest.mark.parametrize(("place", "full", "empty"), [(0, "weights", "alphas"), (1, "alphas", "weights")])
+def test_darts_a_half_without_rows_is_0_and_leaves_batch_statistics_finite(place, full, empty, monkeypatch):
+    """As on a rank of a group that has few rows."""
+    monkeypatch.setattr("methods.darts.places", lambda count: torch.arange(place, place + count))
+    case = make_case()
+    learner, stage = learner_of(case, DARTS, stage=-2, cells=1, stages=2, width=8)
+    images, labels = make_images(1)
+    parts = learner(Batch(images, labels, teacher_outputs(case.teacher, images, stage.feed.outputs)), 0.0)
+    assert parts[empty].item() == 0.0
+    assert parts["loss"].item() == parts[full].item() > 0.0
+    parts["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learner.parameters())
+    assert all(b.isfinite().all() for b in learner.student.buffers())
+
+
 # Side-tuning
 
 
