@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from orchestrator.errors import WorkError, behind, disk_full
-from orchestrator.store import Records, Store, key_of, write_records
+from orchestrator.store import Entry, Records, Store, key_of, write_records
 from orchestrator.store.store import BusyError
+from orchestrator.sweep.stock import verify
 
 KEY = key_of("an entry")
 PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once, not by every process
@@ -56,6 +57,15 @@ def compute_forever(root: Path, started: Any) -> None:
         threading.Event().wait()
 
     Store(root).compute("stage", KEY, write)
+
+
+def look_up_and_stay(root: Path, found: Any) -> None:
+    """A process that looks up entry "a", makes entry "b" and lives on."""
+    store = Store(root)
+    assert store.get("stage", key_of("a")) is not None
+    fill(store, "b")
+    found.set()
+    threading.Event().wait()
 
 
 READS = {"weights": "a" * 64, "views": [0, 1], "recipe": {"lr": 0.001, "clip": None}, "labels": True}
@@ -288,6 +298,62 @@ def test_above_max_bytes_the_least_recently_used_entries_go_first(tmp_path):
     assert leftovers(store) == []
 
 
+def unused_for_long(store: Store, *names: str) -> list[Entry]:
+    """Entries of 1000 bytes that nothing has asked for since 2001."""
+    entries = [fill(store, name) for name in names]
+    for entry in entries:
+        os.utime(entry.path / "meta.json", (1e9, 1e9))
+    return entries
+
+
+def test_gc_spares_what_a_living_process_has_looked_up_or_made_and_says_how_much(tmp_path):
+    store, found = Store(tmp_path / "store"), PROCESSES.Event()
+    unused_for_long(store, "a", "c")
+    process = PROCESSES.Process(target=look_up_and_stay, args=(store.root, found))
+    process.start()
+    assert found.wait(120)
+    with pytest.warns(UserWarning, match=r"^0\.0 MB more than asked for stay in the store: processes that are running"):
+        assert store.collect(max_bytes=0) == (1000, 1)
+    assert {e.key for e in store.entries()} == {key_of("a"), key_of("b")}
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert store.collect(max_bytes=0) == (2000, 2)
+    assert store.entries() == []
+
+
+def test_gc_does_not_take_what_was_asked_for_after_it_had_begun(tmp_path, monkeypatch):
+    store = Store(tmp_path / "store")
+    (entry,) = unused_for_long(store, "a")
+    seen = store._by_use()
+    assert store.get("stage", entry.key) is not None
+    monkeypatch.setattr(store, "_by_use", lambda: seen)
+    with pytest.warns(UserWarning, match="stay in the store"):
+        assert store.collect(max_bytes=0) == (0, 0)
+    assert store.damaged(entry) == []
+
+
+def test_gc_removes_the_files_by_which_dead_processes_told_that_they_lived(tmp_path):
+    store = Store(tmp_path / "store")
+    fill(store, "a")
+    (own,) = store.root.glob(".users/*")
+    (own.parent / "1000000000-0123456789ab.lock").touch()
+    assert store.collect(max_bytes=10_000) == (0, 0)
+    assert list(store.root.glob(".users/*")) == [own]
+
+
+def test_entries_of_a_store_that_cannot_be_written_are_found(tmp_path):
+    entry = fill(Store(tmp_path / "store"), "a")
+    (tmp_path / "read").symlink_to(tmp_path / "store")
+    users = tmp_path / "store" / ".users"
+    for file in users.iterdir():
+        file.unlink()
+    users.rmdir()
+    users.touch()  # whoever runs this may be root, who can write anywhere else
+    found = Store(tmp_path / "read").get("stage", entry.key)
+    assert found is not None
+    assert found.meta == entry.meta
+
+
 @pytest.mark.parametrize("damage", ["a flipped byte", "cut short", "missing"])
 def test_damage_is_found_and_named(tmp_path, damage):
     store = Store(tmp_path / "store")
@@ -347,3 +413,77 @@ def test_another_error_of_the_disk_is_not_called_a_full_disk(tmp_path):
 
     with pytest.raises(OSError, match="input/output error"):
         Store(tmp_path / "store").compute("stage", KEY, write)
+
+
+TEARS = {
+    "empty": lambda meta: meta.write_bytes(b""),
+    "cut off": lambda meta: meta.write_bytes(meta.read_bytes()[:-20]),
+    "zeros": lambda meta: meta.write_bytes(bytes(200)),
+    "missing": lambda meta: meta.unlink(),
+}
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_a_torn_entry_counts_as_absent_and_the_next_computation_replaces_it(tmp_path, tear):
+    store = Store(tmp_path / "store")
+    torn = fill(store, "a")
+    TEARS[tear](torn.path / "meta.json")
+    assert store.get("stage", torn.key) is None
+    again = fill(store, "a", 500)
+    assert again.computed
+    assert store.get("stage", torn.key).meta == again.meta
+    assert store.damaged(again) == []
+    assert leftovers(store) == []
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_verify_names_a_torn_entry_and_gc_takes_it_away(tmp_path, tear):
+    store = Store(tmp_path / "store")
+    kept, torn = fill(store, "a"), fill(store, "b")
+    TEARS[tear](torn.path / "meta.json")
+    size = sum(file.stat().st_size for file in torn.path.iterdir())
+    assert verify(str(store.root))["damaged"] == [f"stage/{torn.key}: meta.json differs from what was published"]
+    with store.lock("stage", torn.key):  # somebody is about to replace it
+        assert store.collect() == (0, 0)
+    assert store.collect() == (size, 1)
+    assert [e.key for e in store.entries()] == [kept.key]
+    assert not torn.path.exists()
+    assert leftovers(store) == []
+
+
+def test_all_files_of_an_entry_and_their_folder_are_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+    store = Store(tmp_path / "store")
+    synced: list[Path] = []
+
+    def fsync(descriptor: int) -> None:
+        assert store.get("stage", KEY) is None
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def write(folder: Path) -> None:
+        for name in ("one", "two"):
+            (folder / name).write_text(name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store.compute("stage", KEY, write)
+    (folder,) = {path.parent for path in synced if path.name == "one"}
+    assert sorted(synced) == [folder, folder / "meta.json", folder / "one", folder / "two"]
+
+
+def test_a_disk_that_is_found_to_be_full_when_files_are_brought_to_it_is_the_same_sentence(tmp_path, monkeypatch):
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))  # as a file server says it
+
+    store = Store(tmp_path / "store")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(WorkError, match=rf"The disk of the store .* is full while writing stage/{KEY}\."):
+        store.compute("stage", KEY, lambda f: (f / "data").write_text("whole") and None)
+    assert store.get("stage", KEY) is None
+    assert leftovers(store) == []
+
+
+def test_a_file_system_that_cannot_bring_a_folder_to_the_disk_is_used_all_the_same(tmp_path, monkeypatch):
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert fill(Store(tmp_path / "store"), "a").computed

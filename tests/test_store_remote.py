@@ -24,7 +24,17 @@ from orchestrator.data.views import Policy
 from orchestrator.errors import FullDiskError, UserError
 from orchestrator.models.load import load_network
 from orchestrator.spec import Model, Task
-from orchestrator.store import Records, RemoteStore, bucket, key_of, lease, open_store, store_at, write_records
+from orchestrator.store import (
+    Records,
+    RemoteStore,
+    bucket,
+    key_of,
+    lease,
+    open_store,
+    remote,
+    store_at,
+    write_records,
+)
 from orchestrator.store.bucket import Bucket, RemoteError
 from orchestrator.store.remote import IN_USE_S
 from orchestrator.store.store import BusyError
@@ -451,3 +461,131 @@ def test_a_folder_by_its_file_address_is_object_storage_too(tmp_path: Path, monk
     found = two.compute("stage", KEY, refuse)
     assert json.dumps(found.meta) == json.dumps(made.meta)
     assert isinstance(Bucket(address).read(f"stage/{KEY}/meta.json"), bytes)
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RemoteStore]:
+    """Two nodes on a folder that stands for object storage."""
+    return [Node((tmp_path / "shared").as_uri(), tmp_path / name, monkeypatch).store for name in "ab"]
+
+
+def write_result(folder: Path) -> None:
+    (folder / "data").write_text("result")
+
+
+def as_new_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known any more of what lies in the storage, as in a process that begins."""
+    monkeypatch.setattr(remote, "_SEEN", set())
+
+
+def test_a_torn_copy_is_copied_again(shared: list[RemoteStore]) -> None:
+    one, two = shared
+    made = one.compute("stage", KEY, write_result)
+    torn = two.compute("stage", KEY, refuse).path / "meta.json"
+    torn.write_bytes(b"")
+    found = two.compute("stage", KEY, refuse)
+    assert found.meta == made.meta == json.loads(torn.read_text())
+    torn.write_bytes(b"")
+    for name in objects(two):
+        two.bucket.delete(name)
+    assert two.compute("stage", KEY, write_result).computed
+
+
+def test_gc_takes_a_torn_copy_away_and_leaves_the_entry(shared: list[RemoteStore]) -> None:
+    one, two = shared
+    made = one.compute("stage", KEY, write_result)
+    copy = two.compute("stage", KEY, refuse)
+    (copy.path / "meta.json").write_bytes(b"")
+    assert two.collect() == (len("result"), 0)
+    assert not copy.path.exists()
+    assert two.entries()[0].meta == made.meta
+    assert two.get("stage", KEY) is not None
+
+
+def test_a_copy_is_on_the_disk_before_it_appears(shared: list[RemoteStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = shared
+    one.compute("stage", KEY, write_result)
+    synced: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        assert not two._folder("stage", KEY).exists()
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.partition("-")[0])
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    two.compute("stage", KEY, refuse)
+    assert sorted(synced) == ["copy", "data", "meta.json"]
+
+
+def test_what_gc_took_from_the_storage_is_published_again_by_a_node_that_has_a_copy(
+    shared: list[RemoteStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = shared
+    made = one.compute("stage", KEY, write_result)
+    assert two.collect(max_bytes=0) == (len("result"), 1)
+    assert two.get("stage", KEY) is None
+    as_new_processes(monkeypatch)
+    assert not one.compute("stage", KEY, refuse).computed
+    found = two.get("stage", KEY)
+    assert found is not None
+    assert found.meta == made.meta
+    assert (found.path / "data").read_text() == "result"
+    assert two.damaged(found) == []
+
+
+def test_a_process_asks_the_storage_once_whether_it_has_what_lies_on_the_node(
+    nodes: list[RemoteStore], s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes[0].compute("stage", KEY, write_result)
+    requests = []
+    for begins in (False, True, False):
+        if begins:
+            as_new_processes(monkeypatch)
+        before = len(s3.seen)
+        nodes[0].compute("stage", KEY, refuse)
+        requests.append(len(s3.seen) - before)
+    assert requests == [0, 1, 0]
+
+
+def test_a_damaged_copy_is_not_published_again_but_computed_anew(
+    shared: list[RemoteStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = shared
+    damaged = one.compute("stage", KEY, write_result)
+    two.collect(max_bytes=0)
+    (damaged.path / "data").write_text("resulT")
+    as_new_processes(monkeypatch)
+    assert one.compute("stage", KEY, write_result).computed
+    found = two.get("stage", KEY)
+    assert found is not None
+    assert (found.path / "data").read_text() == "result"
+
+
+def test_a_copy_waits_for_the_node_that_computes_anew_what_the_storage_lost(
+    shared: list[RemoteStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = shared
+    one.compute("stage", KEY, write_result)
+    two.collect(max_bytes=0)
+    as_new_processes(monkeypatch)
+    with two.lock("stage", KEY), pytest.raises(BusyError):
+        one.compute("stage", KEY, refuse, wait=False)
+    assert not one.compute("stage", KEY, refuse, wait=False).computed
+
+
+def test_gc_takes_no_entry_while_a_node_works_and_says_how_much_stays(pair: list[RemoteStore]) -> None:
+    one, two = pair
+    one.compute("stage", KEY, lambda folder: (folder / "data").write_bytes(b"x" * 2_000_000) and None)
+    with (
+        one.lock("stage", key_of("a training")),
+        pytest.warns(UserWarning, match=r"^1\.5 MB more than asked for stay in the store: processes that are running"),
+    ):
+        assert two.collect(max_bytes=500_000) == (0, 0)
+    assert [e.key for e in two.entries()] == [KEY]
+    assert two.collect(max_bytes=500_000) == (2_000_000, 1)
+
+
+def test_the_lease_of_a_dead_node_does_not_keep_gc_from_its_work(shared: list[RemoteStore]) -> None:
+    one, two = shared
+    one.compute("stage", KEY, write_result)
+    one.bucket.write(f".leases/stage-{key_of('a training')}/node-0123456789ab", b"x")
+    assert two.collect(max_bytes=0) == (len("result"), 1)

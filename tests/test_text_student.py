@@ -20,6 +20,8 @@ from methods.contract import Batch, Given
 from methods.parts.text_tower import TextTower, kept, trimmed
 from methods.text_student import TextLearner
 from orchestrator.data.embed import class_vectors, prompts_of
+from orchestrator.data.outputs import Bill
+from orchestrator.data.pool import make_here
 from orchestrator.data.task import load_task
 from orchestrator.evaluate.suite.subject import stored_subject
 from orchestrator.models.clip import text_tower
@@ -29,10 +31,11 @@ from orchestrator.select.export import export_student
 from orchestrator.select.export.texts import ExportedTexts
 from orchestrator.select.predict import ask
 from orchestrator.spec import SweepSpec
-from orchestrator.store import Records, Store
+from orchestrator.store import Records, RemoteStore, Store
 from orchestrator.train.feed import TokenFeeder
 from orchestrator.train.loop import part_of
 from orchestrator.trial.context import SweepContext
+from orchestrator.trial.materials import Materials
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.run import run_trial
 
@@ -202,6 +205,22 @@ def test_tokens_are_stored_beside_embeddings_and_both_are_shared(made: tuple[Swe
     again = trial(spec, "t0002", lr=1e-4)  # another image tower under the same text tower
     assert [e.stage for e in store.entries()].count("distil_texts") == 1
     assert again["store_hits"] > row["store_hits"]
+
+
+def test_tokens_of_a_corpus_lie_on_object_storage_like_all_else(
+    made: tuple[SweepSpec, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    spec, _ = made
+    address = (tmp_path / "bucket").as_uri()
+    spec = spec.model_copy(update={"store": spec.store.model_copy(update={"remote": address})})
+    config = TrialConfig("t0000", 0, Cell("dime_fm", 0, 0), {}, 0)
+    tokens = Materials(SweepContext(spec, str(tmp_path / "sweep")), config, Bill(), make_here)
+    addresses = [*tokens.token_addresses("sentences"), *tokens.token_addresses("prompts")]
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "another node's"))
+    store = RemoteStore(address)
+    assert sorted(addresses) == sorted(f"{e.stage}/{e.key}" for e in store.entries() if e.stage == "text_tokens")
+    assert len(addresses) == 4
 
 
 def test_an_export_embeds_texts_without_this_package_or_the_teacher(

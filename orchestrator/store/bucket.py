@@ -119,6 +119,11 @@ class Bucket:
 
         return self._patiently(download, f"read {name}")
 
+    def has(self, name: str) -> bool:
+        """Whether there is such an object; half the requests of reading it."""
+        info = self._patiently(lambda: self.system.get_file_info(self._path(name)), f"look for {name}")
+        return bool(info.type == fs.FileType.File)
+
     def hash(self, name: str) -> str | None:
         """SHA-256 of an object, in hex, or None if there is none."""
 

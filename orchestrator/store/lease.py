@@ -17,6 +17,7 @@ import uuid
 
 from orchestrator.store.bucket import Bucket
 
+FOLDER = ".leases"
 HEARTBEAT_S = 5.0
 DEAD_S = 30.0
 POLL_S = 1.0
@@ -33,7 +34,7 @@ class Lease:
     """
 
     def __init__(self, bucket: Bucket, name: str, node: str) -> None:
-        self.bucket, self.folder, self.node = bucket, f".leases/{name}", node
+        self.bucket, self.folder, self.node = bucket, f"{FOLDER}/{name}", node
         self.own = f"{self.folder}/{node}-{uuid.uuid4().hex[:12]}"
         self._seen: dict[str, tuple[object, float]] = {}  # stamp of another's lease, and since when it is so
         self._done = threading.Event()
@@ -87,3 +88,18 @@ class Lease:
             count = count % 64 + 1
             with contextlib.suppress(Exception):  # the next one may arrive
                 self.bucket.write_once(self.own, b"x" * count)  # the size changes where a time has whole seconds only
+
+
+def at_work(bucket: Bucket) -> bool:
+    """Whether some node holds a lease, or takes or gives back one within `DEAD_S`.
+
+    Raises:
+        RemoteError: if the object storage stays away.
+    """
+    before = bucket.list(FOLDER)
+    deadline = time.monotonic() + DEAD_S
+    while time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        if bucket.list(FOLDER) != before:
+            return True
+    return False

@@ -26,13 +26,14 @@ from typing import Any
 from orchestrator.errors import FullDiskError, UserError, disk_full
 from orchestrator.spec import read_spec
 from orchestrator.store.bucket import Bucket, RemoteError, bucket_at
-from orchestrator.store.lease import Lease
-from orchestrator.store.store import META, BusyError, Entry, Store, file_hash
+from orchestrator.store.lease import Lease, at_work
+from orchestrator.store.store import META, BusyError, Entry, Store, file_hash, tell_spared
 
 VARIABLE = "ORCHESTRATOR_CACHE"
 LIMIT = "ORCHESTRATOR_CACHE_GB"
 IN_USE_S = 3600.0  # a copy that a process asked for so lately may still be opened by it
 COPIES = 3  # of a file whose copy does not match its hash
+_SEEN: set[tuple[str, str, str]] = set()  # (address, stage, key) of what this process knows to be on object storage
 
 
 class RemoteStore(Store):
@@ -62,6 +63,9 @@ class RemoteStore(Store):
     def bucket(self) -> Bucket:
         return bucket_at(self._address)
 
+    def _announce(self) -> None:
+        """Nothing: other nodes do not see this one's files, and leases tell them who works."""
+
     def get(self, stage: str, key: str) -> Entry | None:
         here = super().get(stage, key)
         if here is not None:
@@ -74,13 +78,41 @@ class RemoteStore(Store):
                 found = self._copied(stage, key, published)
         return found
 
+    def find(self, stage: str, key: str, *, wait: bool = True) -> Entry | None:
+        """As `get`; but a copy of what `store gc` took from the object storage is published again, for other nodes.
+
+        A process looks there once for each entry: a request takes longer than all else that a look-up does.
+
+        Raises:
+            BusyError: if another process is publishing it, or computing it anew (only with `wait=False`).
+            RemoteError: if the object storage stays away.
+        """
+        found = self.get(stage, key)
+        if found is None or (self._address, stage, key) in _SEEN:
+            return found
+        if not self.bucket.has(f"{stage}/{key}/{META}") and not self._restored(found, wait):
+            return None
+        _SEEN.add((self._address, stage, key))
+        return found
+
+    def _restored(self, copy: Entry, wait: bool) -> bool:
+        """Sees to it that an entry is published again; False if its copy is damaged, and was removed."""
+        with self.lock(copy.stage, copy.key, wait=wait):
+            if self.bucket.has(f"{copy.stage}/{copy.key}/{META}"):
+                return True  # another node was faster
+            if not Store.damaged(self, copy):
+                self._upload(copy.stage, copy.key, copy.path, copy.meta)
+                return True
+        with contextlib.suppress(FileNotFoundError):  # another process has found it too
+            Store.remove(self, copy)
+        return False
+
     def _published(self, stage: str, key: str) -> dict[str, Any] | None:
         content = self.bucket.read(f"{stage}/{key}/{META}")
         return json.loads(content) if content is not None else None
 
     def _copied(self, stage: str, key: str, meta: dict[str, Any]) -> Entry | None:
         temporary = self.root / ".tmp" / f"copy-{key}-{uuid.uuid4().hex[:8]}"
-        target = self._folder(stage, key)
         size = sum(int(f["bytes"]) for f in meta["files"].values())
         for abandoned in temporary.parent.glob(f"copy-{key}-*"):
             shutil.rmtree(abandoned, ignore_errors=True)  # this process holds the lock, so its writer is dead
@@ -97,8 +129,7 @@ class RemoteStore(Store):
                 if not self._copy(f"{stage}/{key}/{meta['attempt']}/{name}", temporary / name, fact["sha256"]):
                     return None  # removed meanwhile, or published again
             (temporary / META).write_text(json.dumps(meta), encoding="utf-8")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, target)
+            found = self._place(temporary, stage, key)
         except OSError as error:
             if disk_full(error):
                 raise FullDiskError(f"The disk of the cache {str(self.root)!r} is full.") from error
@@ -107,18 +138,15 @@ class RemoteStore(Store):
             shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(RemoteError):  # it only tells `gc` what is in use
             self.bucket.write(f".used/{stage}/{key}", b"x")
-        return Entry(stage, key, target, meta)
+        _SEEN.add((self._address, stage, key))
+        return found or Entry(stage, key, self._folder(stage, key), meta)
 
     def _make_room(self, size: int) -> None:
         """Removes copies that nobody has asked for lately, as far as `size` bytes more need it."""
         over = size - shutil.disk_usage(self.root).free + self.min_free_gb * 1e9
         if self._limit is None and over <= 0:
             return  # without looking at every copy
-        copies: list[tuple[float, Entry]] = []
-        for entry in super().entries():
-            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-                copies.append(((entry.path / META).stat().st_mtime, entry))
-        copies.sort(key=lambda one: one[0])
+        copies = self._by_use()
         if self._limit is not None:
             over = max(over, sum(e.bytes for _, e in copies) + size - self._limit)
         for used, copy in copies:
@@ -148,6 +176,11 @@ class RemoteStore(Store):
             finally:
                 lease.release()
 
+    @contextlib.contextmanager
+    def _sole(self, stage: str, key: str) -> Iterator[None]:
+        with super().lock("copy", key, wait=False), self.lock(stage, key, wait=False):
+            yield
+
     def _node(self) -> str:
         """Names this cache among all caches of the store."""
         path = self.root / ".node"
@@ -168,11 +201,15 @@ class RemoteStore(Store):
 
     def _share(self, stage: str, key: str, folder: Path, meta: dict[str, Any]) -> None:
         meta["attempt"] = uuid.uuid4().hex[:12]
+        (folder / META).write_text(json.dumps(meta), encoding="utf-8")
+        self._upload(stage, key, folder, meta)
+        _SEEN.add((self._address, stage, key))
+
+    def _upload(self, stage: str, key: str, folder: Path, meta: dict[str, Any]) -> None:
+        """Writes an entry to object storage: nobody sees any of it before the last line."""
         for name in meta["files"]:
             self.bucket.upload(folder / name, f"{stage}/{key}/{meta['attempt']}/{name}")
-        content = json.dumps(meta)
-        (folder / META).write_text(content, encoding="utf-8")
-        self.bucket.write(f"{stage}/{key}/{META}", content.encode())
+        self.bucket.write(f"{stage}/{key}/{META}", json.dumps(meta).encode())
 
     def mirror(self, folder: Path) -> BucketMirror:
         return BucketMirror(self.bucket, f".partial/{folder.name}")
@@ -198,15 +235,17 @@ class RemoteStore(Store):
         for one in self.bucket.list(folder):
             self.bucket.delete(one.name)
         self.bucket.delete(f".used/{folder}")
+        _SEEN.discard((self._address, entry.stage, entry.key))
         if entry.path.exists():
             super().remove(entry)
 
     def collect(self, max_bytes: int | None = None) -> tuple[int, int]:
         """Deletes what dead processes left here and there, and the least recently used entries beyond `max_bytes`.
 
-        An entry counts as used when it is published, and when it is copied to a node.
+        An entry counts as used when it is published, and when it is copied to a node. Since a node that reads its copy
+        tells nobody, none goes while some node works on anything; a warning says then how much was to go and stays.
         """
-        freed, removed = super().collect(None)[0], 0
+        freed = super().collect(None)[0]  # on this node
         objects = self.bucket.list()
         entries = {(e.stage, e.key): e for e in self.entries()}
         used: dict[tuple[str, str], int] = {}
@@ -233,16 +272,26 @@ class RemoteStore(Store):
                 if latest is None or f"/{latest['attempt']}/" not in one.name:
                     self.bucket.delete(one.name)
                     freed += one.size
-        if max_bytes is not None:
-            total = sum(e.bytes for e in entries.values())
-            for address in sorted(entries, key=lambda a: used.get(a, 0)):
-                if total <= max_bytes:
-                    break
-                self.remove(entries[address])
-                total -= entries[address].bytes
-                freed += entries[address].bytes
-                removed += 1
-        return freed, removed
+        if max_bytes is None:
+            return freed, 0
+        oldest_first = [entries[address] for address in sorted(entries, key=lambda a: used.get(a, 0))]
+        less, removed = self._shrink_to(max_bytes, oldest_first)
+        return freed + less, removed
+
+    def _shrink_to(self, max_bytes: int, oldest_first: list[Entry]) -> tuple[int, int]:
+        """Removes the first entries beyond `max_bytes` from object storage; returns (bytes freed, entries removed)."""
+        over, removed = sum(e.bytes for e in oldest_first) - max_bytes, 0
+        before = over
+        if over > 0 and at_work(self.bucket):
+            tell_spared(over)
+            return 0, 0
+        for entry in oldest_first:
+            if over <= 0:
+                break
+            with contextlib.suppress(BusyError), self.lock(entry.stage, entry.key, wait=False):
+                self.remove(entry)
+                over, removed = over - entry.bytes, removed + 1
+        return before - over, removed
 
 
 class BucketMirror:

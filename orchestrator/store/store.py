@@ -1,8 +1,9 @@
 """Where stage results lie: `<root>/<stage>/<key>/`, each published whole and computed once.
 
 Single flight rests on an advisory file lock that the kernel releases when its holder dies, however it dies: the next
-waiter then takes over. A result is written beside the store's entries and renamed into place, so that a half-written
-one can never be read.
+waiter then takes over. A result is written beside the store's entries, brought to the disk and renamed into place, so
+that a half-written one can never be read. An entry whose `meta.json` cannot be read all the same (a disk may lie about
+what it has written) is torn: it counts as absent, and the next computation replaces it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import platform
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,8 +27,10 @@ from typing import Any, Protocol, TypeVar
 from filelock import FileLock, Timeout
 
 from orchestrator.errors import FullDiskError, disk_full
+from orchestrator.store.users import announce, used_since
 
 META = "meta.json"
+TORN: dict[str, Any] = {"reads": None, "about": {}, "forwards": 0, "seconds": 0.0, "created": 0.0, "files": {}}
 K = TypeVar("K")
 T = TypeVar("T")
 
@@ -38,7 +43,7 @@ class Entry:
         stage, key: its address.
         path: its folder.
         meta: `reads` (what its key hashes), `about` (facts that are not in the key), `seconds` (what it cost),
-            `forwards` (teacher images it cost), `files` (name -> bytes and SHA-256).
+            `forwards` (teacher images it cost), `files` (name -> bytes and SHA-256); `TORN` if it cannot be read.
         computed: whether this call computed it, rather than found it.
     """
 
@@ -113,13 +118,30 @@ class Store:
     def get(self, stage: str, key: str) -> Entry | None:
         """The published entry, or None."""
         folder = self._folder(stage, key)
-        try:
-            meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        meta = read_meta(folder)
+        if meta is None:
             return None
-        with contextlib.suppress(OSError):
-            os.utime(folder / META)  # the time of last use, for `gc`
+        self._announce()  # first: what is used from then on is spared by `collect`
+        try:
+            os.utime(folder / META)  # the time of last use
+        except FileNotFoundError:
+            return None  # removed since it was read
+        except OSError:
+            pass  # a store that this user may only read
         return Entry(stage, key, folder, meta)
+
+    def find(self, stage: str, key: str, *, wait: bool = True) -> Entry | None:
+        """The published entry if every node finds it, or None.
+
+        Args:
+            stage, key: its address.
+            wait: for another process that is making it so; else raise `BusyError`.
+        """
+        return self.get(stage, key)
+
+    def _announce(self) -> None:
+        """Tells `collect` in other processes that this one uses the store."""
+        announce(self.root)
 
     def compute(
         self,
@@ -142,7 +164,8 @@ class Store:
             BusyError: see `wait`.
             FullDiskError: see there.
         """
-        found = self.get(stage, key)
+        self._announce()
+        found = self.find(stage, key, wait=wait)
         if found is not None:
             if self.scratch(stage, key).exists():  # its writer died after it had published, and before it tidied up
                 shutil.rmtree(self.scratch(stage, key), ignore_errors=True)
@@ -175,7 +198,6 @@ class Store:
     def _publish(self, stage: str, key: str, write: Callable[[Path], dict[str, Any] | None], reads: Any) -> Entry:
         machine = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
         temporary = self.root / ".tmp" / f"{stage}-{key}-{machine}-{uuid.uuid4().hex[:8]}"
-        target = self._folder(stage, key)
         started = time.perf_counter()
         # This process holds the lock, so their writer is dead; of another machine only where locks hold among machines.
         for abandoned in temporary.parent.glob(f"{stage}-{key}-{machine}-*"):
@@ -200,13 +222,8 @@ class Store:
             }
             (temporary / META).write_text(json.dumps(meta), encoding="utf-8")
             self._share(stage, key, temporary, meta)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, target)
+            found = self._place(temporary, stage, key)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                found = self.get(stage, key)  # the lock holds on one node only here, and another's was faster
-                if found is not None:
-                    return found
             if disk_full(error):
                 raise FullDiskError(
                     f"The disk of the store {str(self.root)!r} is full while writing {stage}/{key}."
@@ -214,8 +231,35 @@ class Store:
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        if found is not None:
+            return found
         shutil.rmtree(self.scratch(stage, key), ignore_errors=True)
-        return Entry(stage, key, target, meta, computed=True)
+        return Entry(stage, key, self._folder(stage, key), meta, computed=True)
+
+    def _place(self, whole: Path, stage: str, key: str) -> Entry | None:
+        """Renames a whole folder to where its entry belongs. After a loss of power it is there whole, or not at all.
+
+        Returns:
+            Another's entry that lies there: where locks hold on one node only, another may have been faster.
+
+        Raises:
+            OSError: of any kind; a disk may be found to be full only now.
+        """
+        target = self._folder(stage, key)
+        with ThreadPoolExecutor() as threads:  # what is waited for at once reaches the disk in half the time
+            list(threads.map(to_disk, [*whole.iterdir(), whole]))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(whole, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            found = Store.get(self, stage, key)
+            if found is not None:
+                return found
+            self._bury(target)  # torn
+            os.replace(whole, target)
+        return None
 
     def _share(self, stage: str, key: str, folder: Path, meta: dict[str, Any]) -> None:
         """Hands a whole result on before it is published here; whatever this raises, it is not."""
@@ -225,17 +269,17 @@ class Store:
         return None
 
     def entries(self) -> list[Entry]:
-        """Every published entry, by stage and key."""
+        """Every published entry, by stage and key, and with `TORN` for its `meta` each torn one."""
         found = []
-        for meta in sorted(self.root.glob(f"[!.]*/*/{META}")):
-            with contextlib.suppress(OSError, ValueError):
-                content = json.loads(meta.read_text(encoding="utf-8"))
-                found.append(Entry(meta.parent.parent.name, meta.parent.name, meta.parent, content))
+        for folder in sorted(self.root.glob("[!.]*/*/")):
+            meta = read_meta(folder)
+            if meta is not None or folder.is_dir():  # else it was removed just now
+                found.append(Entry(folder.parent.name, folder.name, folder, TORN if meta is None else meta))
         return found
 
     def damaged(self, entry: Entry) -> list[str]:
         """Files of an entry that are missing or differ from what was published."""
-        wrong = []
+        wrong = [META] if read_meta(entry.path) is None else []
         for name, fact in entry.meta["files"].items():
             path = entry.path / name
             if not path.is_file() or path.stat().st_size != fact["bytes"] or file_hash(path) != fact["sha256"]:
@@ -244,37 +288,114 @@ class Store:
 
     def remove(self, entry: Entry) -> None:
         """Takes an entry away at once, then deletes its files."""
+        self._bury(entry.path)
+
+    def _bury(self, folder: Path) -> None:
         grave = self.root / ".tmp" / f"removed-{uuid.uuid4().hex[:8]}"
         grave.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(entry.path, grave)
+        os.replace(folder, grave)
         shutil.rmtree(grave, ignore_errors=True)
 
     def collect(self, max_bytes: int | None = None) -> tuple[int, int]:
-        """Deletes what dead processes left, and the least recently used entries beyond `max_bytes`.
+        """Deletes what dead processes left, torn entries, and the least recently used ones beyond `max_bytes`.
+
+        What was used since the oldest living process that uses the store began to is spared, with a warning that says
+        how much was to go and stays.
 
         Returns:
             (bytes freed, entries removed). Work in flight is left alone: its lock is held.
         """
-        freed = 0
-        removed = 0
+        freed, removed = self._clear_torn()
         for leftover in [*self.root.glob(".tmp/*"), *self.root.glob(".partial/*")]:
             stage, _, rest = leftover.name.partition("-")
             with contextlib.suppress(BusyError), self.lock(stage, rest[:20], wait=False):
-                for file in leftover.rglob("*"):
-                    with contextlib.suppress(OSError):  # gone meanwhile
-                        freed += file.stat().st_size if file.is_file() else 0
+                freed += size_of(leftover)
                 shutil.rmtree(leftover, ignore_errors=True)
         if max_bytes is not None:
-            entries = sorted(self.entries(), key=lambda e: (e.path / META).stat().st_mtime)
-            total = sum(e.bytes for e in entries)
-            for entry in entries:
-                if total <= max_bytes:
-                    break
-                self.remove(entry)
-                total -= entry.bytes
-                freed += entry.bytes
-                removed += 1
+            less, fewer = self._shrink(max_bytes)
+            freed, removed = freed + less, removed + fewer
         return freed, removed
+
+    def _clear_torn(self) -> tuple[int, int]:
+        """Removes torn entries of this disk; returns (bytes freed, entries removed)."""
+        freed = removed = 0
+        for entry in Store.entries(self):
+            if entry.meta is not TORN:
+                continue
+            with contextlib.suppress(BusyError, FileNotFoundError), self._sole(entry.stage, entry.key):
+                if read_meta(entry.path) is None:
+                    size = size_of(entry.path)
+                    self._bury(entry.path)
+                    freed, removed = freed + size, removed + 1
+        return freed, removed
+
+    def _sole(self, stage: str, key: str) -> contextlib.AbstractContextManager[None]:
+        """Whatever keeps others from putting an entry in place; raises `BusyError` if another holds it."""
+        return self.lock(stage, key, wait=False)
+
+    def _by_use(self) -> list[tuple[float, Entry]]:
+        """The whole entries of this disk with the times of their last use, the longest unused first."""
+        found = []
+        for entry in Store.entries(self):
+            with contextlib.suppress(FileNotFoundError):  # removed just now
+                if entry.meta is not TORN:
+                    found.append(((entry.path / META).stat().st_mtime, entry))
+        return sorted(found, key=lambda one: one[0])
+
+    def _shrink(self, max_bytes: int) -> tuple[int, int]:
+        """Removes the longest unused entries beyond `max_bytes`; returns (bytes freed, entries removed)."""
+        spared, entries = used_since(self.root), self._by_use()
+        over, removed = sum(e.bytes for _, e in entries) - max_bytes, 0
+        before = over
+        for used, entry in entries:
+            if over <= 0 or used >= spared:
+                break
+            with contextlib.suppress(FileNotFoundError):  # another `gc` was faster
+                if (entry.path / META).stat().st_mtime == used:  # else somebody has just asked for it
+                    self.remove(entry)
+                    over, removed = over - entry.bytes, removed + 1
+        if over > 0:
+            tell_spared(over)
+        return before - over, removed
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """What an entry's `meta.json` says; None if there is none, or one that a loss of power has cut off or emptied."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return meta
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # some file systems cannot, for a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def tell_spared(size: float) -> None:
+    """Warns that `collect` has left more than was asked for."""
+    warnings.warn(
+        f"{size / 1e6:.1f} MB more than asked for stay in the store: processes that are running may read them. Run "
+        "`store gc` again when these have ended.",
+        stacklevel=4,
+    )
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    size = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            size += file.stat().st_size if file.is_file() else 0
+    return size
 
 
 def file_hash(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,11 @@ def collect(where: str, max_gb: float | None) -> dict[str, Any]:
     store = open_store(where)
     if max_gb is None and (Path(where) / "sweep.yaml").is_file():
         max_gb = read_spec(Path(where) / "sweep.yaml").store.max_gb
-    freed, removed = store.collect(None if max_gb is None else int(max_gb * 1e9))
-    sentence = f"Freed {freed / 1e6:.1f} MB; {removed} entries removed."
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        freed, removed = store.collect(None if max_gb is None else int(max_gb * 1e9))
+    spared = "".join(f" {warning.message}" for warning in told)
+    sentence = f"Freed {freed / 1e6:.1f} MB; {removed} entries removed.{spared}"
     return {"freed": freed, "removed": removed, "sentence": sentence}
 
 
