@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from typer.testing import CliRunner
 from orchestrator import Sweep, compare
 from orchestrator.cli import app
 from orchestrator.errors import UserError
+from orchestrator.select.results import read_trials
+from orchestrator.select.uncertainty import lead_of
 from orchestrator.sweep.compare import compare_sweeps, write_several
+from orchestrator.sweep.ledger import Ledger
 
 METHODS = {"finetune": {}, "kd": {"temperature": [1.0, 2.0]}}
 STEPS = {"steps": 12, "batch": 12, "views": 2}
@@ -89,6 +93,56 @@ def test_sweeps_that_differ_only_in_their_seeds_are_one_with_mean_and_sd(colours
     unpaired = compare_sweeps(folders[:-1]).table.set_index(["among", "group"]).loc["kd", "B"]
     assert not unpaired["certain"]
     assert "A: a0, a1 and a2 differ only in their seeds and are taken together." in found.sentences
+
+
+def repeated(folder: Path, trial: str, values: list[float]) -> pd.Series:
+    """The row of a trial as if it had been repeated, with these val metrics."""
+    path = folder / "trials" / f"{trial}.json"
+    row = json.loads(path.read_text())
+    row |= {"val_metric": statistics.mean(values), "val_sd": statistics.stdev(values)}
+    row |= {"val_values": json.dumps(values), "repeats": len(values)}
+    path.write_text(json.dumps(row))
+    Ledger(folder).publish()
+    return read_trials(folder).set_index("trial_id", drop=False).loc[trial]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["image by image", "independent"])
+def test_a_repeat_that_agrees_leaves_the_interval_of_the_images_as_it_is(
+    colours: Path, tmp_path: Path, kept: bool
+) -> None:
+    right = outcomes(0.6)
+    folder = hand_made(colours, tmp_path, "a", [("kd", outcomes(0.7, 1, like=right)), ("kd", right)], kept=kept)
+    one = read_trials(folder).set_index("trial_id", drop=False)
+    alone = lead_of(folder, one.loc["t0000"], one.loc["t0001"], IMAGES, "classification")
+    rows = [repeated(folder, "t0000", [0.7, 0.7002]), repeated(folder, "t0001", [0.6, 0.6])]
+    twice = lead_of(folder, rows[0], rows[1], IMAGES, "classification")
+    assert (alone.paired, alone.repeats, twice.repeats) == (kept, 1, 2)
+    assert twice.high - twice.low == pytest.approx(alone.high - alone.low, rel=0.02)
+    # The seeds' noise alone: Student's t of two, 12.7, times the standard error of the differences 0.10 and 0.12.
+    rows = [repeated(folder, "t0000", [0.7, 0.72]), repeated(folder, "t0001", [0.6, 0.6])]
+    noisy = lead_of(folder, rows[0], rows[1], IMAGES, "classification")
+    half = math.hypot((twice.high - twice.low) / 2, 12.706 * 0.01)
+    assert (noisy.high - noisy.low) / 2 == pytest.approx(half, rel=0.02)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["image by image", "independent"])
+@pytest.mark.parametrize("values", [[0.7, 0.72, 0.69], None], ids=["both repeated", "one repeated"])
+def test_two_trials_have_the_interval_that_two_sweeps_of_them_have(
+    colours: Path, tmp_path: Path, kept: bool, values: list[float] | None
+) -> None:
+    right = outcomes(0.6)
+    better = outcomes(0.7, 1, like=right)
+    both = hand_made(colours, tmp_path, "both", [("kd", better), ("kd", right)], kept=kept)
+    second = repeated(both, "t0001", [0.6, 0.59, 0.62])
+    first = repeated(both, "t0000", values) if values else read_trials(both).iloc[0]
+    lead = lead_of(both, first, second, IMAGES, "classification")
+    a = hand_made(colours, tmp_path, "a", [("kd", right)], kept=kept)
+    b = hand_made(colours, tmp_path, "b", [("kd", better)], kept=kept, train=STEPS)
+    repeated(a, "t0000", [0.6, 0.59, 0.62])
+    if values:
+        repeated(b, "t0000", values)
+    row = compare([a, b]).set_index(["among", "sweep"]).loc["kd", "b"]
+    assert (lead.low, lead.high) == pytest.approx((row["low"], row["high"]))
 
 
 @pytest.mark.parametrize(

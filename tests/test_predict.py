@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.errors import UserError
 from orchestrator.select.export import export_student
-from orchestrator.select.predict import ask
+from orchestrator.select.predict import ask, find_images
 
 
 def told(answer: dict[str, Any]) -> list[tuple[float, str]]:
@@ -89,3 +94,59 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             ask(*args, **options)  # type: ignore[arg-type]
     assert not (tmp_path / "masks").exists()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="needs a file system whose names are bytes")
+def test_names_that_are_no_text_are_printed_with_their_bytes_escaped(tmp_path: Path) -> None:
+    network, meta = student(CNN)
+    export_student(network, meta, tmp_path / "out", "safetensors")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    good, bad = folder / os.fsdecode(b"caf\xe9.png"), folder / os.fsdecode(b"th\xe9.png")
+    picture(folder / "plain.png").rename(good)
+    bad.write_bytes(b"no picture")
+
+    def printed(*options: str) -> str:
+        command = [sys.executable, "-m", "orchestrator", "predict", str(tmp_path / "out"), str(folder), *options]
+        strict = os.environ | {"PYTHONIOENCODING": "utf-8"}  # as of a terminal: what cannot be written is an error
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=False, env=strict)
+        assert done.returncode == 2, done.stderr
+        skipped, error = done.stderr.splitlines()
+        assert skipped == f"Skipped {folder}/th\\udce9.png: cannot be decoded."
+        assert error == "Error: 1 of 2 images cannot be used; see above."
+        return done.stdout
+
+    assert "caf\\udce9.png" in printed("--top", "1")
+    answer = json.loads(printed("--json"))
+    assert Path(answer["images"][0]["image"]) == good  # whole: the file can be found by it
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Where these tests are run by root, who may read everything: as a user who may not."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_cannot_be_looked_at_is_a_sentence(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    image = picture(closed / "image.png")
+    closed.chmod(0)
+    try:
+        for path in (image, closed, closed / "imag.png"):
+            with (
+                nobody(),
+                pytest.raises(UserError, match=r"^IMAGES: '.*closed.*' cannot be read: Permission denied\.$"),
+            ):
+                find_images([path])
+    finally:
+        closed.chmod(0o700)
+    with pytest.raises(UserError, match=r"^IMAGES: '.*x\.png' cannot be read: File name too long\.$"):
+        find_images([tmp_path / f"{'x' * 300}.png"])

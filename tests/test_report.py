@@ -488,6 +488,24 @@ def test_details_of_masks_average_to_the_metric(tmp_path: Path) -> None:
     assert [w["value"] for w in found["worst"]] == sorted(w["value"] for w in found["worst"])
 
 
+def test_an_image_of_which_no_pixel_counts_is_no_error(tmp_path: Path) -> None:
+    logits, truth = torch.zeros(3, 2, 4, 4), torch.full((3, 4, 4), 255, dtype=torch.uint8)
+    logits[:, 1] = 1
+    truth[1, :2] = 0  # all wrong; nothing of images 0 and 2 is known
+    found = heard("segmentation", 2, logits, truth, tmp_path)
+    assert [(w["row"], w["value"]) for w in found["worst"]] == [(1, 0.0)]
+
+
+def test_the_command_that_takes_a_student_away_is_quoted_and_names_the_folder_as_it_is(
+    swept: Path, tmp_path: Path
+) -> None:
+    best = write_report(swept, tmp_path / "r.html", None)["recommended"]
+    folder = tmp_path / "my runs" / f"mine-{best}"  # named as `reproduce.yaml` names a sweep: by its trial
+    shutil.copytree(swept, folder)
+    page = page_of(folder, tmp_path / "r.html")
+    assert page.data["export"] == f"python -m orchestrator export '{folder}' OUT"
+
+
 def test_a_report_of_a_running_sweep_has_the_rows_that_its_table_lacks(swept: Path, tmp_path: Path) -> None:
     folder = tmp_path / "running"
     shutil.copytree(swept, folder)

@@ -142,6 +142,58 @@ def test_the_front_can_be_drawn_against_another_cost(browser: Any, swept: Path, 
     page.close()
 
 
+def test_a_point_tells_what_its_axis_does_in_the_same_unit(browser: Any, swept: Path, tmp_path: Path) -> None:
+    write_report(swept, tmp_path / "r.html", None)
+    page = opened(browser, tmp_path / "r.html").page
+    table = pd.read_parquet(swept / "trials.parquet").set_index("trial_id")
+    units = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+    for axis, title in page.evaluate("Object.entries(data.axes)"):
+        page.select_option("#front-axis", axis)
+        for trial in table.index[table["status"] == "complete"]:
+            point = page.locator(f"#front-chart g.point[data-id={trial}]")
+            point.focus()
+            shown = page.inner_text("#tip").splitlines()[2].removeprefix(f"{title} ")
+            assert f", {title} {shown}" in (point.get_attribute("aria-label") or "")
+            number = shown.rstrip("kMG")
+            told = float(number) * units[shown[len(number) :]]
+            assert told == pytest.approx(table.loc[trial, axis], rel=1e-3), axis
+    page.close()
+
+
+def test_charts_of_nearly_equal_and_of_very_many_values_are_drawn(browser: Any, swept: Path, tmp_path: Path) -> None:
+    write_report(swept, tmp_path / "r.html", None)
+    page = opened(browser, tmp_path / "r.html").page
+    for low, high in ((0.7, 0.7000000000000001), (-0.7000000000000001, -0.7), (1e12, 1e12 + 0.0002), (0, 5e-324)):
+        assert page.evaluate(f"scale([{low}, {high}], 0, 100, false).ticks.length") < 20
+    assert page.evaluate("scale([0.7, 0.7000000000000001], 0, 100, false).place(0.7)") == pytest.approx(50)
+    many = "Array.from({ length: 500000 }, (_, i) => i + 1)"
+    assert page.evaluate(f"scale({many}, 0, 100, false).ticks.length") > 3
+    assert page.evaluate(f"wide({many})")
+    page.close()
+
+
+def test_a_trial_is_taken_away_by_the_whole_name_of_its_sweeps_folder(
+    browser: Any, colours: Path, swept: Path, tmp_path: Path
+) -> None:
+    best = write_report(swept, tmp_path / "r.html", None)["recommended"]
+    folder = tmp_path / "my runs" / f"mine-{best}"
+    shutil.copytree(swept, folder)
+    write_report(folder, tmp_path / "r.html", None)
+    page = opened(browser, tmp_path / "r.html").page
+    for trial in ("t0000", "t0001", "t0002"):
+        page.evaluate(f"open('{trial}')")
+        command = f"python -m orchestrator export '{folder}' OUT --trial {trial}"
+        assert page.inner_text("#trial-body code") == command
+        page.keyboard.press("Escape")
+    page.close()
+    two = [hand_made(colours, tmp_path / "my runs", f"{name}-t0000", [("kd", outcomes(0.5))]) for name in "ab"]
+    write_several(two, tmp_path / "s.html", None)
+    page = opened(browser, tmp_path / "s.html").page
+    page.evaluate("open('b-t0000/t0000')")
+    assert f"export '{two[1]}' OUT --trial t0000" in page.inner_text("#trial-body")
+    page.close()
+
+
 def test_a_phone_shows_the_page_without_sideways_scrolling(browser: Any, swept: Path, tmp_path: Path) -> None:
     write_report(swept, tmp_path / "r.html", None)
     watched = opened(browser, tmp_path / "r.html", 390, has_touch=True, color_scheme="dark")

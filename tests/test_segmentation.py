@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from pixel_data import INK, mask_folder
 from small import small_spec
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.data.labels import open_labels
 from orchestrator.data.pixels import open_pixels
@@ -23,8 +25,9 @@ from orchestrator.data.views import Policy, draw, render
 from orchestrator.errors import UserError
 from orchestrator.evaluate.metrics import mean_iou, overlaps, score
 from orchestrator.models.load import Preprocessing, load_student
+from orchestrator.select import predict
 from orchestrator.select.export import export_student
-from orchestrator.select.predict import ask
+from orchestrator.select.predict import ask, square_mask
 from orchestrator.spec import SweepSpec, Task, read_spec
 from orchestrator.store import Store
 from orchestrator.sweep.choice import recommend
@@ -254,6 +257,55 @@ def test_predict_writes_a_mask_of_the_images_size_for_the_square_that_the_networ
     assert sum(c["share"] for c in told["classes"]) == pytest.approx(1)
     with pytest.raises(UserError, match="is not empty"):
         ask(f"{context.folder}/{row['student_path']}", [image], masks=tmp_path / "masks")
+    with pytest.raises(UserError, match=r"^--out: '.*x' cannot be written \(File name too long\)\.$"):
+        ask(f"{context.folder}/{row['student_path']}", [image], masks=tmp_path / ("x" * 300))
+
+
+def at_once(logits: torch.Tensor, side: int) -> torch.Tensor:
+    large = functional.interpolate(logits[None], size=(side, side), mode="bilinear", align_corners=False)[0]
+    return large.argmax(0).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "side"), [(2, 7, 1), (3, 33, 501), (21, 64, 333), (21, 97, 65), (100, 33, 301), (8, 65, 777)]
+)
+def test_a_mask_is_the_one_of_all_classes_enlarged_at_once(classes, size, side):
+    logits = torch.randn(classes, size, size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(square_mask(logits, side), at_once(logits, side))
+    twice = torch.cat([logits, logits])  # the first of equals
+    assert torch.equal(square_mask(twice, side), at_once(logits, side))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_no_more_than_one_class_is_enlarged_at_a_time():
+    with Largest() as largest:
+        square_mask(torch.randn(21, 16, 16), 200)
+    assert largest.elements == 200 * 200
+
+
+def test_a_mask_is_made_once_for_its_shares_and_its_file(trials, folder, tmp_path, monkeypatch):
+    sides = []
+    monkeypatch.setattr(predict, "square_mask", lambda logits, side: sides.append(side) or square_mask(logits, side))
+    context, row = trials["kd", "linear"]
+    images = [folder / "images" / "03.png", folder / "images" / "04.png"]
+    answer = ask(f"{context.folder}/{row['student_path']}", images, masks=tmp_path / "masks")
+    assert sides == [min(Image.open(image).size) for image in images]
+    for told in answer["images"]:
+        seen = np.array(Image.open(told["mask"]))
+        seen = seen[seen != predict.OUTSIDE]
+        for found in told["classes"]:
+            assert found["share"] == (seen == CLASSES.index(found["label"])).sum() / seen.size
 
 
 def expected_mask(network: torch.nn.Module, meta: dict[str, Any], path: Path) -> np.ndarray:

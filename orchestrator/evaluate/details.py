@@ -49,8 +49,9 @@ class Details:
             both, either = overlaps(logits.argmax(1), truth, self.num_classes)
             self.one.append(both)
             self.other.append(either)
-            share = both.double() / either.clamp(min=1)
-            badness = 1 - (share * (either > 0)).sum(1) / (either > 0).sum(1).clamp(min=1)
+            share, there = both.double() / either.clamp(min=1), either > 0
+            badness = 1 - (share * there).sum(1) / there.sum(1).clamp(min=1)
+            badness *= there.any(1)  # where no pixel counts nothing can be wrong
         elif self.kind == "multilabel":
             self.one.append(logits)
             self.other.append(truth)

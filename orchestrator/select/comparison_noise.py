@@ -9,7 +9,15 @@ import pandas as pd
 
 from orchestrator.evaluate.outcomes import compare_groups
 from orchestrator.select.members import Member
-from orchestrator.select.uncertainty import Lead, T, paired_gains
+from orchestrator.select.uncertainty import (
+    Lead,
+    Seeds,
+    image_error,
+    paired_gains,
+    repeat_spread,
+    seed_noise,
+    with_interval,
+)
 
 Run = tuple[Member, pd.Series]  # a sweep with its best trial
 
@@ -35,22 +43,13 @@ def difference(mine: list[Run], reference: list[Run], same: bool) -> Lead | None
         found = compare_groups(
             kind, *([m.folder / str(r["student_path"]) for m, r in side] for side in (mine, reference))
         )
-    seeds, freedom = _seed_noise(mine, reference)
-    if found is not None:
-        if seeds is None and abs(found.value - value) < 1e-9:  # the bootstrap's own interval need not be symmetric
-            return Lead(value, found.low, found.high, True, found.images, 1)
-        error = found.error
-    elif images:
-        sides = [_image_noise(side, images, same) for side in (mine, reference)]
-        error = math.hypot(*sides)
-        if not same and min(len(mine), len(reference)) > 1:
-            error = 0.0  # each seed has its own images: the spread over seeds holds their noise
-    else:
+    if found is None and not images:
         return Lead(value, math.nan, math.nan, False, 0, 1)
-    quantile = T[freedom - 1] if freedom <= len(T) else 1.96
-    half = math.hypot(1.96 * error, quantile * seeds) if seeds is not None else 1.96 * error
-    count = found.images if found is not None else images
-    return Lead(value, value - half, value + half, found is not None, count, min(len(mine), len(reference)))
+    runs = min(len(mine), len(reference))
+    error = 0.0  # where each seed has its own images: the spread over seeds holds their noise
+    if found is None and (same or runs == 1):
+        error = math.hypot(*(_image_noise(side, images, same) for side in (mine, reference)))
+    return with_interval(value, found, error, images, _seed_noise(mine, reference), runs)
 
 
 def _mean(runs: list[Run]) -> float:
@@ -58,30 +57,18 @@ def _mean(runs: list[Run]) -> float:
 
 
 def _image_noise(runs: list[Run], images: int, same: bool) -> float:
-    errors = [math.sqrt(max(p * (1 - p), 0.0) / images) for _, row in runs if (p := float(row["val_metric"])) >= 0]
+    errors = [image_error(row, images) for _, row in runs if float(row["val_metric"]) >= 0]
     return statistics.fmean(errors) if same else math.hypot(*errors) / len(errors)
 
 
-def _seed_noise(mine: list[Run], reference: list[Run]) -> tuple[float | None, int]:
-    """Standard error of the difference by the seeds, with its degrees of freedom; None where no spread is known."""
+def _seed_noise(mine: list[Run], reference: list[Run]) -> Seeds | None:
+    """That of the difference, over pairs of equal seeds where both sides have the same ones."""
     by_seed = [{m.seed: float(row["val_metric"]) for m, row in side} for side in (mine, reference)]
     pairs = by_seed[0].keys() == by_seed[1].keys() and len(by_seed[0]) == len(mine) == len(reference)
     paired = [by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0]] if pairs else []
     if len(paired) == 1:
         paired = paired_gains(mine[0][1], reference[0][1])
-    if len(paired) > 1:
-        return statistics.stdev(paired) / math.sqrt(len(paired)), len(paired) - 1
-    spreads = [_spread(side) for side in (mine, reference)]
-    known = [(variance, runs) for variance, runs in spreads if variance is not None]
-    if not known:
-        return None, 1
-    # A side without a spread of its own is taken to have the other's.
-    parts = [((known[0][0] if variance is None else variance) / runs, runs) for variance, runs in spreads]
-    total = sum(part for part, _ in parts)
-    ((_, runs),) = known if len(known) == 1 else ((0.0, 2),)
-    if len(known) == 1 or not total:
-        return math.sqrt(total), max(runs - 1, 1)
-    return math.sqrt(total), max(1, math.floor(total**2 / sum(part**2 / (n - 1) for part, n in parts)))
+    return seed_noise(paired, [_spread(side) for side in (mine, reference)])
 
 
 def _spread(runs: list[Run]) -> tuple[float | None, int]:
@@ -89,6 +76,4 @@ def _spread(runs: list[Run]) -> tuple[float | None, int]:
     values = [float(row["val_metric"]) for _, row in runs]
     if len(values) > 1:
         return statistics.variance(values), len(values)
-    row = runs[0][1]
-    repeats, sd = int(row["repeats"]), float(row["val_sd"])
-    return (sd**2, repeats) if repeats > 1 and math.isfinite(sd) else (None, 1)
+    return repeat_spread(runs[0][1])

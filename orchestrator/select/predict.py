@@ -74,26 +74,26 @@ def find_images(paths: Sequence[Path]) -> list[Asked]:
     """Files as they are, and every image below folders, in order.
 
     Raises:
-        UserError: if there is no such path, or a folder holds no image.
+        UserError: if there is no such path, it cannot be looked at, or a folder holds no image.
     """
-    found: list[Asked] = []
-    for path in paths:
-        if path.is_dir():
-            try:
-                below = [where for where, _ in files_below(path, SUFFIXES)]
-            except OSError as error:
-                raise UserError(f"IMAGES: {error.filename!r} cannot be read: {error.strerror}.") from None
-            if not below:
-                raise UserError(
-                    f"IMAGES: there is no image below {str(path)!r} (looked for {', '.join(sorted(SUFFIXES))})."
-                )
-            found += [Asked(path / where, os.path.splitext(where)[0]) for where in below]
-        elif path.is_file():
-            found.append(Asked(path, path.stem))
-        else:
-            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"IMAGES: there is no file or folder {str(path)!r}.{nearest(path.name, near)}")
-    return found
+    try:
+        return [asked for path in paths for asked in _images_at(path)]
+    except OSError as error:
+        raise UserError(f"IMAGES: {error.filename!r} cannot be read: {error.strerror}.") from None
+
+
+def _images_at(path: Path) -> list[Asked]:
+    if path.is_dir():
+        below = [where for where, _ in files_below(path, SUFFIXES)]
+        if not below:
+            raise UserError(
+                f"IMAGES: there is no image below {str(path)!r} (looked for {', '.join(sorted(SUFFIXES))})."
+            )
+        return [Asked(path / where, os.path.splitext(where)[0]) for where in below]
+    if path.is_file():
+        return [Asked(path, path.stem)]
+    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise UserError(f"IMAGES: there is no file or folder {str(path)!r}.{nearest(path.name, near)}")
 
 
 def predict(model: Deployed, images: Sequence[Asked], top: int = 5, masks: Path | None = None) -> dict[str, Any]:
@@ -122,9 +122,14 @@ def predict(model: Deployed, images: Sequence[Asked], top: int = 5, masks: Path 
     for batch in _batches(model, images, skipped):
         logits = model.logits([pixels for _, _, pixels in batch])
         for (asked, size, _), one in zip(batch, logits, strict=True):
-            entry: dict[str, Any] = {"image": str(asked.path), "classes": _classes(model, one, size, top)}
-            if masks is not None:
-                entry["mask"] = str(_write_mask(masks, asked, full_mask(one, size), names))
+            entry: dict[str, Any] = {"image": str(asked.path)}
+            if model.kind == "segmentation":
+                square = square_mask(one, min(size))
+                entry["classes"] = _shares(model, square, top)
+                if masks is not None:
+                    entry["mask"] = str(_write_mask(masks, asked, full_mask(square, size), names))
+            else:
+                entry["classes"] = _probabilities(model, one, top)
             told.append(entry)
     return {
         "model": model.name,
@@ -162,36 +167,57 @@ def _batches(
                 yield batch
 
 
-def _classes(model: Deployed, logits: Tensor, size: tuple[int, int], top: int) -> list[dict[str, Any]]:
-    if model.kind == "segmentation":
-        mask = full_mask(logits, size)
-        counts = np.bincount(mask[mask != OUTSIDE], minlength=len(model.classes)) / max(int((mask != OUTSIDE).sum()), 1)
-        values, word = torch.from_numpy(counts), "share"
-    else:
-        values, word = (logits.sigmoid() if model.kind == "multilabel" else logits.softmax(0)), "probability"
+def _probabilities(model: Deployed, logits: Tensor, top: int) -> list[dict[str, Any]]:
+    values = logits.sigmoid() if model.kind == "multilabel" else logits.softmax(0)
+    return _largest(model, values, "probability", top)
+
+
+def _shares(model: Deployed, square: Tensor, top: int) -> list[dict[str, Any]]:
+    counts = torch.bincount(square.flatten(), minlength=len(model.classes))
+    return [told for told in _largest(model, counts.double() / square.numel(), "share", top) if told["share"] > 0]
+
+
+def _largest(model: Deployed, values: Tensor, word: str, top: int) -> list[dict[str, Any]]:
     order = values.argsort(descending=True, stable=True)[:top].tolist()
-    return [
-        {"label": model.classes[i], word: float(values[i])} for i in order if word == "probability" or values[i] > 0
-    ]
+    return [{"label": model.classes[i], word: float(values[i])} for i in order]
 
 
-def full_mask(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Logits [C, S, S] of an image's central square to uint8 [H, W]: class indices, 255 outside the square."""
+def square_mask(logits: Tensor, side: int) -> Tensor:
+    """Logits [C, S, S] of a square to uint8 [side, side]: the class at each pixel, the first one of equals.
+
+    One class after the other is enlarged, and kept where it exceeds all before it: the enlarged logits of all classes
+    take gigabytes for a photo. Each is enlarged by the function that would enlarge all, so that the mask is the same
+    (but for ties in the last bit: of three channels, or of channels last in memory, torch adds in another order).
+    """
+    mask = torch.zeros(side, side, dtype=torch.uint8)
+    best = _enlarged(logits[0], side)
+    for index in range(1, len(logits)):
+        one = _enlarged(logits[index], side)
+        mask.masked_fill_(one > best, index)
+        torch.maximum(best, one, out=best)
+    return mask
+
+
+def _enlarged(plane: Tensor, side: int) -> Tensor:
+    return F.interpolate(plane[None, None], size=(side, side), mode="bilinear", align_corners=False)[0, 0]
+
+
+def full_mask(square: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """The mask of an image's central square to uint8 [H, W]: class indices, 255 outside the square."""
     height, width = size
     side = min(size)
-    large = F.interpolate(logits[None], size=(side, side), mode="bilinear", align_corners=False)[0]
     top, left = (height - side) // 2, (width - side) // 2
     mask = np.full((height, width), OUTSIDE, dtype=np.uint8)
-    mask[top : top + side, left : left + side] = large.argmax(0).to(torch.uint8).numpy()
+    mask[top : top + side, left : left + side] = square.numpy()
     return mask
 
 
 def _check_place(folder: Path, model: Deployed) -> None:
     if model.kind != "segmentation":
         raise UserError(f"--out: masks are what a segmentation student gives; {model.name!r} is for {model.kind}.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out: {str(folder)!r} is not empty; name a folder that does not exist yet.")
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--out: {str(folder)!r} is not empty; name a folder that does not exist yet.")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {str(folder)!r} cannot be written ({error.strerror}).") from error

@@ -84,6 +84,7 @@ class Gathered:
     """Everything that a report shows.
 
     Attributes:
+        folder: the sweep's.
         board: all rows in the leaderboard's order with `rank` and `pareto`.
         fronts: by measured metric of `AXES`, the trials on the front of the val metric and it, best first.
         best: the best complete trial of each method, best first.
@@ -92,6 +93,7 @@ class Gathered:
         details: of some trials, results by class and worst errors.
     """
 
+    folder: Path
     spec: SweepSpec
     study: Study
     made: str
@@ -138,6 +140,7 @@ def gather(folder: Path, spec: SweepSpec, frame: pd.DataFrame, study: Study, mad
         if found is not None:
             details.append(found)
     return Gathered(
+        folder=folder,
         spec=spec,
         study=study,
         made=made,

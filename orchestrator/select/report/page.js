@@ -103,8 +103,17 @@ function labelled(ticks) {
   const digits = [3, 4, 5, 6].find((n) => new Set(ticks.map((t) => short(t, n))).size === ticks.length);
   return ticks.map((t) => short(t, digits || 7));
 }
+/* The smallest and the largest number; not by Math.min(...values), which some 100,000 of them overflow. */
+function ends(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return [low, high];
+}
 function scale(values, from, to, log) {
-  let low = Math.min(...values), high = Math.max(...values);
+  let [low, high] = ends(values);
   if (log) {
     if (low === high) [low, high] = [low / 2, high * 2];
     const a = Math.log(low), b = Math.log(high), pad = (b - a) * 0.06;
@@ -119,7 +128,9 @@ function scale(values, from, to, log) {
     }
     return { place, ticks: ticks.length > 1 ? ticks : [low, high] };
   }
-  if (low === high) [low, high] = [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
+  // Numbers that differ by rounding alone are drawn as equal: a step between them would be too small to be added to them.
+  const size = Math.max(Math.abs(low), Math.abs(high));
+  if (high - low <= size * 1e-9) [low, high] = [low - (size * 0.1 || 0.5), high + (size * 0.1 || 0.5)];
   const pad = (high - low) * 0.06;
   const place = (v) => from + ((v - low + pad) / (high - low + 2 * pad)) * (to - from);
   const raw = (high - low) / 5, power = 10 ** Math.floor(Math.log10(raw));
@@ -128,7 +139,10 @@ function scale(values, from, to, log) {
   for (let t = Math.ceil((low - pad) / step) * step; t <= high + pad; t += step) ticks.push(Number(t.toPrecision(12)));
   return { place, ticks };
 }
-const wide = (values) => Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) > 15;
+const wide = (values) => {
+  const [low, high] = ends(values);
+  return low > 0 && high / low > 15;
+};
 
 /* An empty chart with axes in `holder`: x and y are {label, values, log} or, for x, {label, names}. */
 function axes(holder, x, y, height) {
@@ -235,7 +249,7 @@ function drawFront() {
       const [one, two] = [chart.y(r.val_metric - r.val_sd), chart.y(r.val_metric + r.val_sd)];
       chart.svg.append(node("svg:line", { x1: x, x2: x, y1: one, y2: two, class: "spread" }));
     }
-    const lines = [`${r.id}: ${r.method}`, `${data.metric} ${say(r, "val_metric")}`, `${data.axes[key]} ${say(r, key)}`];
+    const lines = [`${r.id}: ${r.method}`, `${data.metric} ${say(r, "val_metric")}`, `${data.axes[key]} ${short(r[key], 4)}`];
     if (front.has(r.id)) lines.push("on the front");
     const g = point(chart, r, x, y, lines, front.has(r.id));
     g.classList.toggle("dim", !front.has(r.id));
@@ -381,7 +395,8 @@ function open(id) {
     link.addEventListener("click", () => { section.open = true; dialog.close(); });
     parts.push(node("p", {}, link));
   }
-  if (row.status === "complete") parts.push(node("p", {}, "Take it away: ", node("code", {}, (data.exports ? data.exports[row.sweep] : data.export).replace("{trial}", id.split("/").pop()))));
+  const command = data.exports ? data.exports[row.sweep] : data.export;
+  if (row.status === "complete") parts.push(node("p", {}, "Take it away: ", node("code", {}, `${command} --trial ${id.split("/").pop()}`)));
   $("#trial-body").replaceChildren(...parts);
   dialog.showModal();
   const curve = data.curves[id];

@@ -6,8 +6,10 @@ import base64
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -111,15 +113,19 @@ def _json_in_html(value: Any) -> str:
 
 
 def _charts(found: Gathered) -> dict[str, Any]:
-    export = next((c for _, c in found.study.commands if " export " in c), "")
     return {
         "metric": found.metric,
         "axes": {m: axis_title(m) for m in found.fronts},
         "fronts": found.fronts,
         "recommended": found.study.recommended,
         "curves": found.curves,
-        "export": export.replace(str(found.study.recommended), "{trial}"),
+        "export": export_command(found.folder),
     }
+
+
+def export_command(folder: Path) -> str:
+    """What takes a student of a sweep away, but for its `--trial`, which the page's script adds."""
+    return f"python -m orchestrator export {shlex.quote(str(folder))} OUT"
 
 
 def columns_of(board: pd.DataFrame) -> dict[str, str]:

@@ -20,6 +20,7 @@ from orchestrator.select.report.page import (
     TEXTS,
     cell,
     columns_of,
+    export_command,
     methods_with_losses,
     percent,
     rendered,
@@ -64,7 +65,7 @@ def several_html(found: Comparison, parts: Sequence[Gathered]) -> str:
         "bests": [f"{r['sweep']}/{r['trial_id']}" for r in whole if r["trial_id"]],
         "curves": curves,
         "progress": {name: progress(part.board) for name, part in zip(names, parts, strict=True)},
-        "exports": {m.name: f"python -m orchestrator export {m.folder} OUT --trial {{trial}}" for m in found.members},
+        "exports": {m.name: export_command(m.folder) for m in found.members},
     }
     columns = {"sweep": "sweep", **columns_of(board)}
     kind = parts[0].spec.task.kind
