@@ -90,9 +90,9 @@ class Sweep:
         from orchestrator.sweep.run import prepare, run
 
         prepared = prepare(self._spec)
-        run(prepared, self._folder, TrialLines(self._folder, self._spec, tell, prepared.trials))
+        whole = run(prepared, self._folder, TrialLines(self._folder, self._spec, tell, prepared.trials))
         write_event_files(self._folder)
-        check_ended(self._folder, self.trials())
+        check_ended(self._folder, self.trials(), whole)
         return self
 
     resume = run

@@ -213,11 +213,12 @@ def test_trials_that_a_promoted_sweep_has_beside_the_promoted_ones_have_no_place
 def ends(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
     """In place of the cluster: a sweep whose trials all end so."""
 
-    def run(prepared: Any, folder: Path, on_event: Any = None) -> None:
+    def run(prepared: Any, folder: Path, on_event: Any = None) -> bool:
         study, ledger = study_of(prepared.spec, folder), Ledger(folder)
         for _ in range(prepared.spec.search.trials):
             ledger.write(blank_row(prepared.spec, study.ask()) | {"status": status})
         ledger.publish()
+        return status != "running"
 
     monkeypatch.setattr("orchestrator.sweep.run.run", run)
 

@@ -61,10 +61,10 @@ def proposals(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, li
     )
     folder = create(spec)
     study: Study | None = None
-    for trials in lives:
+    for number, trials in enumerate(lives, 1):
         monkeypatch.setattr(BrokenOff, "trials", trials)
         study = study_of(spec, folder)
-        module.run_search(SweepContext(spec, str(folder)), study)
+        assert module.run_search(SweepContext(spec, str(folder)), study) == (number == len(lives))
     assert study is not None
     assert len(Ledger(folder).rows()) == 14
     return [config.knobs for config, _ in study.proposed()]

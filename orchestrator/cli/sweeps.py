@@ -196,16 +196,17 @@ def _run(prepared: Any, folder: Path, as_json: bool) -> None:
         if out.is_terminal and not as_json:
             shown = LiveScreen(folder, prepared.spec, out, prepared.trials)
             stack.callback(shown.close)
-            run(prepared, folder, shown)
+            whole = run(prepared, folder, shown)
         else:
-            run(prepared, folder, TrialLines(folder, prepared.spec, lines, prepared.trials))
+            whole = run(prepared, folder, TrialLines(folder, prepared.spec, lines, prepared.trials))
         stop_ray_beside(lambda: write_event_files(folder))
     frame = read_trials(folder)
     if as_json:
         print(frame.to_json(orient="records"))
     else:
         print_leaderboard(out, frame, prepared.spec.objectives, kind=prepared.spec.task.kind)
-        out.print(f"\nNext: python -m orchestrator best {folder}", markup=False, soft_wrap=True)
-    check_ended(folder, frame)
+        if whole:
+            out.print(f"\nNext: python -m orchestrator best {folder}", markup=False, soft_wrap=True)
+    check_ended(folder, frame, whole)
     if not (frame["status"] == "complete").any():
         raise WorkError(f"No trial of {folder} is complete; its leaderboard says why.")

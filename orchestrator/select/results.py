@@ -133,20 +133,23 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def check_ended(folder: Path, frame: pd.DataFrame) -> None:
-    """Refuses to take a sweep for done whose trials were broken off: Tune takes a Ctrl-C and comes back as if it were.
+def check_ended(folder: Path, frame: pd.DataFrame, whole: bool) -> None:
+    """Refuses to take a sweep for done that was broken off.
 
     Args:
         folder: the sweep's.
         frame: its trials, once nothing runs them.
+        whole: whether it came to its end.
 
     Raises:
         WorkError: with the command that continues it.
     """
     running = int((frame["status"] == "running").sum())
-    if running:
-        trials = f"{running} trials were" if running > 1 else "a trial was"
-        raise WorkError(f"Stopped while {trials} running; continue with `orchestrator resume {folder}`.")
+    if whole and not running:
+        return
+    trials = f"{running} trials were" if running > 1 else "a trial was"
+    when = f"while {trials} running" if running else "when trials were still to come"
+    raise WorkError(f"Stopped {when}; continue with `orchestrator resume {folder}`.")
 
 
 def numbers(frame: pd.DataFrame, column: str) -> np.ndarray:

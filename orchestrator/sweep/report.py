@@ -18,7 +18,7 @@ from orchestrator.evaluate.details import FILE
 from orchestrator.files import at_once
 from orchestrator.select.report import Gathered, Importance, Study, gather, html, markdown, table
 from orchestrator.select.report.gather import knobs_of
-from orchestrator.select.report.page import shown
+from orchestrator.select.report.page import export_command, shown
 from orchestrator.select.results import margin_note, numbers, read_facts, read_trials, top
 from orchestrator.select.uncertainty import lead_of, lead_sentence
 from orchestrator.spec import METRIC_NAMES, SweepSpec, near_limits
@@ -182,7 +182,7 @@ def _commands(folder: Path, spec: SweepSpec, frame: pd.DataFrame, recommended: s
             ("The recommended student with its score on the test images, which are read once:", f"{run} best {place}")
         )
         commands.append(
-            ("The student, loadable without this package:", f"{run} export {place} OUT --trial {recommended}")
+            ("The student, loadable without this package:", f"{export_command(folder)} --trial {recommended}")
         )
     return commands
 

@@ -214,10 +214,13 @@ def device_of(spec: SweepSpec) -> str:
     return "cuda" if gpus and spec.train.device != "cpu" else "cpu"
 
 
-def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
+def run(prepared: Prepared, folder: Path, on_event: Any = None) -> bool:
     """Runs or continues a sweep to its end, on the cluster or on this machine.
 
     Its trials see the images as they were listed when it began: one that was added since is in none of their splits.
+
+    Returns:
+        Whether it came to its end; False if a Ctrl-C broke it off.
 
     Raises:
         UserError: if another process runs this sweep.
@@ -227,7 +230,7 @@ def run(prepared: Prepared, folder: Path, on_event: Any = None) -> None:
     lock = FileLock(folder / ".driver.lock", timeout=0)
     try:
         with lock:
-            _run(_as_begun(prepared, folder), folder, on_event)
+            return _run(_as_begun(prepared, folder), folder, on_event)
     except Timeout:
         raise UserError(f"Another process is running the sweep {str(folder)!r}.") from None
     except StudyLostError as error:
@@ -250,7 +253,7 @@ def _as_begun(prepared: Prepared, folder: Path) -> Prepared:
     return replace(prepared, task=load_task(spec.task, store_at(spec.store_address), listing=listing))
 
 
-def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
+def _run(prepared: Prepared, folder: Path, on_event: Any) -> bool:
     from orchestrator.sweep.cluster import start_ray
     from orchestrator.sweep.nodes import check_nodes
     from orchestrator.sweep.study import Study
@@ -280,7 +283,7 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> None:
     try:
         if ray_dashboard is not None:
             (folder / RAY_DASHBOARD).write_text(ray_dashboard, encoding="utf-8")
-        run_search(context, study, on_event)
+        return run_search(context, study, on_event)
     finally:
         (folder / RAY_DASHBOARD).unlink(missing_ok=True)
         for scratch in (".tune", ".train"):

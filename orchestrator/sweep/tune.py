@@ -280,8 +280,8 @@ def scheduler_of(context: SweepContext) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def run_search(context: SweepContext, study: Study, on_event: Any = None) -> None:
-    """Runs the sweep to its end; returns when every trial has its final row."""
+def run_search(context: SweepContext, study: Study, on_event: Any = None) -> bool:
+    """Runs the sweep to its end; False if a Ctrl-C broke it off, which Tune takes and comes back as if it were done."""
     train = context.spec.train
     ledger = Ledger(context.folder)
     nodes = nodes_now()
@@ -319,13 +319,15 @@ def run_search(context: SweepContext, study: Study, on_event: Any = None) -> Non
             ),
         )
         tuner.fit()
-    if not bridge.halted and (bridge.count >= study.size or bridge.spent()):
+    proposed = bridge.count >= study.size or bridge.spent()
+    if proposed and not bridge.halted:
         bridge.flush()  # else it goes on later, and a proposal hears of no more results than it would have
     ledger.publish()
     clock.save(force=True)
     held.save(force=True)
     if bridge.halted:
         raise bridge.halted
+    return proposed and not bridge.again and not bridge.open
 
 
 def _scratch(context: SweepContext) -> Path:
