@@ -50,5 +50,11 @@ def distance_to_head(network: nn.Module) -> dict[str, int]:
     """
     if not hasattr(network, "group_matcher"):
         raise ValueError(f"timm does not say how the layers of {type(network).__name__} are grouped.")
-    group = group_parameters(network, network.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
+    try:
+        matcher = network.group_matcher(coarse=True)  # type: ignore[operator]
+    except AssertionError as error:
+        raise ValueError(
+            f"timm does not say how the layers of {type(network).__name__} are grouped: {error}."
+        ) from None
+    group = group_parameters(network, matcher, reverse=True)
     return {name: max(group.values()) - number for name, number in group.items()}

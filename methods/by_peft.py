@@ -7,9 +7,9 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from methods.tuning import TuningLearner
+from methods.wrapping import WrappingLearner, check_foldable
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -60,29 +60,47 @@ def exactly(names: list[str]) -> str:
     return "|".join(map(re.escape, names))
 
 
-class PeftLearner(TuningLearner):
+class StandIn(nn.Module):
+    """What a network sees of a module that peft has wrapped: rehearsals need no peft, which takes long to import."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+
+class PeftLearner(WrappingLearner):
     """The frozen teacher inside a peft model, with a trained head, under the task's loss; logits [B, C].
 
     The head is not among peft's targets. Batch norm stays in evaluation mode, and dropout other than peft's own.
     """
 
-    @abstractmethod
-    def peft_config(self, network: nn.Module, params: Mapping[str, Any]) -> PeftConfig:
-        """The tuner and its targets. peft is imported in here, not with the module."""
+    wrapper = StandIn
 
     @classmethod
-    def rehearse(cls, params: Mapping[str, Any], skeleton: nn.Module, num_classes: int) -> str | None:
-        """Whether there is anything to adapt: peft itself takes long to import."""
-        try:
-            target_modules(skeleton, params.get("targets", "all"))
-        except ValueError as error:
-            return str(error).rstrip(".")
-        return None
+    def wrapped(cls, params: Mapping[str, Any], network: nn.Module) -> list[str]:
+        names = target_modules(network, params["targets"])
+        check_foldable(network, names)
+        return names
+
+    @abstractmethod
+    def peft_config(self, names: list[str], params: Mapping[str, Any]) -> PeftConfig:
+        """The tuner of the modules of these names. peft is imported in here, not with the module."""
 
     def adapt(self, network: nn.Module, params: Mapping[str, Any]) -> nn.Module:
         from peft import get_peft_model
 
-        return get_peft_model(network, self.peft_config(network, params))  # type: ignore[arg-type]
+        return get_peft_model(network, self.peft_config(self.wrapped(params, network), params))  # type: ignore[arg-type]
 
     def fold(self, network: nn.Module) -> nn.Module:
         return network.merge_and_unload()  # type: ignore[operator]

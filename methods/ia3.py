@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from methods.by_peft import PeftLearner, exactly, target_modules
+from methods.by_peft import PeftLearner, exactly
 from methods.contract import Setting
 from methods.knobs import Choice, MethodConfig, Range, knob
 from methods.tuning import TunedTeacher, TuningConfig
@@ -35,14 +35,15 @@ class IA3Learner(PeftLearner):
     there) and fc2's inputs, 3D + 4D a block. The scales are not decayed: 0 is not where they start.
     """
 
-    def peft_config(self, network: nn.Module, params: Mapping[str, Any]) -> PeftConfig:
+    @classmethod
+    def wrapped(cls, params: Mapping[str, Any], network: nn.Module) -> list[str]:
+        names = super().wrapped({"targets": "all"}, network)
+        return [n for n in names if n.endswith((".attn.qkv", ".mlp.fc2"))] if params["scales"] == "paper" else names
+
+    def peft_config(self, names: list[str], params: Mapping[str, Any]) -> PeftConfig:
         from peft import IA3Config as Tuner
 
-        names = target_modules(network, "all")
-        inner: list[str] = []
-        if params["scales"] == "paper":
-            inner = [name for name in names if name.endswith(".mlp.fc2")]
-            names = [name for name in names if name.endswith(".attn.qkv")] + inner
+        inner = [name for name in names if name.endswith(".mlp.fc2")] if params["scales"] == "paper" else []
         return Tuner(target_modules=exactly(names), feedforward_modules=exactly(inner) if inner else [])
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
@@ -66,4 +67,4 @@ class IA3(TunedTeacher):
         if config.scales == "paper" and setting.teacher.kind != "vit":
             kind = setting.teacher.kind
             return f"scales 'paper' names parts of a transformer block, and {setting.teacher.name} is of kind {kind}"
-        return None
+        return super().invalid(config, setting)

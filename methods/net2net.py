@@ -83,7 +83,8 @@ def net2wider(
     """
     units = outputs_of(giving[0])
     copied = replication(units, wider)
-    counts = torch.bincount(copied, minlength=units)
+    # Not by torch.bincount, which cannot run on the meta device, where growth is rehearsed.
+    counts = torch.zeros(units, dtype=torch.int64).index_add_(0, copied, torch.ones_like(copied))
     given = [resized(layer, outputs=wider) for layer in giving]
     for old, new in zip(giving, given, strict=True):
         state = {n: t[copied] if t.ndim else t for n, t in old.state_dict().items()}
@@ -223,6 +224,11 @@ class Net2NetLearner(FullTuningLearner):
                 f"where there are blocks of the kinds {kinds}, deeper where a stage ends in one with a shortcut."
             )
         self.grown = {"widths": widths, "copies": copies}
+
+    @classmethod
+    def rehearsed(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        width, deeper = (1.5 if params["width"] > 1 else 1.0), min(params["deeper"], 1)
+        return {**super().rehearsed(params), "width": width, "deeper": deeper, "noise": 0.0}
 
     def changes(self) -> dict[str, Any]:
         return self.changed

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from methods.by_peft import PeftLearner, Targets, exactly, target_modules
+from methods.by_peft import PeftLearner, Targets, exactly
 from methods.contract import Setting
 from methods.knobs import Choice, MethodConfig, knob
 from methods.tuning import TunedTeacher, TuningConfig
@@ -41,16 +41,20 @@ class OFTLearner(PeftLearner):
     itself, and results must not depend on the machine. It also holds a square matrix of each map's inputs.
     """
 
-    def peft_config(self, network: nn.Module, params: Mapping[str, Any]) -> PeftConfig:
+    @classmethod
+    def wrapped(cls, params: Mapping[str, Any], network: nn.Module) -> list[str]:
+        names, size = super().wrapped(params, network), params["block"]
+        for name in names:
+            inputs = network.get_submodule(name).in_features
+            if inputs % size:  # type: ignore[operator]  # peft would silently take another size
+                raise ValueError(f"block is {size} and does not divide the {inputs} inputs of {name!r}.")
+        return names
+
+    def peft_config(self, names: list[str], params: Mapping[str, Any]) -> PeftConfig:
         from peft import BOFTConfig
         from peft import OFTConfig as Tuner
 
-        names = target_modules(network, params["targets"])
         size = params["block"]
-        for name in names:
-            inputs = network.get_submodule(name).in_features
-            if inputs % size:  # peft would silently take another size
-                raise ValueError(f"block is {size} and does not divide the {inputs} inputs of {name!r}.")
         if params["variant"] == "boft":
             import peft.tuners.boft.layer
 

@@ -11,7 +11,8 @@ from torch.func import functional_call
 
 from methods.anatomy import FROZEN_NORMS, NORMS, is_transformer
 from methods.knobs import Choice, Range, knob
-from methods.tuning import TunedTeacher, TuningConfig, TuningLearner
+from methods.tuning import TunedTeacher, TuningConfig
+from methods.wrapping import WrappingLearner, check_foldable
 
 BLOCK_POINTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
@@ -42,7 +43,7 @@ class ScaledShifted(nn.Module):
 
     shift: nn.Parameter | None
 
-    def __init__(self, base: nn.Module, noise: float) -> None:
+    def __init__(self, base: nn.Module, noise: float = 0.0) -> None:
         super().__init__()
         self.base = base
         channels = len(base.weight)  # type: ignore[arg-type]
@@ -113,7 +114,7 @@ def _bias(module: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-class SSFLearner(TuningLearner):
+class SSFLearner(WrappingLearner):
     """The frozen teacher with `y ← γ ⊙ y + β` at `points`, and a trained head; logits [B, C].
 
     A ViT of width D and L blocks at MLP ratio 4 gets 2 · (L · 11D + 2D) scalars. γ ~ N(1, 0.02), β ~ N(0, 0.02): not
@@ -121,8 +122,16 @@ class SSFLearner(TuningLearner):
     1e-3, decay 0.05 and, for CIFAR-100, an average of the weights [code]; here there is no average.
     """
 
+    wrapper = ScaledShifted
+
+    @classmethod
+    def wrapped(cls, params: Mapping[str, Any], network: nn.Module) -> list[str]:
+        names = points(network)
+        check_foldable(network, names)
+        return names
+
     def adapt(self, network: nn.Module, params: Mapping[str, Any]) -> nn.Module:
-        for name in points(network):
+        for name in self.wrapped(params, network):
             network.set_submodule(name, ScaledShifted(network.get_submodule(name), params["noise"]))
         return network
 

@@ -85,20 +85,24 @@ class TuningLearner(Learner):
         """Makes trainable what this method trains, in place or around `network` (frozen, its classifier linear)."""
 
     @classmethod
-    def rehearse(cls, params: Mapping[str, Any], skeleton: nn.Module, num_classes: int) -> str | None:
-        """Why `adapt` cannot take a network with these modules; None if it can. Its weights are not used."""
+    def rehearse(cls, params: Mapping[str, Any], teacher: NetworkInfo, num_classes: int) -> str | None:
+        """Why this cannot tune a network with the modules of this teacher; None if it can."""
         learner = cls.__new__(cls)
         nn.Module.__init__(learner)
         learner.params = params
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                network = zero_head(copy.deepcopy(skeleton), num_classes)
-                learner.adapt(network.requires_grad_(False), params)
+                student = learner.adapt(copy.deepcopy(headed_skeleton(teacher, num_classes)), params)
         except ValueError as error:
             return str(error).rstrip(".")
         except (NotImplementedError, RuntimeError):  # it computes with weights, and a skeleton has none
             return None
-        return None
+        return _outdated(student)
+
+    @classmethod
+    def rehearsed(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters in place of these that fit the same networks: few different ones, as each is rehearsed anew."""
+        return {**params, "head_init": "zero"}
 
     def fold(self, network: nn.Module) -> nn.Module:
         """The plain network of a copy of the trained one: adapters merged where they can be."""
@@ -155,7 +159,7 @@ class TunedTeacher(Method):
         teacher = setting.teacher
         if teacher is None or teacher.skeleton is None:
             return None
-        params = json.dumps(cls.params(config, setting), sort_keys=True)
+        params = json.dumps(cls.learner.rehearsed(cls.params(config, setting)), sort_keys=True)
         reason = _rehearsed(cls.learner, params, teacher, setting.task.num_classes)
         return f"{cls.name} cannot serve {teacher.name}: {reason}" if reason else None
 
@@ -188,8 +192,36 @@ class TunedTeacher(Method):
 
 @functools.lru_cache(maxsize=1024)
 def _rehearsed(learner: type[TuningLearner], params: str, teacher: NetworkInfo, num_classes: int) -> str | None:
+    return learner.rehearse(json.loads(params), teacher, num_classes)
+
+
+@functools.lru_cache(maxsize=64)
+def headed_skeleton(teacher: NetworkInfo, num_classes: int) -> nn.Module:
+    """The teacher's modules under a linear head, frozen, on the meta device: no values. Never to be changed.
+
+    Raises:
+        ValueError: if its classifier is not one linear layer.
+    """
     assert teacher.skeleton is not None
-    return learner.rehearse(json.loads(params), teacher.skeleton, num_classes)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network = copy.deepcopy(teacher.skeleton).to("meta")  # some skeletons had to be built with values
+        try:
+            zero_head(network, num_classes)
+        except ValueError:  # it prints the classifier, which may take many lines
+            kind = type(network.get_classifier()).__name__  # type: ignore[operator]
+            raise ValueError(f"its classifier is not one linear layer but a {kind}.") from None
+        return network.requires_grad_(False).eval()
+
+
+def _outdated(network: nn.Module) -> str | None:
+    """Which module would compute with outdated weights while it is trained in evaluation mode; None if none would."""
+    for name, module in network.named_modules():
+        if hasattr(module, "attention_bias_cache") and any(p.requires_grad for p in module.parameters(recurse=False)):
+            return (
+                f"{name!r} keeps what it computed of its attention biases while it is in evaluation mode, where a "
+                "tuned teacher is held, so that they cannot be trained"
+            )
+    return None
 
 
 def tunings() -> dict[str, type[TunedTeacher]]:

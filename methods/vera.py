@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from methods.by_peft import PeftLearner, Targets, exactly, target_modules
+from methods.by_peft import PeftLearner, Targets, exactly
 from methods.knobs import Choice, Range, knob
 from methods.tuning import TunedTeacher, TuningConfig
 
@@ -34,14 +32,14 @@ class VeRALearner(PeftLearner):
     A and B are drawn from a fixed seed of peft's, not from the trial's.
     """
 
-    def peft_config(self, network: nn.Module, params: Mapping[str, Any]) -> PeftConfig:
+    def peft_config(self, names: list[str], params: Mapping[str, Any]) -> PeftConfig:
         from peft import VeraConfig
 
         return VeraConfig(
             r=params["rank"],
             d_initial=params["d_initial"],
             vera_dropout=params["dropout"],
-            target_modules=exactly(target_modules(network, params["targets"])),
+            target_modules=exactly(names),
         )
 
 

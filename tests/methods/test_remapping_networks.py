@@ -12,6 +12,7 @@ import torch
 from learners import learner_of
 from tiny import CLASSES, SIDE, cnn, make_case, make_images, run_chain, teacher_outputs, vit
 from torch import nn
+from tuned import planned, refusal
 
 from methods.contract import Batch
 from methods.darts import DARTS, CellLearner, DARTSConfig, SearchLearner, SuperNetwork, chosen, discretised
@@ -97,7 +98,7 @@ def test_vt_7_net2net_keeps_the_logits_of_timm_networks_and_can_be_rebuilt(name)
     learner = Net2NetLearner.__new__(Net2NetLearner)
     nn.Module.__init__(learner)
     identities = [m for m in network.modules() if isinstance(m, nn.Sequential) and len(m) and identity_block(m[-1])]
-    params = {"transformer": False, "width": 1.5, "deeper": 2 if identities else 0, "noise": 0.05}
+    params = {"transformer": False, "width": 1.5, "deeper": 2 if identities else 0, "noise": 0.05, "layer_decay": 1.0}
     parameters = sum(p.numel() for p in network.parameters())
     wide = learner.adapt(copy.deepcopy(network), params)
     assert sum(p.numel() for p in wide.parameters()) > 1.1 * parameters
@@ -142,6 +143,32 @@ def test_net2net_refuses_what_it_cannot_keep():
     nn.Module.__init__(learner)
     with pytest.raises(ValueError, match="without changing what it computes"):
         learner.adapt(cnn("test_byobnet"), {"transformer": False, "width": 2.0, "deeper": 0, "noise": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2)}),
+        ("swinv2_tiny_window8_256", {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2)}),
+        ("hiera_tiny_224", {"embed_dim": 24, "num_heads": 1, "stages": (1, 1, 1, 1)}),
+        ("beit_base_patch16_224", {"embed_dim": 48, "depth": 2, "num_heads": 4}),
+        ("edgenext_xx_small", {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48), "heads": (2, 2, 2, 2)}),
+    ],
+)
+def test_net2net_says_at_planning_that_it_cannot_deepen_a_network(name, kwargs):
+    setting = planned(name, **kwargs)
+    assert f"net2net cannot serve timm/{name}: " in refusal("net2net", setting)
+    assert refusal("net2net", setting, deeper=0) is None  # wider it can be
+
+
+@pytest.mark.parametrize(("name", "kind"), [("test_vit", "vit"), ("test_resnet", "cnn"), ("test_convnext", "cnn")])
+def test_net2net_passes_at_planning_what_it_can_grow(name, kind):
+    assert refusal("net2net", planned(name, kind)) is None
+
+
+def test_net2net_says_at_planning_that_it_cannot_insert_a_block():
+    setting = planned("cait_xxs24_224", "vit", embed_dim=48, depth=2, num_heads=4)
+    assert "cannot insert a transformer block of kind LayerScaleBlock" in refusal("net2net", setting)
 
 
 # FNA

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from tiny import CLASSES, SIDE, cnn, hybrid_vit, make_images, vit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tuned import CNNS, VITS, learner_of, perturb, rebuilt, setting_for, train, with_head
+from tuned import CNNS, VITS, learner_of, perturb, planned, rebuilt, refusal, setting_for, train, with_head
 
 from methods import discover
 from methods.adapter import AdapterLearner
@@ -19,7 +20,7 @@ from methods.contract import Given, trainable_parameters
 from methods.parts.prompts import Prompted, add_prompts
 from methods.ssf import ScaledShifted, points
 from methods.teacher_probe import TeacherProbe
-from methods.tuning import TunedTeacher, tunings
+from methods.tuning import TunedTeacher, _rehearsed, tunings
 from methods.vpt import VPT, VPTConfig
 
 IDENTITIES = [
@@ -517,3 +518,70 @@ def test_a_head_that_is_not_one_linear_layer_is_refused():
             {"head_init": "zero", "variant": "houlsby", "bottleneck": 4},
             Given(values={"teacher": network}, num_classes=CLASSES),
         )
+
+
+SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 4}
+EDGENEXT = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48), "heads": (2, 2, 2, 2)}
+DAVIT = {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("beit_base_patch16_224", SMALL), ("davit_tiny", DAVIT), ("edgenext_xx_small", EDGENEXT)],
+)
+def test_ssf_refuses_networks_that_look_into_what_it_puts_around_their_modules(name, kwargs):
+    reason = refusal("ssf", planned(name, **kwargs))
+    assert f"ssf cannot serve timm/{name}: " in reason
+    assert "put around" in reason
+
+
+@pytest.mark.parametrize("name", ["test_nfnet", "nf_resnet26"])
+def test_ssf_refuses_weights_that_are_standardised_before_use(name):
+    reason = refusal("ssf", planned(name))
+    assert "is a ScaledStdConv2d" in reason
+    assert "could not be merged" in reason
+
+
+def test_a_scale_that_could_not_be_folded_is_refused_by_the_learner_too():
+    with pytest.raises(ValueError, match="is a ScaledStdConv2d"):
+        learner_of("ssf", cnn("test_nfnet"), "cnn")
+
+
+def test_a_network_that_cannot_run_without_values_is_not_refused_for_that():
+    setting = planned("test_resnet")
+    network = setting.teacher.skeleton
+    network.register_forward_pre_hook(lambda *_: torch.zeros(1, device="meta").item())
+    other = replace(setting, teacher=replace(setting.teacher, name="timm/reads_a_value"))
+    assert refusal("ssf", other) is None
+
+
+def test_a_skeleton_that_was_built_with_values_is_rehearsed_like_any_other():
+    network = vit(depth=2)
+    setting = setting_for(network)
+    setting = replace(setting, teacher=replace(setting.teacher, name="tiny/with_values", skeleton=network))
+    for method in ("ssf", "lora", "net2net", "vpt"):
+        assert refusal(method, setting) is None
+    assert next(network.parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["tiny_vit_5m_224", "efficientvit_m0"])
+@pytest.mark.parametrize("method", ["full_tuning", "partial_tuning"])
+def test_attention_biases_that_a_network_keeps_computed_are_not_trained(method, name):
+    assert "attention biases" in refusal(method, planned(name))
+    assert refusal("bitfit", planned(name)) is None
+
+
+def test_full_tuning_refuses_a_decay_by_layers_where_timm_knows_none():
+    setting = planned("poolformer_s12")
+    assert "does not say how the layers of MetaFormer are grouped" in refusal("full_tuning", setting, layer_decay=0.75)
+    assert refusal("full_tuning", setting, layer_decay=1.0) is None
+    assert "coarse grouping is not implemented" in refusal("partial_tuning", planned("rdnet_tiny"))
+
+
+def test_knobs_that_change_no_module_are_not_rehearsed_anew():
+    setting = planned("test_vit2", "vit")
+    for method, knobs in (("full_tuning", {"backbone": 0.03}), ("net2net", {"noise": 0.02, "width": 2.0})):
+        refusal(method, setting)
+        before = _rehearsed.cache_info().misses
+        refusal(method, setting, head_init="zero", **knobs)
+        assert _rehearsed.cache_info().misses == before

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import timm
 import torch
 from timm.layers import freeze_batch_norm_2d
 from tiny import CLASSES, build_optimizer, cnn, describe, hybrid_vit, make_case, make_images, vit
@@ -64,6 +65,21 @@ def with_head(network: nn.Module) -> nn.Module:
 
 def setting_for(network: nn.Module, kind: str = "vit") -> Setting:
     return replace(make_case().setting, teacher=describe(network, kind))
+
+
+def planned(name: str, kind: str = "cnn", **kwargs) -> Setting:
+    """A setting whose teacher is a timm network as planning sees it: modules without weights."""
+    with torch.device("meta"):
+        network = timm.create_model(name, **kwargs).eval()
+    size = network.pretrained_cfg["input_size"][-1]
+    teacher = replace(describe(network, kind), name=f"timm/{name}", image_size=size, skeleton=network)
+    return replace(make_case().setting, teacher=teacher)
+
+
+def refusal(method: str, setting: Setting, **knobs) -> str | None:
+    """What the method says at planning of that setting."""
+    chosen = discover()[method]
+    return chosen.invalid(chosen.Config(**knobs), setting)
 
 
 def learner_of(name: str, network: nn.Module, kind: str = "vit", **knobs) -> TuningLearner:
