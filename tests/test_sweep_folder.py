@@ -86,9 +86,14 @@ def test_a_sweep_whose_images_were_replaced_is_not_continued_without_its_store(i
 
 def test_a_sweep_is_continued_by_the_file_that_it_began_with_wherever_that_lies(colours: Path, tmp_path: Path) -> None:
     spec = small_spec(colours, tmp_path / "runs")
-    folder = create(spec)
+    known = open_sweep(create(spec))
     moved = spec.model_copy(update={"task": spec.task.model_copy(update={"data": "folder:/elsewhere/" + colours.name})})
-    check_same(moved, open_sweep(folder))
+    assert check_same(moved, known, ["task.data"]) == ""
     more = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": 40})})
-    with pytest.raises(UserError, match=r"^--resume: search\.trials is 40 here, and '.*small' began with 5; continue"):
-        check_same(more, open_sweep(folder))
+    told = "It goes on with the file that it began with: search.trials 5 (the file now: 40)."
+    assert check_same(more, known, ["train.steps"]) == told
+    for flag in ("search.trials", "search"):
+        with pytest.raises(
+            UserError, match=r"^--resume: search\.trials is 40 here, and '.*small' began with 5; contin"
+        ):
+            check_same(more, known, [flag])

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.cli.clusters import check_cluster
-from orchestrator.cli.face import JsonFlag, SetFlag, SweepDir, app, out, print_table
+from orchestrator.cli.face import JsonFlag, SetFlag, SweepDir, app, err, out, print_table
 from orchestrator.errors import UserError, WorkError
 from orchestrator.process import settle
 
@@ -117,7 +117,10 @@ def sweep(
     begun = Path(read.storage) / read.name
     if continued and (begun / "sweep.yaml").is_file():
         known = open_sweep(begun)
-        check_same(read, known)
+        flags = [text.partition("=")[0] for text in overrides or []] + ["search.trials"] * (trials is not None)
+        told = check_same(read, known, flags)
+        if told:
+            err.print(told, markup=False)
         _run(_prepared(known, as_json), begun, as_json)
         return
     check_new(read)

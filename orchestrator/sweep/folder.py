@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from methods import method_names
 from orchestrator.data.sources import open_source
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, listed
 from orchestrator.files import at_once
 from orchestrator.models.files import check_files
 from orchestrator.spec import SweepSpec, check_method
@@ -103,25 +104,33 @@ def check_new(spec: SweepSpec) -> Path:
     return folder
 
 
-def check_same(spec: SweepSpec, begun: SweepSpec) -> None:
-    """Refuses to continue a sweep with another file than it began with. Where things lie may have changed.
+def check_same(spec: SweepSpec, begun: SweepSpec, flags: Sequence[str] = ()) -> str:
+    """What a sweep file says otherwise than the one that its sweep began with, and goes on with; "" for nothing.
+
+    Where things lie may have changed.
+
+    Args:
+        spec: the file of now.
+        begun: that of the begin.
+        flags: keys that the command line gives.
 
     Raises:
-        UserError: naming a key, and both values.
+        UserError: if one of these would be ignored.
     """
     from orchestrator.select.members import PLACES, flat
 
     new, old = (flat(_elsewhere(s.model_dump(mode="json", exclude=set(PLACES)))) for s in (spec, begun))
     different = [key for key in {**old, **new} if new.get(key) != old.get(key)]
-    if different:
-        key = different[0]
-        more = f" ({len(different) - 1} further keys differ)" if len(different) > 1 else ""
-        folder = Path(spec.storage) / spec.name
-        raise UserError(
-            f"--resume: {key} is {json.dumps(new.get(key))} here, and {str(folder)!r} began with "
-            f"{json.dumps(old.get(key))}{more}; continue it as it is with `orchestrator resume {folder}`, or give this "
-            "sweep another --name."
-        )
+    folder = Path(spec.storage) / spec.name
+    for key in different:
+        if any(f"{key}.".startswith(f"{flag}.") for flag in flags):
+            raise UserError(
+                f"--resume: {key} is {json.dumps(new.get(key))} here, and {str(folder)!r} began with "
+                f"{json.dumps(old.get(key))}; continue it as it is with `orchestrator resume {folder}`, or give this "
+                "sweep another --name."
+            )
+    kept = listed(f"{key} {json.dumps(old.get(key))} (the file now: {json.dumps(new.get(key))})" for key in different)
+    return f"It goes on with the file that it began with: {kept}." if different else ""
 
 
 def _elsewhere(value: Any) -> Any:
