@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,13 @@ def student(
 CNN: dict[str, Any] = {"model": "timm/test_resnet.r160_in1k", "pretrained": False, "image_size": 96}
 VIT: dict[str, Any] = {"model": "timm/test_vit", "image_size": 96, "kwargs": {"class_token": True}}
 CLIPART: dict[str, Any] = {"model": "packaged/vit_clipart"}
+HIERA: dict[str, Any] = {  # is built for a size, which its patch embedding does not tell
+    "model": "timm/hiera_tiny_224",
+    "pretrained": False,
+    "image_size": 96,
+    "kwargs": {"embed_dim": 16, "stages": [1, 1, 1, 1]},
+}
+GMLP: dict[str, Any] = {"model": "timm/gmlp_ti16_224", "pretrained": False, "image_size": 96}
 
 
 def images_for(meta: dict[str, Any], count: int = 3) -> Tensor:
@@ -83,8 +91,9 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
         (VIT, {"depth": 3}, "teacher"),
         ({"model": "local:weights.safetensors", "architecture": "timm/test_efficientnet"}, None, "student"),
         ({"model": "packaged/efficientnet_lite0", "image_size": 64}, None, "student"),
+        (HIERA, None, "student"),
     ],
-    ids=["cnn", "shallower vit at another size", "local", "packaged cnn"],
+    ids=["cnn", "shallower vit at another size", "local", "packaged cnn", "hiera at another size"],
 )
 def test_timm_loads_the_folder_and_gives_equal_logits(
     tmp_path: Path, model: dict[str, Any], changes: dict[str, Any] | None, role: str
@@ -145,6 +154,32 @@ def test_load_py_classifies_as_the_protocol_does_without_this_package(tmp_path: 
     assert [label for _, label in got] == [label for _, label in want]
     assert max(abs(a - b) for (a, _), (b, _) in zip(got, want, strict=True)) <= 1e-4
     assert want[0][0] - want[-1][0] > 1e-3
+
+
+def wide_picture(path: Path) -> Path:
+    """Greyscale of 16 bits, or, by the name, of floating-point numbers below zero too; neither fills its range."""
+    rows, columns = np.mgrid[0:130, 0:190]
+    values = 3000 + 1500 * np.sin(rows / 20) + 1400 * np.cos(columns / 30)
+    values = (values / 1000 - 2).astype(np.float32) if path.suffix == ".tif" else values.astype(np.uint16)
+    Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["safetensors", "onnx"])
+def test_load_py_opens_images_as_the_protocol_does(tmp_path: Path, form: str) -> None:
+    network, meta = student(CNN)
+    export_student(network, meta, tmp_path / "out", form)
+    opened = runpy.run_path(str(tmp_path / "out" / "load.py"))["opened"]
+    images = [picture(tmp_path / "image.png"), wide_picture(tmp_path / "wide.png"), wide_picture(tmp_path / "wide.tif")]
+    for image in images:
+        want = decode(image.read_bytes()).permute(1, 2, 0).numpy()
+        assert np.array_equal(np.asarray(opened(image)), want), image.name
+        assert want.min() < 250 < want.max()
+    values = np.ones((20, 20), np.float32)
+    values[3, 3] = np.nan
+    Image.fromarray(values).save(tmp_path / "broken.tif")
+    with pytest.raises(ValueError, match=r"broken\.tif: values that are not finite"):
+        opened(tmp_path / "broken.tif")
 
 
 def test_the_packaged_vit_is_rebuilt_from_timms_parts_with_equal_logits(tmp_path: Path) -> None:

@@ -13,17 +13,32 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from onnxruntime.quantization.calibrate import HistogramCollector
 from PIL import Image
 from safetensors.torch import load_file
 from small import small_spec
-from test_export import CNN, VIT, images_for, logits, picture, run_load, shares_by_protocol, student
+from test_export import (
+    CNN,
+    GMLP,
+    HIERA,
+    VIT,
+    images_for,
+    logits,
+    picture,
+    run_load,
+    shares_by_protocol,
+    student,
+    wide_picture,
+)
 from typer.testing import CliRunner
 
+from methods.parts.dense import segmenter
 from orchestrator.cli import app
 from orchestrator.data.task import load_task
 from orchestrator.errors import UserError, WorkError
 from orchestrator.models.load import Preprocessing, load_network
-from orchestrator.select.export import Evidence, Wanted, export_student
+from orchestrator.select.export import Evidence, Wanted, export_student, int8
+from orchestrator.select.export.config import network_of
 from orchestrator.select.export.prepared import compare_preprocessing
 from orchestrator.select.predict import ask
 from orchestrator.spec import SweepSpec, parse_spec, read_spec
@@ -73,6 +88,9 @@ def test_whole_images_go_into_a_graph_with_preprocessing(colours: Path, tmp_path
     (got,) = session.run(["logits"], {"image": np.stack([whole, whole[::-1], whole])})
     assert np.asarray(got).shape == (3, 3)
     assert np.asarray(got)[0].tolist() == pytest.approx(np.asarray(got)[2].tolist(), abs=1e-4)
+    wide = wide_picture(tmp_path / "wide.png")
+    for share, label in run_load(tmp_path / "out", wide):
+        assert share == pytest.approx({b: a for a, b in shares_by_protocol(network, meta, wide)}[label], abs=2e-3)
     (told,) = ask(str(tmp_path / "out"), [image])["images"]
     for shares in (
         [(c["probability"], c["label"]) for c in told["classes"]],
@@ -99,6 +117,80 @@ def test_int8_halves_the_size_at_least_and_its_loss_is_measured_on_val(colours: 
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"accuracy on val {facts['val_int8']:.4f} instead of {facts['val_float']:.4f}" in card
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantized"]["way"] == facts["way"]
+
+
+class Uneven(Evidence):
+    """30 train images: 10 are held back, and the others are no multiple of a batch."""
+
+    def train(self, count: int) -> torch.Tensor:
+        return torch.randn(30, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+
+def int8_of(model: dict[str, Any], colours: Path, folder: Path) -> dict[str, Any]:
+    """The report of an export into `folder/out`."""
+    network, meta = student(model)
+    plain = evidence_of(colours, folder, meta)
+    evidence = Uneven(plain.task, plain.store, plain.preprocessing)
+    wanted = Wanted("onnx", int8=True, max_loss=1)
+    return export_student(network, meta, folder / "out", "onnx", wanted=wanted, evidence=evidence)
+
+
+def test_all_ways_to_int8_work_where_the_last_batch_is_smaller(colours: Path, tmp_path: Path) -> None:
+    facts = int8_of(VIT, colours, tmp_path)["int8"]
+    assert facts["calibration_images"] == 20
+    assert set(facts["apart"]) == {"static, min-max", "static, percentile", "dynamic"}
+    assert facts["problems"] == []
+
+
+def test_calibration_keeps_activations_of_few_images_at_a_time_and_looks_at_all(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[tuple[int, int]] = []
+    collect = HistogramCollector.collect
+
+    def heard(self: HistogramCollector, arrays: dict[str, list[np.ndarray]]) -> None:
+        kept.append((sum(len(a) for a in arrays["images"]), sum(a.nbytes for parts in arrays.values() for a in parts)))
+        collect(self, arrays)
+
+    monkeypatch.setattr(HistogramCollector, "collect", heard)
+    monkeypatch.setattr(int8, "PASS_BYTES", 14_000_000)
+    int8_of(CNN, colours, tmp_path)
+    assert [images for images, _ in kept] == [3, 3, 3, 3, 3, 3, 2]
+    assert max(size for _, size in kept) <= 14_000_000 / 2
+
+
+@pytest.mark.parametrize(
+    ("model", "limit", "told"),
+    [
+        (CNN, 2_000_000_000, "Other ways do not work here: dynamic leaves 100% of the file."),
+        (VIT, 1_000_000, "static, percentile fails (activations of one image take 0.0027 GB, more than 0.001)."),
+    ],
+    ids=["too large a file", "too much memory"],
+)
+def test_a_way_to_int8_that_does_not_work_is_told_though_another_does(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], limit: int, told: str
+) -> None:
+    monkeypatch.setattr(int8, "PASS_BYTES", limit)
+    sentences = int8_of(model, colours, tmp_path)["sentences"]
+    assert told in " ".join(sentences)
+    assert told in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_image_gets_the_logits_that_were_scored_whatever_is_asked_beside_it(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = int8._ways
+    monkeypatch.setattr(int8, "_ways", lambda images: {"dynamic": ways(images)["dynamic"]})
+    network, meta = student(VIT)
+    images = [picture(tmp_path / "image.png"), wide_picture(tmp_path / "wide.png")]
+    evidence = evidence_of(colours, tmp_path, meta)
+    for inside in (False, True):
+        out = tmp_path / f"out{inside}"
+        wanted = Wanted("onnx", with_preprocessing=inside, int8=True, max_loss=1)
+        export_student(network, meta, out, "onnx", wanted=wanted, evidence=evidence)
+        assert json.loads((out / "config.json").read_text(encoding="utf-8"))["quantized"]["way"] == "dynamic"
+        together = ask(str(out), images)["images"]
+        assert together == [ask(str(out), [image])["images"][0] for image in images]
 
 
 class Harsh(Evidence):
@@ -135,6 +227,30 @@ def test_a_program_of_torch_runs_without_timm_at_any_batch(tmp_path: Path) -> No
     assert max(abs(a - b) for (a, _), (b, _) in zip(got, want, strict=True)) <= 1e-4
     with pytest.raises(UserError, match="is a program of torch"):
         ask(str(tmp_path / "out"), [image])
+
+
+def test_a_network_that_is_built_for_a_size_is_asked_at_its_own(tmp_path: Path) -> None:
+    network, meta = student(HIERA)
+    export_student(network, meta, tmp_path / "out", "safetensors", images_for(meta))
+    image = picture(tmp_path / "image.png")
+    (told,) = ask(str(tmp_path / "out"), [image])["images"]
+    got = [(c["probability"], c["label"]) for c in told["classes"]]
+    assert [label for _, label in got] == [label for _, label in shares_by_protocol(network, meta, image)]
+    assert [share for share, _ in got] == pytest.approx(
+        [s for s, _ in shares_by_protocol(network, meta, image)], abs=1e-5
+    )
+
+
+def test_a_network_that_is_built_for_a_size_is_exported_under_a_decoder(tmp_path: Path) -> None:
+    network, meta = student(GMLP)
+    network = segmenter(network, 3).eval()
+    structure = {"build": "methods.parts.dense:segmenter", "arguments": {"num_classes": 3}}
+    meta |= {"structure": structure, "task": {"kind": "segmentation"}}
+    images = images_for(meta)
+    assert export_student(network, meta, tmp_path / "out", "safetensors", images)["max_abs_difference"] == 0
+    found = network_of(json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")), tmp_path / "out")
+    found.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    assert torch.equal(logits(found, images), logits(network, images))
 
 
 @pytest.mark.parametrize("options", [{"with_preprocessing": True}, {"int8": True}, {"format": "onnx", "max_loss": 0.1}])

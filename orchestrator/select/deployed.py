@@ -22,6 +22,7 @@ from orchestrator.models.load import Preprocessing, load_student
 from orchestrator.models.onnx import onnx_runner, write_onnx
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.select.export.config import kind_of, network_of
+from orchestrator.select.export.int8 import DYNAMIC, one_by_one
 from orchestrator.select.export.prepared import prepared_runner, takes_whole_images
 from orchestrator.select.export.texts import ExportedTexts
 from orchestrator.select.subject import find_student
@@ -148,6 +149,8 @@ def _exported(folder: Path, onnx: bool, texts: str | None) -> Deployed:
         network, whole = None, None
         if onnx or WEIGHTS not in there:
             run: Callable[[Tensor], Tensor] = onnx_runner(folder / ONNX)
+            if config.get("quantized", {}).get("way") == DYNAMIC:
+                run = one_by_one(run)  # as it was scored
             if takes_whole_images(folder / ONNX):
                 whole = prepared_runner(folder / ONNX)
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from methods.parts.zero_shot import ZeroShot
@@ -42,9 +43,8 @@ def config_of(network: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
     else:
         architecture = _architecture(entry)
         arguments.pop("num_classes", None)
-        patches = next((m for n, m in network.named_modules() if n.rpartition(".")[2] == "patch_embed"), None)
-        if entry.image_size is not None and hasattr(patches, "img_size"):
-            arguments["img_size"] = size
+        if entry.image_size is not None and _takes_size(architecture, entry.image_size, arguments):
+            arguments["img_size"] = entry.image_size
     source = getattr(network, "pretrained_cfg", None) or {}
     mode = str(preprocessing["interpolation"])
     structure = meta.get("structure")
@@ -88,6 +88,22 @@ def _architecture(entry: Model) -> str:
         return "tf_efficientnet_lite0"
     name = entry.architecture if entry.model.startswith("local:") else entry.model
     return str(name).removeprefix("timm/").partition(".")[0]
+
+
+def _takes_size(architecture: str, size: int, arguments: Mapping[str, Any]) -> bool:
+    """Whether timm builds the network for images of a size.
+
+    Then it was built so, and may fit no other: `build_network` asks for it, and does without where that is refused.
+    """
+    try:
+        try:
+            with torch.device("meta"):
+                timm.create_model(architecture, img_size=size, **arguments)
+        except (NotImplementedError, RuntimeError):  # a few constructors compute with their tensors
+            timm.create_model(architecture, img_size=size, **arguments)
+    except TypeError:
+        return False
+    return True
 
 
 NOT_OURS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")

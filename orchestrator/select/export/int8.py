@@ -23,6 +23,9 @@ from orchestrator.spec import METRIC_NAMES, Kind
 CALIBRATION, HELD = 128, 64  # train images that set the ranges, and others that choose among the ways
 SMALLER = 0.5  # a way that does not halve the file is none
 TIMED_S = 0.3
+BATCH = 16  # images that calibrate in one pass
+PASS_BYTES = 2_000_000_000  # that such a pass may take: all its activations are kept until it ends
+DYNAMIC = "dynamic"
 
 
 def quantise(path: Path, kind: Kind, evidence: Evidence, max_loss: float | None) -> dict[str, Any]:
@@ -39,7 +42,8 @@ def quantise(path: Path, kind: Kind, evidence: Evidence, max_loss: float | None)
 
     Returns:
         As plain JSON: `way`, `val_float`, `val_int8`, `loss` with its interval `low` and `high`, `val_images`; `bytes`
-        and `bytes_float`, `latency_ms` and `latency_ms_float`, their ratios; `apart` of every way that was tried.
+        and `bytes_float`, `latency_ms` and `latency_ms_float`, their ratios; `apart` of every way that works, and in
+        `problems` what is wrong with the others.
 
     Raises:
         WorkError: if no way works, or the loss is not accepted.
@@ -50,7 +54,7 @@ def quantise(path: Path, kind: Kind, evidence: Evidence, max_loss: float | None)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".int8-") as scratch:
         folder = Path(scratch)
         plain = onnx_runner(path)
-        want = _outputs(kind, plain(held))
+        want = _outputs(kind, one_by_one(plain)(held))
         tried: dict[str, tuple[float, Path]] = {}
         problems: list[str] = []
         for way, make in _ways(calibration).items():
@@ -86,6 +90,7 @@ def quantise(path: Path, kind: Kind, evidence: Evidence, max_loss: float | None)
             "bytes": tried[way][1].stat().st_size,
             **_latencies(path, tried[way][1], images[:1]),
             "apart": {name: value for name, (value, _) in tried.items()},
+            "problems": problems,
             "calibration_images": len(calibration),
         }
         facts["bytes_ratio"] = facts["bytes"] / facts["bytes_float"]
@@ -105,6 +110,7 @@ def int8_sentences(facts: dict[str, Any], kind: Kind) -> list[str]:
         f"{facts['val_float']:.4f} ({sign}, {facts['val_images']:,} images).",
         f"{facts['bytes'] / 1e6:.1f} MB instead of {facts['bytes_float'] / 1e6:.1f} ({facts['bytes_ratio']:.2f}); "
         f"{facts['latency_ms']:.2f} ms instead of {facts['latency_ms_float']:.2f}, {time} ({facts['latency_setup']}).",
+        *([f"Other ways do not work here: {listed(facts['problems'])}."] if facts["problems"] else []),
     ]
 
 
@@ -135,7 +141,7 @@ def _ways(calibration: Tensor) -> dict[str, Callable[[Path, Path, Path], None]]:
     return {
         "static, min-max": _static(calibration, CalibrationMethod.MinMax),
         "static, percentile": _static(calibration, CalibrationMethod.Percentile),
-        "dynamic": _dynamic,
+        DYNAMIC: _dynamic,
     }
 
 
@@ -143,26 +149,77 @@ def _static(calibration: Tensor, method: Any) -> Callable[[Path, Path, Path], No
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches: Iterator[Tensor] = iter(calibration.split(16))
+        """Batches of which the quantiser takes a range at a time: what it keeps of one is gone before the next."""
+
+        def __init__(self, batch: int) -> None:
+            self.batches = calibration.split(batch)
+            self.left: Iterator[Tensor] = iter(())
+
+        def __len__(self) -> int:
+            return len(self.batches)
+
+        def set_range(self, start_index: int, end_index: int) -> None:
+            self.left = iter(self.batches[start_index:end_index])
 
         def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
+            batch = next(self.left, None)
             return None if batch is None else {INPUT: batch.numpy()}
 
     def make(source: Path, target: Path, scratch: Path) -> None:
+        prepared = _prepared(source, scratch)
         quantize_static(
-            str(_prepared(source, scratch)),
+            str(prepared),
             str(target),
-            Reader(),
+            Reader(_batch(prepared, calibration[:1], scratch)),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QInt8,  # signed both: unsigned by signed saturates on CPUs without VNNI
             weight_type=QuantType.QInt8,
             calibrate_method=method,
+            extra_options={"CalibStridedMinMax": 1},  # a batch at a time, of every method, not of min-max alone
         )
 
     return make
+
+
+def _batch(path: Path, image: Tensor, scratch: Path) -> int:
+    """Images that calibrate in one pass.
+
+    Args:
+        path: of the prepared graph.
+        image: one, [1, 3, S, S].
+        scratch: for a graph that counts.
+
+    Raises:
+        WorkError: if one takes too much memory.
+    """
+    each = _activation_bytes(path, image, scratch)
+    if each > PASS_BYTES:
+        raise WorkError(f"activations of one image take {each / 1e9:.2g} GB, more than {PASS_BYTES / 1e9:g}")
+    return max(1, min(BATCH, PASS_BYTES // (2 * each)))  # twice: the runtime takes more than it hands out
+
+
+def _activation_bytes(path: Path, image: Tensor, scratch: Path) -> int:
+    """Of all tensors that calibration looks at, in a pass of `image` [1, 3, S, S].
+
+    Their sizes are counted in the graph, as many have no shape before it runs, and none of them is kept.
+    """
+    import onnx
+    from onnxruntime import InferenceSession
+    from onnxruntime.quantization import CalibraterBase
+
+    found = CalibraterBase(str(path))
+    names, _ = found.select_tensors_to_calibrate(found.model)
+    graph = found.model.graph
+    del graph.output[:]
+    for name in sorted(names):
+        size = f"{name}/size"
+        graph.node.append(onnx.helper.make_node("Size", [name], [size]))
+        graph.output.append(onnx.helper.make_tensor_value_info(size, onnx.TensorProto.INT64, []))
+    counted = scratch / "counted.onnx"
+    onnx.save(found.model, str(counted))
+    session = InferenceSession(str(counted), providers=["CPUExecutionProvider"])
+    return 4 * sum(int(size) for size in session.run(None, {INPUT: image.numpy()}))
 
 
 def _dynamic(source: Path, target: Path, scratch: Path) -> None:

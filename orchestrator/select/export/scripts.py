@@ -80,11 +80,26 @@ def structured(model):
     return getattr(module, CONFIG["structure"]["function"])(model, **CONFIG["structure"]["arguments"])
 '''
 
+OPENED = '''\
+def opened(path):
+    """The image, upright and in RGB: transparency on white, wide greyscale scaled to its largest value."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode.startswith("I") or image.mode == "F":
+        wide = np.asarray(image, np.float64)
+        if not np.isfinite(wide).all():
+            raise ValueError(f"{path}: values that are not finite")
+        low = min(wide.min(), 0)
+        image = Image.fromarray(((wide - low) / (wide.max() - low or 1) * 255).astype(np.uint8))
+    return image.convert("RGB")
+'''
+
 PIXELS = '''\
 def pixels(path):
-    """The central square, resized, transparency on white; as the student was evaluated."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    """The central square, resized; as the student was evaluated."""
+    image = opened(path)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = F.pil_to_tensor(image.crop((left, top, left + side, top + side)))
@@ -132,6 +147,8 @@ HERE = Path(__file__).resolve().parent
 CONFIG = json.loads((HERE / "config.json").read_text(encoding="utf-8"))
 
 
+{opened}
+
 {pixels}
 
 
@@ -142,9 +159,8 @@ if __name__ == "__main__":
 
 PIXELS_ONNX = '''\
 def pixels(path):
-    """The central square, resized, transparency on white; to a grey level as the student was evaluated."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    """The central square, resized; to a grey level as the student was evaluated."""
+    image = opened(path)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     size, mode = CONFIG["pretrained_cfg"]["input_size"][1:], CONFIG["pretrained_cfg"]["interpolation"]
@@ -155,10 +171,8 @@ def pixels(path):
 
 PIXELS_WHOLE = '''\
 def pixels(path):
-    """The whole image, transparency on white; the network's graph crops, resizes and normalises it."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return np.asarray(image, np.uint8)[None]
+    """The whole image; the network's graph crops, resizes and normalises it."""
+    return np.asarray(opened(path), np.uint8)[None]
 '''
 
 MAIN_ONNX: dict[Kind, str] = {
@@ -185,7 +199,8 @@ def torch_script(kind: Kind, *, base: Literal["timm", "clipart", "clip", "progra
     plain = base == "timm" and not structured
     standard = [*(["import importlib.util"] if structured else []), "import json", "import sys"]
     program = base == "program"
-    packages = [] if program else ["import open_clip" if base == "clip" else "import timm"]
+    packages = ["import numpy as np"]
+    packages += [] if program else ["import open_clip" if base == "clip" else "import timm"]
     packages += ["import torch", "from PIL import Image, ImageOps"]
     if not plain and not program:
         packages.append("from safetensors.torch import load_file")
@@ -213,6 +228,7 @@ def torch_script(kind: Kind, *, base: Literal["timm", "clipart", "clip", "progra
         *([builders[base]] if not plain and not program else []),
         *([STRUCTURE] if structured else []),
         NETWORK.format(logits=LOGITS[kind], network="\n    ".join(steps)),
+        OPENED,
         PIXELS + MAIN_TORCH[kind] + _best(kind),
     ]
     return "\n\n".join(blocks)
@@ -221,7 +237,8 @@ def torch_script(kind: Kind, *, base: Literal["timm", "clipart", "clip", "progra
 def onnx_script(kind: Kind, whole: bool = False) -> str:
     """`load.py` beside an ONNX file; `whole`: of one that has its preprocessing inside."""
     pixels, name = (PIXELS_WHOLE, "image") if whole else (PIXELS_ONNX, "images")
-    return ONNX.format(what=WHAT[kind], pixels=pixels.rstrip(), name=name) + MAIN_ONNX[kind] + _best(kind)
+    text = ONNX.format(what=WHAT[kind], opened=OPENED, pixels=pixels.rstrip(), name=name)
+    return text + MAIN_ONNX[kind] + _best(kind)
 
 
 def _best(kind: Kind) -> str:
