@@ -48,6 +48,7 @@ class PartialTuning(TunedTeacher):
     paper = "Yosinski et al., NeurIPS 2014; Partial-k in Jia et al., Visual Prompt Tuning, ECCV 2022"
     Config = PartialTuningConfig
     learner = PartialTuningLearner
+    version = 2
     teacher_kinds = ("vit", "cnn")
 
     @classmethod

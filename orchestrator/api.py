@@ -89,7 +89,7 @@ class Sweep:
         from orchestrator.sweep.live import TrialLines
         from orchestrator.sweep.run import prepare, run
 
-        prepared = prepare(self._spec)
+        prepared = prepare(self._spec, self._folder)
         whole = run(prepared, self._folder, TrialLines(self._folder, self._spec, tell, prepared.trials))
         write_event_files(self._folder)
         check_ended(self._folder, self.trials(), whole)
@@ -144,13 +144,14 @@ class Sweep:
             UserError: if no trial can be chosen, or others were promoted before.
             WorkError: as `run`.
         """
+        from orchestrator.sweep.begun import keep_those_of
         from orchestrator.sweep.folder import create
         from orchestrator.sweep.promote import check_promoted, promoted_spec
 
         spec = promoted_spec(self._folder, count, seeds, **choice)
         folder = Path(spec.storage) / spec.name
         if not check_promoted(spec, folder):
-            create(spec)
+            keep_those_of(self._folder, create(spec))
         return Sweep(folder).run(tell)
 
     def ranks(self, promoted: Sweep) -> list[dict[str, Any]]:

@@ -183,7 +183,7 @@ def test_a_sweep_that_was_broken_off_is_told_with_what_continues_it(tmp_path: Pa
     check_ended(tmp_path, frame(trial(0), failed(1), failed(2, "pruned")), True)
     with pytest.raises(WorkError, match=r"^Stopped while a trial was running; continue with `orchestrator resume "):
         check_ended(tmp_path, frame(trial(0), failed(1, "running")), False)
-    with pytest.raises(WorkError, match=r"^Stopped when trials were still to come; continue with `orchestrator resume "):
+    with pytest.raises(WorkError, match=r"^Stopped when trials were still to come; continue with `orchestrator "):
         check_ended(tmp_path, frame(trial(0)), False)
 
 

@@ -572,15 +572,20 @@ def test_a_copy_waits_for_the_node_that_computes_anew_what_the_storage_lost(
     assert not one.compute("stage", KEY, refuse, wait=False).computed
 
 
-def test_gc_takes_no_entry_while_a_node_works_and_says_how_much_stays(pair: list[RemoteStore]) -> None:
+def test_gc_takes_no_entry_while_a_node_works_and_says_how_much_stays(
+    pair: list[RemoteStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, two = pair
+    usual = lease.DEAD_S
     one.compute("stage", KEY, lambda folder: (folder / "data").write_bytes(b"x" * 2_000_000) and None)
+    monkeypatch.setattr(lease, "DEAD_S", 60.0)  # the sign of life is seen as soon as it comes
     with (
         one.lock("stage", key_of("a training")),
         pytest.warns(UserWarning, match=r"^1\.5 MB more than asked for stay in the store: processes that are running"),
     ):
         assert two.collect(max_bytes=500_000) == (0, 0)
     assert [e.key for e in two.entries()] == [KEY]
+    monkeypatch.setattr(lease, "DEAD_S", usual)
     assert two.collect(max_bytes=500_000) == (2_000_000, 1)
 
 

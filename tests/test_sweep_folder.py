@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from small import small_spec
 
-from orchestrator.data.task import load_task
-from orchestrator.errors import UserError, WorkError
+from orchestrator.data.task import _load_task, load_task
+from orchestrator.errors import UserError
 from orchestrator.models.load import load_student
 from orchestrator.spec import SweepSpec
+from orchestrator.store import store_at
+from orchestrator.sweep.begun import begun_task, keep_images, keep_those_of
 from orchestrator.sweep.final_score import read_test
-from orchestrator.sweep.folder import begun_with, check_same, create, discard, keep_listing
+from orchestrator.sweep.folder import check_same, create, discard
 from orchestrator.sweep.ledger import open_sweep
-from orchestrator.sweep.run import _as_begun, prepare
+from orchestrator.sweep.run import prepare
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.run import run_trial
@@ -41,20 +44,22 @@ def images(colours: Path, tmp_path: Path) -> Path:
 
 
 def finetuned(spec: SweepSpec, folder: Path, number: int) -> dict:
-    context = SweepContext(spec, str(folder), listing=begun_with(folder))
+    listing = begun_task(spec.task, folder, store_at(spec.store_address)).listing
+    context = SweepContext(spec, str(folder), listing=listing)
     return run_trial(context, TrialConfig(f"t{number:04}", number, Cell("finetune", None, 0), {"lr": 0.01}, number))
 
 
 def test_images_that_come_later_change_no_split_of_a_sweep(images: Path, tmp_path: Path) -> None:
     spec = small_spec(images, tmp_path / "runs")
     folder = create(spec)
-    before = _as_begun(prepare(spec), folder).task
+    before = prepare(spec).task
+    keep_images(folder, before)
     first = finetuned(spec, folder, 0)
     shutil.copytree(images / "red", images / "amber")
     for path in sorted((images / "amber").iterdir()):
         path.write_bytes(path.read_bytes() + b"\0")  # other images, of a class that sorts first
     assert load_task(spec.task, SweepContext(spec, "").store).classes[0] == "amber"
-    after = _as_begun(prepare(spec), folder).task
+    after = prepare(spec).task
     assert (after.classes, after.val.ids, after.labelled) == (before.classes, before.val.ids, before.labelled)
     second = finetuned(spec, folder, 1)
     for row in (first, second):
@@ -76,19 +81,47 @@ def test_a_student_is_not_scored_on_other_images_than_those_it_was_chosen_on(ima
         read_test(folder, row["student_path"])
 
 
-def test_a_sweep_whose_images_were_replaced_is_not_continued_without_its_store(images: Path, tmp_path: Path) -> None:
+def test_a_sweep_without_its_store_is_continued_on_the_same_images_whatever_their_times(
+    images: Path, tmp_path: Path
+) -> None:
     spec = small_spec(images, tmp_path / "runs")
     folder = create(spec)
-    keep_listing(folder, "0" * 64)
-    with pytest.raises(WorkError, match=r"^task\.data: the images of .* have changed since they were listed"):
-        _as_begun(prepare(spec), folder)
+    keep_images(folder, prepare(spec).task)
+    shutil.rmtree(tmp_path / "runs" / "store")
+    _load_task.cache_clear()  # as in another process
+    for path in images.rglob("*.png"):
+        os.utime(path, (1, 1))  # as a copy may have them
+    assert len(prepare(spec).task.val) > 0
+    shutil.rmtree(tmp_path / "runs" / "store")
+    _load_task.cache_clear()  # as in another process
+    shutil.rmtree(images / "red")
+    with pytest.raises(
+        UserError, match=r"^task\.data: the images of .* are not those with which '.*small' began, and the"
+    ):
+        prepare(spec)
+
+
+def test_promoted_trials_see_the_images_that_they_were_chosen_on(images: Path, tmp_path: Path) -> None:
+    spec = small_spec(images, tmp_path / "runs")
+    first = create(spec)
+    before = prepare(spec).task
+    keep_images(first, before)
+    again = spec.model_copy(update={"name": "again"})
+    keep_those_of(first, create(again))
+    shutil.rmtree(images / "red")
+    assert prepare(again).task.val.ids == before.val.ids
 
 
 def test_a_sweep_is_continued_by_the_file_that_it_began_with_wherever_that_lies(colours: Path, tmp_path: Path) -> None:
     spec = small_spec(colours, tmp_path / "runs")
     known = open_sweep(create(spec))
     moved = spec.model_copy(update={"task": spec.task.model_copy(update={"data": "folder:/elsewhere/" + colours.name})})
-    assert check_same(moved, known, ["task.data"]) == ""
+    assert check_same(moved, known, ["train.steps"]) == ""
+    with pytest.raises(UserError, match=r"^--resume: task\.data is "):
+        check_same(moved, known, ["task.data"])
+    half = [spec.teachers[0].model_copy(update={"precision": "bf16"})]
+    with pytest.raises(UserError, match=r"^--resume: teachers is "):
+        check_same(spec.model_copy(update={"teachers": half}), known, ["teachers.0.precision"])
     more = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": 40})})
     told = "It goes on with the file that it began with: search.trials 5 (the file now: 40)."
     assert check_same(more, known, ["train.steps"]) == told

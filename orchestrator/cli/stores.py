@@ -35,19 +35,25 @@ def store_ls(where: StoreDir, as_json: JsonFlag = False) -> None:
 
 
 @store_app.command("verify")
-def store_verify(where: StoreDir, as_json: JsonFlag = False) -> None:
+def store_verify(
+    where: StoreDir,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Take damaged entries away; they are computed anew.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Check the store against its files and the live teacher."""
     from orchestrator.sweep.stock import verify
 
-    answer = verify(where)
+    answer = verify(where, remove)
     if as_json:
         print(json.dumps(answer))
     else:
         for line in answer["sentences"]:
             out.print(line, markup=False, soft_wrap=True)
-    if answer["damaged"]:
+    if answer["damaged"] and not remove:
         raise WorkError(
-            f"{len(answer['damaged'])} entries of the store are damaged; `store gc --max-gb 0` removes all."
+            f"{len(answer['damaged'])} entries of the store are damaged; `store verify --remove` takes them away."
         )
 
 

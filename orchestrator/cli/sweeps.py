@@ -121,7 +121,7 @@ def sweep(
         told = check_same(read, known, flags)
         if told:
             err.print(told, markup=False)
-        _run(_prepared(known, as_json), begun, as_json)
+        _run(_prepared(known, as_json, begun), begun, as_json)
         return
     check_new(read)
     check_study(read)
@@ -139,17 +139,17 @@ def resume(folder: SweepDir, as_json: JsonFlag = False) -> None:
     """Continue a sweep whose driver died: no finished trial is repeated."""
     from orchestrator.sweep.ledger import open_sweep
 
-    _run(_prepared(open_sweep(folder), as_json), folder, as_json)
+    _run(_prepared(open_sweep(folder), as_json, folder), folder, as_json)
 
 
-def _prepared(spec: Any, as_json: bool) -> Any:
+def _prepared(spec: Any, as_json: bool, folder: Path | None = None) -> Any:
     """The checked sweep, with Ray up where it runs on this machine."""
     from orchestrator.sweep.cluster import start_ray_beside
 
     def work() -> Any:
         from orchestrator.sweep.run import load_teachers, prepare  # and with it torch
 
-        prepared = prepare(spec)
+        prepared = prepare(spec, folder)
         load_teachers(spec, fetch=False)  # a download would keep whoever interrupts it waiting
         return prepared
 

@@ -119,7 +119,11 @@ class TaskData:
     def image(self, split: Split, row: int) -> Tensor:
         """uint8 [3, H, W]; not to be changed, for the process may keep it."""
         where = split.where[row]
-        return DECODED.image(split.ids[row], lambda: read_again(self.source.read, where, split.ids[row], repr(where)))
+        content = split.ids[row]
+        try:
+            return DECODED.image(content, lambda: read_again(self.source.read, where, content, repr(where)))
+        except CorruptError as reason:  # a catalogue of an earlier version may list it
+            raise WorkError(f"task.data: {where!r} cannot be used: {reason}; take it away, and sweep again.") from None
 
     def mask(self, split: Split, row: int) -> Tensor:
         """uint8 [H, W]: the class of each pixel, 255 where it does not count."""

@@ -24,7 +24,7 @@ from orchestrator.models.files import local_weights
 from orchestrator.models.names import Role, timm_name, wants_weights
 from orchestrator.models.precision import autocast, identified
 from orchestrator.models.weights import hash_weights, read_weights
-from orchestrator.spec import Model
+from orchestrator.spec import Model, as_student
 
 
 @dataclass(frozen=True)
@@ -283,8 +283,14 @@ def load_student(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError) as error:
         raise UserError(f"There is no readable student in {str(folder)!r}: {first_lines(error, 2)}") from error
-    entry = Model.model_validate(meta["model"])
+    entry = entry_of(meta)
     return deploy_network(entry, meta["num_classes"], meta["changes"], state, structure_of(meta)), meta
+
+
+def entry_of(meta: Mapping[str, Any]) -> Model:
+    """The network that a `student.json` names, as it was built."""
+    entry = Model.model_validate(meta["model"])
+    return as_student(entry) if meta.get("role") == "student" else entry
 
 
 def structure_of(meta: Mapping[str, Any]) -> Structure | None:

@@ -6,7 +6,7 @@ The descriptions of the keys are their documentation: `orchestrator check --keys
 from orchestrator.spec.corpus import Corpus, Estimate, Expect
 from orchestrator.spec.explain import check_method, explain
 from orchestrator.spec.metrics import LATENCY, METRICS, better, is_metric, latency_column, shown
-from orchestrator.spec.networks import Model, Upstream
+from orchestrator.spec.networks import Model, Upstream, as_student
 from orchestrator.spec.places import Cluster, NodeType, StoreLimits
 from orchestrator.spec.search import STUDY_SCHEMES, Search, Start
 from orchestrator.spec.section import Section
@@ -42,6 +42,7 @@ __all__ = [
     "Task",
     "Train",
     "Upstream",
+    "as_student",
     "better",
     "check_method",
     "documented_keys",

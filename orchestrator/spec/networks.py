@@ -42,6 +42,13 @@ class Model(Section):
         raise ValueError(f"{value!r} is not a model; allowed: timm/NAME, open_clip/NAME, local:PATH, packaged/NAME")
 
 
+def as_student(entry: Model) -> Model:
+    """An entry as a student's: of open_clip without weights unless they are asked for, so with the plain activation."""
+    if entry.pretrained is None and entry.model.startswith("open_clip/"):
+        return entry.model_copy(update={"pretrained": False})
+    return entry
+
+
 def _as_model(value: Any) -> Any:
     return {"model": value} if isinstance(value, str) else value
 

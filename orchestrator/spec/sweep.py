@@ -13,7 +13,7 @@ from orchestrator.errors import UserError, listed, nearest
 from orchestrator.spec.corpus import Corpus, Estimate
 from orchestrator.spec.explain import explain, section_of
 from orchestrator.spec.metrics import LATENCY
-from orchestrator.spec.networks import ModelEntry, Upstream
+from orchestrator.spec.networks import Model, ModelEntry, Upstream, as_student
 from orchestrator.spec.places import Cluster, StoreLimits
 from orchestrator.spec.search import Search
 from orchestrator.spec.section import Section
@@ -67,6 +67,11 @@ class SweepSpec(Section):
                 f"{value!r} cannot name a folder; allowed: letters, digits, '.', '_', '-', at most 64, not 'store'"
             )
         return value
+
+    @field_validator("students")
+    @classmethod
+    def _without_weights(cls, value: list[Model]) -> list[Model]:
+        return [as_student(entry) for entry in value]
 
     @field_validator("methods", mode="before")
     @classmethod

@@ -306,13 +306,14 @@ class Store:
             (bytes freed, entries removed). Work in flight is left alone: its lock is held.
         """
         freed, removed = self._clear_torn()
+        spared = used_since(self.root)
         for leftover in [*self.root.glob(".tmp/*"), *self.root.glob(".partial/*")]:
             stage, _, rest = leftover.name.partition("-")
             with contextlib.suppress(BusyError), self.lock(stage, rest[:20], wait=False):
                 freed += size_of(leftover)
                 shutil.rmtree(leftover, ignore_errors=True)
         if max_bytes is not None:
-            less, fewer = self._shrink(max_bytes)
+            less, fewer = self._shrink(max_bytes, spared)
             freed, removed = freed + less, removed + fewer
         return freed, removed
 
@@ -342,9 +343,13 @@ class Store:
                     found.append(((entry.path / META).stat().st_mtime, entry))
         return sorted(found, key=lambda one: one[0])
 
-    def _shrink(self, max_bytes: int) -> tuple[int, int]:
-        """Removes the longest unused entries beyond `max_bytes`; returns (bytes freed, entries removed)."""
-        spared, entries = used_since(self.root), self._by_use()
+    def _shrink(self, max_bytes: int, spared: float) -> tuple[int, int]:
+        """Removes the entries beyond `max_bytes` that are unused for longest, none that was used since `spared`.
+
+        Returns:
+            (bytes freed, entries removed).
+        """
+        entries = self._by_use()
         over, removed = sum(e.bytes for _, e in entries) - max_bytes, 0
         before = over
         for used, entry in entries:

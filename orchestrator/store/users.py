@@ -48,6 +48,6 @@ def used_since(root: Path) -> float:
             with FileLock(file, timeout=0):
                 if time.time() - start > CLOCKS_S:  # its process may be about to lock a younger one
                     file.unlink(missing_ok=True)
-        except Timeout:
+        except (Timeout, OSError):  # held; or another user's, who may be alive
             began.append(start - CLOCKS_S)
     return min(began)

@@ -16,7 +16,7 @@ from orchestrator.select.export.provenance import provenance_of
 from orchestrator.select.results import choose, read_trials
 from orchestrator.spec import Model
 from orchestrator.store import store_at
-from orchestrator.sweep.final_score import scored_task
+from orchestrator.sweep.begun import scored_task
 from orchestrator.sweep.ledger import open_sweep
 
 SAMPLE = 8  # val images on which every export is compared

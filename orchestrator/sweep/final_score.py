@@ -1,8 +1,7 @@
-"""The images that a student was scored on, and the one look at those of test."""
+"""The one look at the test images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +9,20 @@ import torch
 
 from orchestrator.data.labels import open_labels
 from orchestrator.data.pixels import RenderedPixels
-from orchestrator.data.task import TaskData, load_task
 from orchestrator.data.views import Policy
-from orchestrator.errors import UserError
 from orchestrator.evaluate.metrics import score
 from orchestrator.models.load import Preprocessing, load_student
-from orchestrator.spec import METRIC_NAMES, Task
-from orchestrator.store import Store, store_at
-from orchestrator.sweep.folder import begun_with
+from orchestrator.spec import METRIC_NAMES
+from orchestrator.store import store_at
+from orchestrator.sweep.begun import scored_task
 from orchestrator.sweep.ledger import open_sweep
-from orchestrator.trial.score import val_identity
-
-
-def scored_task(folder: Path, meta: Mapping[str, Any], store: Store) -> TaskData:
-    """The images that a student of a sweep was trained and scored on, by its `student.json`.
-
-    Raises:
-        UserError: if those of now are others: classes, train, val and test may be too.
-    """
-    task = load_task(Task.model_validate(meta["task"]), store, listing=begun_with(Path(folder)))
-    if meta.get("val") not in (None, val_identity(task)):
-        raise UserError(
-            f"task.data: the images of {meta['task']['data']!r} are not those that {meta['trial_id']} was scored on; "
-            "put them back as they were, or sweep again."
-        )
-    return task
 
 
 def read_test(folder: Path, student_path: str) -> dict[str, Any]:
     """A student's score on all test images, its standard error, and how many images val and test have."""
     network, meta = load_student(Path(folder) / student_path)
     store = store_at(open_sweep(folder).store_address)
-    task = scored_task(folder, meta, store)
+    task = scored_task(Path(folder), meta, store)
     preprocessing = Preprocessing.from_json(meta["preprocessing"])
     # Test pixels stay out of the store: nothing but this one look reads them.
     plain = Policy(1.0, 0.0)

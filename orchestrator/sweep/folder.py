@@ -12,13 +12,11 @@ from typing import Any
 from methods import method_names
 from orchestrator.data.sources import open_source
 from orchestrator.errors import UserError, listed
-from orchestrator.files import at_once
 from orchestrator.models.files import check_files
 from orchestrator.spec import SweepSpec, check_method
 from orchestrator.sweep.capacity import known_cluster
 
 BEGUN = ".sweep.yaml"  # until it has been written whole
-LISTING = "listing"  # the state of the images with which the sweep began
 RAY_DASHBOARD = ".ray-dashboard"  # where it is, while a sweep runs
 
 
@@ -119,16 +117,17 @@ def check_same(spec: SweepSpec, begun: SweepSpec, flags: Sequence[str] = ()) -> 
     """
     from orchestrator.select.members import PLACES, flat
 
-    new, old = (flat(_elsewhere(s.model_dump(mode="json", exclude=set(PLACES)))) for s in (spec, begun))
-    different = [key for key in {**old, **new} if new.get(key) != old.get(key)]
+    new, old = (flat(s.model_dump(mode="json", exclude=set(PLACES))) for s in (spec, begun))
+    changed = [key for key in {**old, **new} if new.get(key) != old.get(key)]
     folder = Path(spec.storage) / spec.name
-    for key in different:
-        if any(f"{key}.".startswith(f"{flag}.") for flag in flags):
+    for key in changed:
+        if any(f"{key}.".startswith(f"{flag}.") or f"{flag}.".startswith(f"{key}.") for flag in flags):
             raise UserError(
                 f"--resume: {key} is {json.dumps(new.get(key))} here, and {str(folder)!r} began with "
                 f"{json.dumps(old.get(key))}; continue it as it is with `orchestrator resume {folder}`, or give this "
                 "sweep another --name."
             )
+    different = [key for key in changed if _elsewhere(new.get(key)) != _elsewhere(old.get(key))]
     kept = listed(f"{key} {json.dumps(old.get(key))} (the file now: {json.dumps(new.get(key))})" for key in different)
     return f"It goes on with the file that it began with: {kept}." if different else ""
 
@@ -165,22 +164,6 @@ def create(spec: SweepSpec) -> Path:
     temporary.write_text(spec.to_yaml(), encoding="utf-8")
     os.replace(temporary, folder / "sweep.yaml")
     return folder
-
-
-def begun_with(folder: Path) -> str:
-    """The state of the images, as `data.task.listing_of` tells it, with which a sweep began; "" where none is kept."""
-    try:
-        return (folder / LISTING).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return ""
-
-
-def keep_listing(folder: Path, listing: str) -> str:
-    """The state of the images that all trials of a sweep see: that of its begin; `listing` if it begins now."""
-    known = begun_with(folder)
-    if not known:
-        at_once(folder / LISTING, lambda to: to.write_text(f"{listing}\n", encoding="utf-8"))
-    return known or listing
 
 
 def discard(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,17 @@ from methods.contract import TaskInfo
 from orchestrator.data.corpus import corpus_at
 from orchestrator.data.embed import absent
 from orchestrator.data.memory import stream_memory
-from orchestrator.data.task import TaskData, load_task
+from orchestrator.data.task import TaskData
 from orchestrator.errors import FullDiskError, StudyLostError, UserError, disk_full, listed
 from orchestrator.models.check import check_model
 from orchestrator.models.load import load_network, plan_network
 from orchestrator.models.names import Role, wants_weights
 from orchestrator.spec import SweepSpec
 from orchestrator.store import store_at
+from orchestrator.sweep.begun import begun_task, keep_images
 from orchestrator.sweep.capacity import check_shape, has, nodes_now
 from orchestrator.sweep.earlier import check_earlier, first_trials, starts, trials_in_all
-from orchestrator.sweep.folder import RAY_DASHBOARD, keep_listing
+from orchestrator.sweep.folder import RAY_DASHBOARD
 from orchestrator.sweep.holdings import holdings_of
 from orchestrator.sweep.space import Space, check_cell, default_knobs, grid, method_space, wanted_outputs
 from orchestrator.trial.context import SweepContext
@@ -56,11 +57,12 @@ class Prepared:
         return trials_in_all(self.spec, first_trials(self.spec, self.cells, self.spaces))
 
 
-def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
+def prepare(spec: SweepSpec, folder: Path | None = None, *, dry: bool = False) -> Prepared:
     """Checks everything that can be checked without training: schema, data, models, methods, knobs.
 
     Args:
         spec: the sweep file.
+        folder: of the sweep, where it has begun and its folder is not named like it.
         dry: accept a corpus that is not here, as `corpus.expect` describes it.
 
     Raises:
@@ -80,7 +82,7 @@ def prepare(spec: SweepSpec, *, dry: bool = False) -> Prepared:
         check_section(spec.upstream)
     _check_stream(spec, holdings_of(spec).row_group)
     spaces = {name: method_space(spec, name) for name in spec.methods}
-    task = load_task(spec.task, store_at(spec.store_address))
+    task = begun_task(spec.task, folder or Path(spec.storage) / spec.name, store_at(spec.store_address))
     images = len(task.labelled)
     if images == 0:
         raise UserError("task: no labelled image is left in train.")
@@ -230,7 +232,8 @@ def run(prepared: Prepared, folder: Path, on_event: Any = None) -> bool:
     lock = FileLock(folder / ".driver.lock", timeout=0)
     try:
         with lock:
-            return _run(_as_begun(prepared, folder), folder, on_event)
+            keep_images(folder, prepared.task)
+            return _run(prepared, folder, on_event)
     except Timeout:
         raise UserError(f"Another process is running the sweep {str(folder)!r}.") from None
     except StudyLostError as error:
@@ -240,17 +243,6 @@ def run(prepared: Prepared, folder: Path, on_event: Any = None) -> bool:
             said = str(error) if isinstance(error, FullDiskError) else f"The disk of {str(folder)!r} is full."
             raise FullDiskError(f"{said} Make room, then continue with `orchestrator resume {folder}`.") from error
         raise
-
-
-def _as_begun(prepared: Prepared, folder: Path) -> Prepared:
-    """With the images as they were when the sweep began.
-
-    Raises:
-        WorkError: if they have changed since, and the store has lost what they were.
-    """
-    spec = prepared.spec
-    listing = keep_listing(folder, prepared.task.listing)
-    return replace(prepared, task=load_task(spec.task, store_at(spec.store_address), listing=listing))
 
 
 def _run(prepared: Prepared, folder: Path, on_event: Any) -> bool:

@@ -16,6 +16,7 @@ from orchestrator.data.passes import live_outputs
 from orchestrator.data.pool import PoolShard
 from orchestrator.data.task import ImageSet, load_task
 from orchestrator.data.views import render, view_parameters
+from orchestrator.errors import UserError, WorkError
 from orchestrator.models.load import load_network, tuned_network
 from orchestrator.spec import Model, Task, read_spec
 from orchestrator.store import Entry, Store, open_store
@@ -48,10 +49,16 @@ def collect(where: str, max_gb: float | None) -> dict[str, Any]:
     return {"freed": freed, "removed": removed, "sentence": sentence}
 
 
-def verify(where: str) -> dict[str, Any]:
-    """Compares every file with its published hash, and a sample of each teacher output with the live teacher."""
+def verify(where: str, remove: bool = False) -> dict[str, Any]:
+    """Compares every file with its published hash, and a sample of each teacher output with the live teacher.
+
+    Args:
+        where: a sweep's folder, a storage folder, a store, or its address.
+        remove: take damaged entries away.
+    """
     store = open_store(where)
     damaged: list[str] = []
+    bad: list[Entry] = []
     worst = 0.0
     compared = 0
     entries = store.entries()
@@ -60,6 +67,7 @@ def verify(where: str) -> dict[str, Any]:
         wrong = store.damaged(entry)
         if wrong:
             damaged.append(f"{address}: {', '.join(wrong)} differs from what was published")
+            bad.append(entry)
         elif entry.stage in ("outputs", "corpus_outputs"):
             difference = _against_live(store, entry)
             if difference is None:
@@ -68,7 +76,10 @@ def verify(where: str) -> dict[str, Any]:
             worst = max(worst, difference)
             if difference > TOLERANCE[entry.meta["about"]["teacher"].get("precision", "fp32")]:
                 damaged.append(f"{address}: differs from the live teacher by {difference:.2g} of the largest value")
-    sentences = [*damaged, f"{len(entries)} entries, {len(damaged)} damaged."]
+                bad.append(entry)
+    for entry in bad if remove else ():
+        store.remove(entry)
+    sentences = [*damaged, f"{len(entries)} entries, {len(damaged)} damaged{' and removed' * bool(remove and bad)}."]
     if compared:
         sentences.append(
             f"{compared} tables of teacher outputs compared with the live teacher on {SAMPLE} images each: "
@@ -93,7 +104,10 @@ def _against_live(store: Store, entry: Entry) -> float | None:
             return None
         images, split = shard, shard.split
     else:
-        images = load_task(Task.model_validate(about["task"]), store)
+        try:
+            images = load_task(Task.model_validate(about["task"]), store)
+        except (UserError, WorkError):
+            return None
         split = images.train
     teacher = load_network(Model.model_validate(about["teacher"]), "teacher")
     weights = reads["weights"].partition("@")[0]

@@ -100,7 +100,7 @@ def prime_vq(
     recipe = Recipe(lr=settings.lr, weight_decay=0, betas=betas, warmup=0.05, clip=1.0)
     vq = stages.train(
         "upstream_vq",
-        {"params": params, "features": features.weights_hash if features and values else None},
+        {"params": params, "features": features.identity if features and values else None},
         lambda: VQPriming(params, Given(values=values, num_classes=0)),
         stages.pixels(settings.batch),
         recipe,

@@ -223,7 +223,11 @@ def stage_reads(
             reads["feed"] |= {"pool_size": stage.feed.pool_size, "pool_ratio": stage.feed.pool_ratio}
             reads["feed"]["pool_outputs"] = [asdict(o) for o in stage.feed.pool_outputs]
         reads["recipe"] = asdict(stage.recipe)
-        if stage.trains == "student" and (exempt := _undecayed(spec.students[cell.student or 0])):
+        if (
+            stage.recipe.weight_decay > 0
+            and stage.trains == "student"
+            and (exempt := _undecayed(spec.students[cell.student or 0]))
+        ):
             reads["undecayed"] = exempt
         reads["steps"] = stage_steps(stage, spec, task)
         reads["batch"] = train.batch
@@ -249,9 +253,11 @@ def stage_reads(
 
 
 def _undecayed(student: Model) -> list[str]:
-    """Names of a student's parameters that weight decay spares, by its own list (`Learner.decays`)."""
-    listed = getattr(plan_network(student, "student")[0].skeleton, "no_weight_decay", None)
-    return sorted(listed()) if listed is not None else []
+    """Names of a student's parameters that weight decay spares, by its modules' own lists (`Learner.decays`)."""
+    skeleton = plan_network(student, "student")[0].skeleton
+    assert skeleton is not None
+    lists = ((name, getattr(module, "no_weight_decay", None)) for name, module in skeleton.named_modules())
+    return sorted(f"{name}.{one}".lstrip(".") for name, listed in lists if listed is not None for one in listed())
 
 
 def stage_steps(stage: TrainStage, spec: SweepSpec, task: TaskData) -> int:

@@ -152,6 +152,11 @@ class ListedSource(Folder):
     does not name is left out and counted.
     """
 
+    def _splits(self) -> dict[Path, str]:
+        return (
+            {} if (self.root / LISTING).is_file() else super()._splits()
+        )  # a table of all images: its folders are no splits
+
     def below(self, root: Path, split: str) -> list[Item]:
         table = root / LISTING
         if not table.is_file():

@@ -15,7 +15,7 @@ from methods.parts.zero_shot import SCALE
 from orchestrator.data.embed import class_vectors, embedded_prompts, prompts_of
 from orchestrator.data.strata import draw_shots
 from orchestrator.data.task import Split, TaskData, load_task
-from orchestrator.errors import UserError, listed, nearest
+from orchestrator.errors import UserError, WorkError, listed, nearest
 from orchestrator.evaluate.metrics import Score
 from orchestrator.evaluate.suite.features import Reader, square
 from orchestrator.evaluate.suite.measure import TITLES, Metric, mean_score, measure
@@ -340,7 +340,7 @@ class _Evaluation:
             return
         try:
             trained = load_task(self.subject.task, self.reader.store)
-        except UserError:
+        except (UserError, WorkError):
             self.notes.append("whether the student was trained on them could not be checked: its data is not here")
             return
         seen = len({*trained.train.ids, *trained.val.ids} & set(split.ids))

@@ -18,7 +18,7 @@ from orchestrator.data.embed import text_tower_of
 from orchestrator.errors import UserError
 from orchestrator.models.check import check_model
 from orchestrator.models.clip import is_clip
-from orchestrator.models.load import Preprocessing, built_of, load_network, load_student
+from orchestrator.models.load import Preprocessing, built_of, entry_of, load_network, load_student
 from orchestrator.models.precision import identified
 from orchestrator.models.texts import StudentTexts, has_text_tower
 from orchestrator.models.weights import hash_weights
@@ -116,7 +116,7 @@ def stored_subject(folder: Path) -> Subject:
                 f"The student in {str(folder)!r} embeds into {width} dimensions and the text tower of "
                 f"{texts.model!r} into {theirs}: that is not the teacher that it learned from."
             )
-    entry = Model.model_validate(meta["model"])
+    entry = entry_of(meta)
     built = [built_of(entry), meta["changes"], meta.get("structure")]
     identity = identified(entry, hash_weights(module), built)
     return Subject(str(folder), module, preprocessing, identity, texts, classes, task, own)

@@ -14,7 +14,7 @@ from torch import nn
 from methods.parts.zero_shot import ZeroShot
 from orchestrator.errors import UserError, listed
 from orchestrator.models.clip import clip_config, image_tower, is_clip
-from orchestrator.models.load import structure_of
+from orchestrator.models.load import entry_of, structure_of
 from orchestrator.spec import Kind, Model
 
 STRUCTURE_FILE = "structure.py"
@@ -28,7 +28,7 @@ def kind_of(meta: Mapping[str, Any]) -> Kind:
 
 def config_of(network: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
     """timm's hub format: what `local-dir:` needs to build the network, and what a user needs to feed it."""
-    entry = Model.model_validate(meta["model"])
+    entry = entry_of(meta)
     preprocessing = meta["preprocessing"]
     size, classes = int(preprocessing["size"]), int(meta["num_classes"])
     arguments: dict[str, Any] = {**entry.kwargs, **meta["changes"]}
