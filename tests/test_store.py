@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.errors import WorkError, behind, disk_full
 from orchestrator.store import Entry, Records, Store, key_of, write_records
 from orchestrator.store.store import BusyError
@@ -434,6 +436,20 @@ def test_a_torn_entry_counts_as_absent_and_the_next_computation_replaces_it(tmp_
     assert store.get("stage", torn.key).meta == again.meta
     assert store.damaged(again) == []
     assert leftovers(store) == []
+
+
+def test_verify_takes_damaged_entries_away_where_it_is_told_to(tmp_path):
+    store = Store(tmp_path / "store")
+    kept, bad = fill(store, "a"), fill(store, "b")
+    next(path for path in bad.path.iterdir() if path.name != "meta.json").write_bytes(b"other")
+    command = ["store", "verify", str(store.root)]
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, WorkError)
+    assert "`store verify --remove` takes them away" in str(refused.exception)
+    removed = CliRunner().invoke(app, [*command, "--remove"])
+    assert removed.exit_code == 0
+    assert "2 entries, 1 damaged and removed." in removed.output
+    assert [entry.key for entry in store.entries()] == [kept.key]
 
 
 @pytest.mark.parametrize("tear", TEARS)

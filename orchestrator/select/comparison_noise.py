@@ -9,12 +9,11 @@ import pandas as pd
 
 from orchestrator.evaluate.outcomes import compare_groups
 from orchestrator.select.members import Member
+from orchestrator.select.results import image_error, repeat_spread
 from orchestrator.select.uncertainty import (
     Lead,
     Seeds,
-    image_error,
     paired_gains,
-    repeat_spread,
     seed_noise,
     with_interval,
 )

@@ -385,9 +385,20 @@ def standard_error(row: pd.Series, images: int) -> float:
     """Of a val metric p as an accuracy over `images` images, and where a trial was repeated, of the mean over its r
     repeats as well, which differ in seed and labelled images: sqrt(p (1 - p) / images + sd^2 / r).
     """
-    p, sd, repeats = float(row["val_metric"]), float(row["val_sd"]), int(row["repeats"])
-    spread = sd**2 / repeats if repeats > 1 and math.isfinite(sd) else 0.0
-    return math.sqrt(max(p * (1 - p), 0.0) / images + spread)
+    spread, repeats = repeat_spread(row)
+    return math.sqrt(image_error(row, images) ** 2 + (spread or 0.0) / repeats)
+
+
+def image_error(row: pd.Series, images: int) -> float:
+    """Standard error of a val metric as an accuracy over `images` images, of the images alone."""
+    p = float(row["val_metric"])
+    return math.sqrt(max(p * (1 - p), 0.0) / images)
+
+
+def repeat_spread(row: pd.Series) -> tuple[float | None, int]:
+    """Variance of a single run of a trial, and how many there are; None where it was not repeated."""
+    repeats, sd = int(row["repeats"]), float(row["val_sd"])
+    return (sd**2, repeats) if repeats > 1 and math.isfinite(sd) else (None, 1)
 
 
 def over_repeats(row: pd.Series) -> str:

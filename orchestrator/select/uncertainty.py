@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from orchestrator.evaluate.outcomes import Difference, compare_outcomes
+from orchestrator.select.results import image_error, repeat_spread
 from orchestrator.spec import Kind
 
 # Student's t, 97.5 %, for 1 to 19 degrees of freedom: a sweep has 20 repeats at most.
@@ -117,18 +118,6 @@ def seed_noise(gains: Sequence[float], spreads: Sequence[tuple[float | None, int
     if len(known) == 1 or not total:
         return math.sqrt(total), max(runs - 1, 1)
     return math.sqrt(total), max(1, math.floor(total**2 / sum(part**2 / (n - 1) for part, n in parts)))
-
-
-def image_error(row: pd.Series, images: int) -> float:
-    """Standard error of a val metric as an accuracy over `images` images, of the images alone."""
-    p = float(row["val_metric"])
-    return math.sqrt(max(p * (1 - p), 0.0) / images)
-
-
-def repeat_spread(row: pd.Series) -> tuple[float | None, int]:
-    """Variance of a single run of a trial, and how many there are; None where it was not repeated."""
-    repeats, sd = int(row["repeats"]), float(row["val_sd"])
-    return (sd**2, repeats) if repeats > 1 and math.isfinite(sd) else (None, 1)
 
 
 def paired_gains(first: pd.Series, second: pd.Series) -> list[float]:
