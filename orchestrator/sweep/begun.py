@@ -10,19 +10,12 @@ from typing import Any
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import UserError, WorkError
 from orchestrator.files import at_once
+from orchestrator.select.results import read_facts
 from orchestrator.spec import Task
 from orchestrator.store import Store, key_of
 from orchestrator.trial.score import val_identity
 
 FILE = "listing.json"  # the state of the images, as `data.task.listing_of` tells it, and what they are
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return found
 
 
 def keep_images(folder: Path, task: TaskData) -> None:
@@ -34,7 +27,7 @@ def keep_images(folder: Path, task: TaskData) -> None:
 
 def keep_those_of(first: Path, folder: Path) -> None:
     """Notes for a sweep the images with which another one began."""
-    found = _read(first)
+    found = read_facts(first / FILE)
     if found:
         at_once(folder / FILE, lambda to: to.write_text(json.dumps(found), encoding="utf-8"))
 
@@ -45,7 +38,7 @@ def begun_task(task: Task, folder: Path, store: Store) -> TaskData:
     Raises:
         UserError: if those of now are others, and the store has lost what they were.
     """
-    found = _read(folder)
+    found = read_facts(folder / FILE)
     if not found:
         return load_task(task, store)
     try:
