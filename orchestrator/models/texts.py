@@ -15,19 +15,12 @@ from methods.parts.text_tower import TextTower as SmallTower
 from methods.parts.text_tower import trimmed
 from orchestrator.errors import UserError
 from orchestrator.models.clip import TEXT_BATCH, TextTower
-from orchestrator.models.weights import hash_weights
 
 ABOUT, WEIGHTS = "text.json", "text.safetensors"
 
 
 class Embedder(Protocol):
-    """What embeds texts: a teacher's own text tower, or a smaller one.
-
-    Attributes:
-        weights_hash: of its weights and tokenizer.
-    """
-
-    weights_hash: str
+    """What embeds texts: a teacher's own text tower, or a smaller one."""
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """[n, d] float32, not normalised; on the CPU."""
@@ -70,7 +63,6 @@ class StudentTexts:
         self.module.load_state_dict(state)
         self.module.requires_grad_(False).eval()
         self._teacher = teacher
-        self.weights_hash = f"{hash_weights(self.module)}-{teacher.tokenizer_hash}"
 
     @property
     def parameters(self) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
+import os
 import random
 import time
 import urllib.parse
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,3 +223,32 @@ def _open(address: str) -> tuple[fs.FileSystem, str]:
     else:
         system = fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=REQUEST_S), **common)
     return system, bucket + parts.path
+
+
+class BucketMirror:
+    """Files of a folder of partial work, for whoever goes on with it on another node.
+
+    Args:
+        bucket: where they are kept.
+        folder: below its address.
+    """
+
+    def __init__(self, bucket: Bucket, folder: str) -> None:
+        self.bucket, self.folder = bucket, folder
+
+    def put(self, file: Path) -> None:
+        """Keeps a file under its name. One that cannot be kept is missing after a death, and costs nothing else."""
+        with contextlib.suppress(RemoteError):
+            self.bucket.upload(file, f"{self.folder}/{file.name}")
+
+    def get(self, file: Path) -> bool:
+        """Brings a kept file of that name, whole, if there is one."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            if not self.bucket.download(f"{self.folder}/{file.name}", temporary):
+                return False
+            os.replace(temporary, file)
+            return True
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -11,26 +11,21 @@ decides who computes or copies, among nodes a lease (`lease.py`).
 from __future__ import annotations
 
 import contextlib
-import getpass
-import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import FullDiskError, UserError, disk_full
-from orchestrator.spec import read_spec
-from orchestrator.store.bucket import Bucket, RemoteError, bucket_at
+from orchestrator.errors import FullDiskError, disk_full
+from orchestrator.store.bucket import Bucket, BucketMirror, RemoteError, bucket_at
+from orchestrator.store.cache import VARIABLE, cache_of, limit_of_cache
 from orchestrator.store.lease import Lease, at_work
 from orchestrator.store.store import META, BusyError, Entry, Store, file_hash, tell_spared
 
-VARIABLE = "ORCHESTRATOR_CACHE"
-LIMIT = "ORCHESTRATOR_CACHE_GB"
 IN_USE_S = 3600.0  # a copy that a process asked for so lately may still be opened by it
 COPIES = 3  # of a file whose copy does not match its hash
 _SEEN: set[tuple[str, str, str]] = set()  # (address, stage, key) of what this process knows to be on object storage
@@ -292,110 +287,3 @@ class RemoteStore(Store):
                 self.remove(entry)
                 over, removed = over - entry.bytes, removed + 1
         return before - over, removed
-
-
-class BucketMirror:
-    """Files of a folder of partial work, for whoever goes on with it on another node.
-
-    Args:
-        bucket: where they are kept.
-        folder: below its address.
-    """
-
-    def __init__(self, bucket: Bucket, folder: str) -> None:
-        self.bucket, self.folder = bucket, folder
-
-    def put(self, file: Path) -> None:
-        """Keeps a file under its name. One that cannot be kept is missing after a death, and costs nothing else."""
-        with contextlib.suppress(RemoteError):
-            self.bucket.upload(file, f"{self.folder}/{file.name}")
-
-    def get(self, file: Path) -> bool:
-        """Brings a kept file of that name, whole, if there is one."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
-        try:
-            if not self.bucket.download(f"{self.folder}/{file.name}", temporary):
-                return False
-            os.replace(temporary, file)
-            return True
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def cache_of(address: str) -> Path:
-    """The folder of this node in which entries of a remote store are kept.
-
-    Raises:
-        UserError: if it belongs to another user, who could put anything into it.
-    """
-    given = os.environ.get(VARIABLE)
-    base = Path(given) if given else Path(tempfile.gettempdir()) / f"transfer-orchestrator-{getpass.getuser()}"
-    base.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not given and base.stat().st_uid != os.getuid():
-        raise UserError(f"The cache folder {str(base)!r} belongs to another user: set {VARIABLE} to one of yours.")
-    return base / hashlib.sha256(address.partition("?")[0].encode()).hexdigest()[:16]
-
-
-def limit_of_cache() -> float | None:
-    """Bytes that a node's cache may take; None for no limit.
-
-    Raises:
-        UserError: if the variable is not a number above 0.
-    """
-    given = os.environ.get(LIMIT)
-    if given is None:
-        return None
-    try:
-        limit = float(given)
-    except ValueError:
-        limit = 0.0
-    if not limit > 0:
-        raise UserError(f"{LIMIT} is {given!r}; it takes GB, a number above 0, as in {LIMIT}=200.")
-    return limit * 1e9
-
-
-def store_at(address: str | Path, *, min_free_gb: float = 0.0) -> Store:
-    """The store of a folder, or of an address of object storage.
-
-    Raises:
-        UserError: if the address cannot be opened.
-    """
-    if "://" in str(address):
-        return RemoteStore(str(address), min_free_gb=min_free_gb)
-    return Store(address, min_free_gb=min_free_gb)
-
-
-def open_store(where: str | Path) -> Store:
-    """The store at an address; or of a sweep folder, of a storage folder, or the store folder itself.
-
-    Raises:
-        UserError: if there is no store there.
-    """
-    if "://" in str(where):
-        return store_at(where)
-    path = Path(where)
-    if (path / "sweep.yaml").is_file() and (remote := read_spec(path / "sweep.yaml").store.remote) is not None:
-        return store_at(remote)
-    for candidate in (path / "store", path.parent / "store", path):
-        if candidate.name == "store" and candidate.is_dir():
-            return Store(candidate)
-    raise UserError(f"There is no store at {str(path)!r}, nor beside it.")
-
-
-def check_remote(address: str) -> None:
-    """Writes, lists, reads and deletes one small object.
-
-    Raises:
-        UserError: if that is not possible.
-    """
-    bucket = bucket_at(address)
-    name, content = f".leases/check-{uuid.uuid4().hex}/probe", uuid.uuid4().hex.encode()
-    try:
-        bucket.write(name, content)
-        whole = bucket.read(name) == content and [o.name for o in bucket.list(name.rpartition("/")[0])] == [name]
-        bucket.delete(name)
-    except RemoteError as error:
-        raise UserError(f"store.remote: {error}") from None
-    if not whole:
-        raise UserError(f"store.remote: {bucket.shown} does not give back what was just written to it.")
