@@ -14,8 +14,21 @@ FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)  # their affine part is
 
 
 def is_transformer(network: nn.Module) -> bool:
-    """Whether it has a patch embedding, uniform blocks and a final norm: what planning calls a `vit`."""
+    """Whether it has a patch embedding, blocks and a final norm."""
     return all(hasattr(network, name) for name in ("patch_embed", "blocks", "norm"))
+
+
+def uniform_blocks(network: nn.Module) -> int:
+    """How many blocks a transformer has that are alike: of one class, with parameters of the same names and shapes.
+
+    Planning calls such a network a `vit`. 0 where the network is no transformer or its blocks differ (stages of several
+    widths, keys and values for fewer heads in some of them).
+    """
+    blocks = getattr(network, "blocks", None)
+    if not is_transformer(network) or not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+        return 0
+    kinds = {(type(b), tuple((name, p.shape) for name, p in b.named_parameters())) for b in blocks}
+    return len(blocks) if len(kinds) == 1 else 0
 
 
 def plain_blocks(network: nn.Module, method: str) -> list[Block]:

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 Targets = Literal["qkv", "attn", "mlp", "all"]
+_QKV = r"(qkv|[qkv]_proj)"  # fused, or three maps
+_MLP = r"(fc1|fc1_g|fc1_x|fc2)"  # plain, or gated
 BLOCK_MAPS: dict[str, str] = {
-    "qkv": r"attn\.qkv",
-    "attn": r"attn\.(qkv|proj)",
-    "mlp": r"mlp\.(fc1|fc2)",
-    "all": r"(attn\.(qkv|proj)|mlp\.(fc1|fc2))",
+    "qkv": rf"attn\.{_QKV}",
+    "attn": rf"attn\.({_QKV}|proj)",
+    "mlp": rf"mlp\.{_MLP}",
+    "all": rf"(attn\.({_QKV}|proj)|mlp\.{_MLP})",
 }
 
 
@@ -51,8 +53,9 @@ def target_modules(network: nn.Module, targets: Targets) -> list[str]:
 
 
 def has_block_maps(network: nn.Module) -> bool:
-    """Whether it is a transformer whose blocks have timm's fused `attn.qkv`."""
-    return hasattr(network, "blocks") and any(re.search(r"\.attn\.qkv$", name) for name, _ in network.named_modules())
+    """Whether it is a transformer whose blocks have timm's `attn.qkv`, fused or as three maps."""
+    maps = re.compile(rf"\.attn\.{_QKV}")
+    return hasattr(network, "blocks") and any(maps.search(name) for name, _ in network.named_modules())
 
 
 def exactly(names: list[str]) -> str:

@@ -58,7 +58,7 @@ class IA3(TunedTeacher):
     paper = "Liu et al., Few-Shot Parameter-Efficient Fine-Tuning Is Better and Cheaper (IA3), NeurIPS 2022"
     Config = IA3Config
     learner = IA3Learner
-    version = 2
+    version = 3
 
     @classmethod
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:

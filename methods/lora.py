@@ -77,7 +77,7 @@ class LoRA(TunedTeacher):
     paper = "Hu et al., LoRA, ICLR 2022; Kalajdzievski, rsLoRA, 2023; Liu et al., DoRA, ICML 2024"
     Config = LoRAConfig
     learner = LoRALearner
-    version = 3
+    version = 4
 
     @classmethod
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:

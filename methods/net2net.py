@@ -182,7 +182,7 @@ class Net2NetLearner(FullTuningLearner):
 
     def _grow_transformer(self, network: nn.Module, params: Mapping[str, Any]) -> None:
         blocks = network.blocks
-        assert isinstance(blocks, nn.Sequential)
+        assert isinstance(blocks, nn.Sequential | nn.ModuleList)
         if params["width"] > 1:
             sizes = [widen_block(block, params["width"], params["noise"]) for block in blocks]
             if [] in sizes:
@@ -197,7 +197,7 @@ class Net2NetLearner(FullTuningLearner):
                 if None in added:
                     raise ValueError(f"net2net cannot insert a transformer block of kind {type(block).__name__}.")
                 chain += [block, *(b for b in added if b is not None)]
-            network.blocks = nn.Sequential(*chain)
+            network.blocks = nn.Sequential(*chain) if isinstance(blocks, nn.Sequential) else nn.ModuleList(chain)
             self.changed["depth"] = len(chain)
             info = getattr(network, "feature_info", None)
             if isinstance(info, list):

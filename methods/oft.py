@@ -75,7 +75,7 @@ class OFT(TunedTeacher):
     paper = "Qiu et al., Controlling Text-to-Image Diffusion by OFT, NeurIPS 2023; Liu et al., BOFT, ICLR 2024"
     Config = OFTConfig
     learner = OFTLearner
-    version = 2
+    version = 3
     teacher_kinds = ("vit",)
 
     @classmethod

@@ -51,4 +51,5 @@ class VeRA(TunedTeacher):
     paper = "Kopiczko et al., VeRA: Vector-based Random Matrix Adaptation, ICLR 2024"
     Config = VeRAConfig
     learner = VeRALearner
+    version = 2
     teacher_kinds = ("vit",)

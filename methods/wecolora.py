@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,7 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.contract import Batch, Deployed, Feed, Given, Learner, Method, Recipe, Setting, Stage, TrainStage, freeze
+from methods.contract import (
+    Batch,
+    Deployed,
+    Feed,
+    Given,
+    Learner,
+    Method,
+    Recipe,
+    Setting,
+    Stage,
+    TrainStage,
+    freeze,
+)
 from methods.knobs import Choice, MethodConfig, Range, knob
 from methods.outputs import Output, read_outputs
 
@@ -39,7 +52,7 @@ class WeCoLoRAConfig(MethodConfig):
     )
     targets: Targets = knob(
         "all",
-        "Adapted maps: q,v / q,k,v / these and the attention output / these and both MLP layers (the paper's six).",
+        "Adapted maps: q,v / q,k,v / these and the attention output / these and the MLP's layers (the paper's six).",
         search=Choice(values=("qv", "qkv", "attn", "all")),
     )
     init: Literal["copy", "random"] = knob(
@@ -129,12 +142,29 @@ class AdaptedLinear(nn.Module):
         self.width = base.out_features // slices
         self.slices = slices
         self.pairs = nn.ModuleDict({str(i): LowRankPair(base.in_features, self.width, rank) for i in adapted})
+        self.used = False  # whether anything was computed with the pairs
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        parts = [self.pairs[str(i)](x) if str(i) in self.pairs else None for i in range(self.slices)]
-        known = next(part for part in parts if part is not None)
-        return y + torch.cat([torch.zeros_like(known) if part is None else part for part in parts], dim=-1)
+        return self.base(x) + self._joined([pair(x) for pair in self.pairs.values()], dim=-1)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in] `W + B A`, for blocks that do not call their map but compute with its weight (timm's BEiT, EVA)."""
+        return self.base.weight + self._joined([pair.B @ pair.A for pair in self.pairs.values()], dim=0)  # type: ignore[union-attr, operator]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out] of the map."""
+        return self.base.bias
+
+    def _joined(self, parts: list[Tensor], dim: int) -> Tensor:
+        """What the pairs give, slice by slice along `dim`; zeros where a slice has no pair."""
+        self.used = True
+        if self.slices == 1:
+            return parts[0]
+        given = dict(zip(self.pairs, parts, strict=True))
+        whole = [given[str(i)] if str(i) in given else torch.zeros_like(parts[0]) for i in range(self.slices)]
+        return torch.cat(whole, dim=dim)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -149,18 +179,65 @@ class AdaptedLinear(nn.Module):
 def adapt(network: nn.Module, rank: int, targets: Targets) -> None:
     """Freezes a timm vision transformer and puts low-rank pairs on its blocks' maps, in place.
 
-    `all` has six pairs a block (three on the fused qkv): 18 · rank · D scalars a block at MLP ratio 4 [code].
+    `all` has six pairs a block (three on the fused qkv): 18 · rank · D scalars a block at MLP ratio 4 [code]. Where q,
+    k and v are maps of their own, each has its pair; a gated MLP has one for each of its linear maps [inferred].
+
+    Raises:
+        ValueError: if a block lacks one of these maps.
     """
     freeze(network)
     blocks = network.blocks
     assert isinstance(blocks, nn.Sequential | nn.ModuleList)
     for block in blocks:
-        _wrap(block, "attn.qkv", rank, 3, (0, 2) if targets == "qv" else (0, 1, 2))
+        if _has(block, "attn.q_proj"):
+            for name in ("q", "v") if targets == "qv" else ("q", "k", "v"):
+                _wrap(block, f"attn.{name}_proj", rank)
+        else:
+            _wrap(block, "attn.qkv", rank, 3, (0, 2) if targets == "qv" else (0, 1, 2))
         if targets in ("attn", "all"):
             _wrap(block, "attn.proj", rank)
         if targets == "all":
-            _wrap(block, "mlp.fc1", rank)
-            _wrap(block, "mlp.fc2", rank)
+            for name in ("fc1_g", "fc1_x", "fc2") if _has(block, "mlp.fc1_g") else ("fc1", "fc2"):
+                _wrap(block, f"mlp.{name}", rank)
+
+
+@functools.lru_cache(maxsize=64)
+def why_not_adapted(skeleton: nn.Module, name: str, image_size: int, targets: Targets, pairs_only: bool) -> str | None:
+    """Why a copy of the teacher's first block cannot be adapted, found by a pass on the meta device; None if it can.
+
+    Args:
+        skeleton: the teacher's modules, whose blocks are alike.
+        name: the teacher's.
+        image_size: its input's side, in pixels.
+        targets: the adapted maps.
+        pairs_only: whether there are low-rank pairs; else all weights of the block are trained.
+    """
+    if getattr(skeleton, "rope_mixed", False):
+        return f"each block of {name} has rotary embeddings of its own, which a shallower copy would mix up"
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        plain = truncated(skeleton, [0]).to("meta").eval()
+        student = copy.deepcopy(plain)
+        try:
+            if pairs_only:
+                adapt(student, 1, targets)
+        except ValueError as error:
+            return f"{str(error).rstrip('.')} ({name})"
+        if (failure := _failure(student, image_size)) is not None:
+            if _failure(plain, image_size) is not None:
+                return None  # it is the meta device that it cannot run on
+            return f"{name} does not run with low-rank pairs on its blocks: {type(failure).__name__}: {failure}"
+    idle = [at for at, module in student.named_modules() if isinstance(module, AdaptedLinear) and not module.used]
+    return f"{name} leaves out {idle[0]!r}, so that it would not be trained" if idle else None
+
+
+@torch.no_grad()
+def _failure(network: nn.Module, size: int) -> Exception | None:
+    """What a forward pass to its last tokens raises, on the meta device."""
+    try:
+        read_outputs(network, torch.empty(1, 3, size, size), [Output("tokens")])
+    except Exception as error:  # a network's own code may raise anything
+        return error
+    return None
 
 
 def merge(network: nn.Module) -> nn.Module:
@@ -246,6 +323,9 @@ class WeCoLoRA(Method):
     Segmentation is announced in the paper and not in the code: ours probes the student's patch tokens with the common
     linear or convolutional decoder [inferred].
 
+    It serves transformers whose blocks are alike, DINOv3, EVA and BEiT among them; the paper's are plain ones. Refused
+    are those whose maps it cannot adapt, and rotary embeddings that differ from block to block.
+
     Where a network normalises after pooling (timm's `fc_norm`), `target: postnorm` equals `prenorm`.
     """
 
@@ -268,7 +348,10 @@ class WeCoLoRA(Method):
         name, blocks = setting.teacher.name, setting.teacher.blocks
         if config.factor > blocks:
             return f"factor {config.factor} is larger than the {blocks} blocks of {name}"
-        return None
+        skeleton, size = setting.teacher.skeleton, setting.teacher.image_size
+        if skeleton is None or why_not_adapted(skeleton, name, size, "all", True) is None:
+            return None
+        return why_not_adapted(skeleton, name, size, config.targets, config.train == "pairs")
 
     @classmethod
     def stages(cls, config: WeCoLoRAConfig, setting: Setting) -> list[Stage]:
@@ -304,11 +387,16 @@ def _compared(depth: int, params: Mapping[str, Any]) -> tuple[Output, list[Outpu
     return last, [Output("tokens", layer=i) for i in groups[:-1]]
 
 
-def _wrap(block: nn.Module, name: str, rank: int, slices: int = 1, adapted: tuple[int, ...] = (0,)) -> None:
+def _has(block: nn.Module, name: str) -> bool:
+    """Whether a block has a linear map of this name."""
     try:
-        base = block.get_submodule(name)
+        return isinstance(block.get_submodule(name), nn.Linear)
     except AttributeError:
-        base = None
+        return False
+
+
+def _wrap(block: nn.Module, name: str, rank: int, slices: int = 1, adapted: tuple[int, ...] = (0,)) -> None:
+    base = block.get_submodule(name) if _has(block, name) else None
     if not isinstance(base, nn.Linear) or base.out_features % slices:
-        raise ValueError(f"WeCoLoRA adapts the linear map {name!r} of each transformer block; this block has {base}.")
+        raise ValueError(f"WeCoLoRA adapts the linear map {name!r} of each transformer block, and one has no such map.")
     block.set_submodule(name, AdaptedLinear(base, rank, slices, adapted))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from methods import method_packages
+from methods.anatomy import uniform_blocks
 from methods.contract import Deployed, NetworkInfo, Structure
 from methods.outputs import intermediate_channels
 from orchestrator.errors import UserError, first_lines, listed
@@ -49,10 +50,18 @@ class Preprocessing:
             images[..., channel] = pixels[:, channel]
         # A line of pixels with all channels is long enough for vector instructions; three channels alone are not.
         lines = images.view(batch, height, width * channels)
-        mean = torch.tensor(self.mean, device=pixels.device).repeat(width) * 255
-        std = torch.tensor(self.std, device=pixels.device).repeat(width) * 255
-        lines.sub_(mean).div_(std)
+        lines.sub_(_line(self.mean, width, pixels.device)).div_(_line(self.std, width, pixels.device))
         return images.permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _line(values: tuple[float, ...], width: int, device: torch.device) -> Tensor:
+    """[width · channels] `values` of the channels, of pixels from 0 to 255.
+
+    Kept: a list that is sent to a GPU waits for all that was asked of it before, and this is in every step.
+    """
+    with torch.inference_mode(False):  # whoever asks first may be in it, and others train
+        return torch.tensor(values, device=device).repeat(width) * 255
 
 
 @dataclass(frozen=True)
@@ -211,15 +220,14 @@ def _plan(key: str, role: Role) -> tuple[NetworkInfo, Preprocessing]:
             network = build_network(entry)
     except (NotImplementedError, RuntimeError):
         network = build_network(entry)  # a few constructors compute with their tensors
-    blocks = getattr(network, "blocks", None)
-    uniform = hasattr(network, "patch_embed") and hasattr(network, "norm") and isinstance(blocks, nn.Sequential)
+    blocks = uniform_blocks(network)
     preprocessing = preprocessing_of(entry, network)
     clip = isinstance(network, ImageTower)
     info = NetworkInfo(
         name=entry.model,
-        kind="clip" if clip else "vit" if uniform else "cnn" if intermediate_channels(network) else "other",
+        kind="clip" if clip else "vit" if blocks else "cnn" if intermediate_channels(network) else "other",
         width=int(getattr(network, "head_hidden_size", None) or network.num_features),
-        blocks=len(blocks) if uniform and isinstance(blocks, nn.Sequential) else 0,
+        blocks=blocks,
         channels=intermediate_channels(network),
         image_size=preprocessing.size,
         pretrained=wants_weights(entry, role),
