@@ -1,8 +1,9 @@
-"""Files that are whole or not there, whatever happens to whoever writes them."""
+"""Files that are whole or not there, whatever happens to whoever writes them; and small ones that may be lacking."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import uuid
 from collections.abc import Callable
@@ -36,3 +37,12 @@ def once(path: Path, write: Callable[[Path], Any]) -> None:
                 os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a JSON file says by key; nothing where it cannot be read, or has no keys."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from orchestrator.errors import UserError, WorkError
+from orchestrator.files import read_facts
 from orchestrator.select.leaderboard import print_leaderboard
 from orchestrator.select.results import (
     COLUMNS,
@@ -23,7 +24,6 @@ from orchestrator.select.results import (
     leaderboard,
     margin_note,
     pareto,
-    read_facts,
     read_trials,
     short_name,
 )

@@ -45,17 +45,22 @@ def check(
         check_cluster(spec, overrides or [], address, as_json)
         return
     from orchestrator.sweep.folder import check_places
-    from orchestrator.sweep.study_storage import check_study
 
     read = read_sweep_file(spec, None, None, None, overrides)
     check_places(read)
-    check_study(read)
-    from orchestrator.sweep.costs import costs_of, sentences_of
-    from orchestrator.sweep.run import prepare
+    if read.search.on_server:  # else neither Optuna nor SQLAlchemy need be imported
+        from orchestrator.sweep.study_storage import check_study
 
-    prepared = prepare(read, dry=True)
-    task = prepared.task
-    reckoned = costs_of(read, task, prepared.cells, prepared.spaces)
+        check_study(read)
+    from orchestrator.imports import without_compiler
+
+    with without_compiler():
+        from orchestrator.sweep.costs import costs_of, sentences_of
+        from orchestrator.sweep.run import prepare
+
+        prepared = prepare(read, dry=True)
+        task = prepared.task
+        reckoned = costs_of(read, task, prepared.cells, prepared.spaces)
     facts = {
         "name": read.name,
         "classes": len(task.classes),

@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as T
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 
 from orchestrator.data.draws import draw_many
 from orchestrator.data.task import Split
@@ -86,10 +84,19 @@ def draw_all(policy: Policy, ids: Sequence[str], sizes: Sequence[tuple[int, int]
     return found
 
 
+def _transforms() -> Any:
+    """torchvision's, which import torch's compiler: commands that only check do not wait for it."""
+    import torchvision.transforms.v2.functional as T
+
+    return T
+
+
 def render(image: Tensor, parameters: np.ndarray, size: int, interpolation: str) -> Tensor:
     """uint8 [3, H, W] to uint8 [3, size, size] under one view."""
+    T = _transforms()
     top, left, height, width = (int(v) for v in parameters[:4])
-    mode = InterpolationMode(interpolation) if interpolation in ("bilinear", "bicubic") else InterpolationMode.BICUBIC
+    name = interpolation if interpolation in ("bilinear", "bicubic") else "bicubic"
+    mode = T.InterpolationMode(name)
     pixels = T.resized_crop(image, top, left, height, width, [size, size], interpolation=mode, antialias=True)
     if parameters[4]:
         pixels = T.horizontal_flip(pixels)
@@ -106,8 +113,9 @@ def render_mask(mask: Tensor, parameters: np.ndarray, size: int) -> Tensor:
 
     That is a sample of the mask's own pixels on the raster of `render`'s: nothing is blended, and no class grows.
     """
+    T = _transforms()
     top, left, height, width = (int(v) for v in parameters[:4])
-    mode = InterpolationMode.NEAREST_EXACT  # the plain one is off by half a pixel
+    mode = T.InterpolationMode.NEAREST_EXACT  # the plain one is off by half a pixel
     values = T.resized_crop(mask[None], top, left, height, width, [size, size], interpolation=mode)[0]
     return values.flip(-1) if parameters[4] else values
 

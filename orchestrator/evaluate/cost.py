@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 WARM_UP = 3  # calls before anything is timed
 
@@ -62,6 +61,8 @@ def flops(network: nn.Module, size: int) -> int:
     Counted are convolutions and matrix products, attention's included, at 2 for each multiply-add (twice the "MACs"
     or "FLOPs" of papers that count a multiply-add as one). Normalisation, activations and additions are not counted.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which whoever counts nothing is spared
+
     # The counter asks for the gradient function of every input of a module, and a learned prompt is one.
     network = copy.deepcopy(network).requires_grad_(False)
     # A fused attention kernel is one operation that the counter may not know, and on the CPU the fast path of

@@ -12,7 +12,8 @@ import pandas as pd
 
 from orchestrator.errors import UserError
 from orchestrator.evaluate.details import FILE
-from orchestrator.select.results import read_facts, read_trials
+from orchestrator.files import read_facts
+from orchestrator.select.results import read_trials
 from orchestrator.spec import SweepSpec, read_spec
 
 VAL_KEYS = ("kind", "data", "splits", "ignore_index")  # of `task`: with `seed`, they say which images are in val

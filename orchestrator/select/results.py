@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from orchestrator.errors import UserError, WorkError, listed, nearest
+from orchestrator.files import read_facts
 from orchestrator.spec import LATENCY, METRICS, Kind, Objective, better, shown
 
 TEXTS = ("method", "teacher", "student", "status", "reason", "config", "latency_setup", "student_path")
@@ -50,15 +50,6 @@ LATER = {
 }  # columns that older tables lack
 STATUSES = ("complete", "infeasible", "running", "pruned", "failed")
 Direction = Literal["max", "min"]
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """What a JSON file beside the results says by key; nothing where it cannot be read, or has no keys."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_trials(sweep_dir: str | Path) -> pd.DataFrame:

@@ -100,8 +100,13 @@ class Search(Section):
             )
         return value.replace(scheme, "postgresql", 1)
 
+    @property
+    def on_server(self) -> bool:
+        """Whether the study lies in a database that is connected to."""
+        return self.study.startswith("postgresql")
+
     @model_validator(mode="after")
     def _file_of_a_database(self) -> Search:
-        if self.study_file is not None and not self.study.startswith("postgresql"):
+        if self.study_file is not None and not self.on_server:
             raise ValueError(f"study_file is for study: postgresql, and study is {self.study}")
         return self

@@ -9,8 +9,7 @@ from typing import Any
 
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import UserError, WorkError
-from orchestrator.files import at_once
-from orchestrator.select.results import read_facts
+from orchestrator.files import at_once, read_facts
 from orchestrator.spec import Task
 from orchestrator.store import Store, key_of
 from orchestrator.trial.score import val_identity

@@ -15,11 +15,11 @@ import pandas as pd
 from methods.knobs import Choice
 from orchestrator.errors import UserError, disk_full, listed, nearest
 from orchestrator.evaluate.details import FILE
-from orchestrator.files import at_once
+from orchestrator.files import at_once, read_facts
 from orchestrator.select.report import Gathered, Importance, Study, gather, html, markdown, table
 from orchestrator.select.report.gather import knobs_of
 from orchestrator.select.report.page import export_command, shown
-from orchestrator.select.results import margin_note, numbers, read_facts, read_trials, top
+from orchestrator.select.results import margin_note, numbers, read_trials, top
 from orchestrator.select.uncertainty import lead_of, lead_sentence
 from orchestrator.spec import METRIC_NAMES, SweepSpec, near_limits
 from orchestrator.sweep.choice import against_baseline, latencies_of, spread

@@ -256,7 +256,7 @@ def check_study(spec: SweepSpec) -> None:
         UserError: if there is none, or it does not let us in.
         StudyLostError: if it cannot be reached.
     """
-    if not spec.search.study.startswith("postgresql"):
+    if not spec.search.on_server:
         return
     database = database_of(spec)
     deadline = time.monotonic() + OPENING_S
