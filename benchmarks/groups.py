@@ -41,11 +41,17 @@ NETWORKS = ("test_vit", "vit_tiny_patch16_224")
 def spec_of(folder: Path, options: argparse.Namespace, trials: int, network: str) -> dict[str, Any]:
     return {
         "name": "ours",
-        "task": {"data": options.data},
+        "task": {"data": options.data, "shots": None},  # the plain loop trains on every image of train
         "students": [{"model": f"timm/{network}", "image_size": SIZE, "pretrained": False}],
         "methods": {"finetune": {}},
         "search": {"trials": trials, "sampler": "random", "concurrency": 1, "defaults_first": False},
-        "train": {"steps": options.steps, "batch": options.batch, "views": 2, "workers": 2},
+        "train": {
+            "steps": options.steps,
+            "batch": options.batch,
+            "views": 2,
+            "workers": 2,
+            "sync_batchnorm": False,  # plain DDP has none
+        },
         "storage": str(folder),
     }
 

@@ -82,10 +82,12 @@ def table(result: dict[str, Any]) -> str:
         [name, *(f"{row[f'{what}_first_s'] / row[f'{what}_last_s']:.2f} x" for what in ("train", "eval"))]
         for name, row in result["networks"].items()
     ]
+    made = ", ".join(result[name] for name in ("machine", "versions") if name in result)  # once they were one
+    command = result.get("command", "python -m benchmarks.layout")
     return (
-        f"`{result['command']}`: batch {result['batch']} of {result['size']} px, median of {result['rounds']} by "
+        f"`{command}`: batch {result['batch']} of {result['size']} px, median of {result['rounds']} by "
         "turns, CPU time with channels first over that with channels last; "
-        f"{result['machine']}; {result['versions']}.\n\n{markdown(['network', 'training step', 'evaluation'], rows)}"
+        f"{made}.\n\n{markdown(['network', 'training step', 'evaluation'], rows)}"
     )
 
 

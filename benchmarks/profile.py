@@ -41,7 +41,15 @@ PARTS: list[tuple[str, tuple[str, ...]]] = [
         "reading images",
         ("open_rgb (orchestrator/data/images.py", "decode (orchestrator/data/images.py", "_scan.<locals>.look ("),
     ),
-    ("rendering views", ("rendered_view (", "render (orchestrator/data/views.py", "one (orchestrator/data/pixels.py")),
+    (
+        "rendering views",
+        (
+            "rendered_view (",
+            "render (orchestrator/data/views.py",
+            "one (orchestrator/data/pixels.py",
+            "stacked (orchestrator/data/",
+        ),
+    ),
     ("teacher's forward passes", ("live_outputs (",)),
     ("teacher's pass, the rest", ("entries (orchestrator/data/passes.py",)),
     ("training loop, the rest", ("fit (orchestrator/train/loop.py",)),

@@ -67,6 +67,14 @@ def begun(path: Path, spec: dict[str, Any]) -> dict[str, Any] | None:
     return found if found["spec"] == json.loads(json.dumps(spec)) else None
 
 
+def measured_alike(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """A result that was measured with the same of `about` (setting, machine, versions), so that more may join it."""
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found if all(found.get(key) == value for key, value in about.items()) else None
+
+
 def timm_name(text: str) -> str:
     """A network of timm as timm calls it; sweep files put `timm/` before it."""
     return text.removeprefix("timm/")
@@ -84,6 +92,13 @@ def own_sweep(path: Path) -> dict[str, Any]:
         raise SystemExit(f"Error: {error}") from None
     whole, said = resolved(given).model_dump(mode="json"), given.model_dump(mode="json", exclude_unset=True)
     return {key: whole[key] for key in said}
+
+
+def on_cpu(raw: dict[str, Any]) -> dict[str, Any]:
+    """The sweep file, if it does not ask for a GPU: what trains in the benchmark's own process is on the CPU."""
+    if raw.get("train", {}).get("device") == "cuda":
+        raise SystemExit("Error: train.device: cuda; this benchmark trains on the CPU: allowed are auto and cpu.")
+    return raw
 
 
 def checked(raw: dict[str, Any]) -> Any:
@@ -133,9 +148,9 @@ def publish(mark: str, result: dict[str, Any], text: str, page: Path = PAGE) -> 
 def watched(command: Sequence[str], every_s: float = 0.5) -> tuple[str, float, float]:
     """Runs a command to its end: (its output, wall seconds, CPU seconds of it and of all that it started).
 
-    Everything that it starts inherits a variable by which it is found again, Ray's own processes too; what a process
-    used after its last sample is not counted. CPU seconds tell what a comparison costs where other work shares the
-    machine.
+    Everything that it starts inherits a variable by which it is found again, Ray's own processes too. A process that
+    names itself writes over its environment, so children of what is counted are counted as well; what a process used
+    after its last sample is not. CPU seconds tell what a comparison costs where other work shares the machine.
     """
     token = f"{os.getpid()}-{time.monotonic_ns()}"
     began = time.time()
@@ -145,16 +160,22 @@ def watched(command: Sequence[str], every_s: float = 0.5) -> tuple[str, float, f
         used: dict[tuple[int, str], float] = {}
         ours: dict[tuple[int, str], bool] = {}
         while process.poll() is None:
+            parents: dict[tuple[int, str], int] = {}
+            ticks: dict[tuple[int, str], int] = {}
             for folder in Path("/proc").iterdir():
                 if not folder.name.isdigit():
                     continue
-                with contextlib.suppress(OSError, IndexError, ValueError):
+                with contextlib.suppress(OSError):  # it has ended, or is another user's
                     fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
                     key = (int(folder.name), fields[19])  # a number is given again; with the start it is not
-                    if key not in ours:
+                    if not ours.get(key):  # between its fork and its exec it may not have been told yet
                         ours[key] = mark in (folder / "environ").read_bytes()
-                    if ours[key]:
-                        used[key] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                    parents[key], ticks[key] = int(fields[1]), int(fields[11]) + int(fields[12])
+            counted = {key[0] for key in ticks if ours[key]}
+            while children := [key for key in ticks if not ours[key] and parents[key] in counted]:
+                ours |= dict.fromkeys(children, True)
+                counted |= {key[0] for key in children}
+            used |= {key: ticks[key] / os.sysconf("SC_CLK_TCK") for key in ticks if ours[key]}
             time.sleep(every_s)
         wall = time.time() - began
         output.seek(0)

@@ -104,6 +104,7 @@ def one_run(folder: Path, teacher: Path, images: int) -> dict[str, Any]:
     entries = [e for e in Store(Path(spec.storage) / "store").entries() if "rows" in e.meta["about"]]
     bytes_of = {s: sum(e.bytes for e in entries if e.stage == s) for s in ("corpus_outputs", "text_embeddings")}
     _, (training,), costs = reckoned
+    assert isinstance(costs, Costs)
     stored = sum(p.stat().st_size for f in (pictures, lines) for p in f.glob("*.parquet"))
     work = images * training.image_flops + images * 7 // 10 * training.text_flops
     pairs = loss_flops(64, training.text_batch, training.width) / 64
@@ -131,6 +132,7 @@ def scaled(**overrides: Any) -> tuple[SweepSpec, Costs, dict[str, Any]]:
         reckoned = costs_of(spec, prepared.task, prepared.cells, prepared.spaces)
     assert reckoned is not None
     holdings, (training,), costs = reckoned
+    assert isinstance(costs, Costs)
     facts: dict[str, float] = {
         "images": holdings.images,
         "shards": len(holdings.image_shards) + len(holdings.sentence_shards),

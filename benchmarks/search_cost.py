@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.optuna_search import PlainSearch
-from benchmarks.record import RESULTS, begun, machine, markdown, own_sweep, publish, versions, write_result
-from orchestrator.errors import UserError
+from benchmarks.record import RESULTS, begun, machine, markdown, on_cpu, own_sweep, publish, versions, write_result
+from orchestrator.errors import UserError, listed
 
 MARGIN = 0.01
 FIVE = 5  # of which one is good enough
@@ -149,6 +149,42 @@ def record(name: str, raw: dict[str, Any], folder: Path, repeats: int) -> dict[s
             end = runs[-1]["curve"][-1][1]
             print(f"seed {seed}, {number + 1} of {len(todo)}: {end:.3f}", file=sys.stderr, flush=True)
     return table
+
+
+def shared_stages(prepared: Any) -> list[str]:
+    """`METHOD: STAGE` of stages that train or generate before the last one, and are the same in several configurations.
+
+    Whichever of these comes first would pay for all. (What is fitted, as TDMR's proxies are, takes next to nothing.)
+    """
+    from methods.contract import ImageStage, TrainStage
+    from orchestrator.sweep.space import grid
+    from orchestrator.trial.plan import TrialConfig, configure, method_named, setting_of
+
+    found: list[str] = []
+    for cell in prepared.cells:
+        seen: list[Any] = []
+        setting = setting_of(prepared.spec, prepared.task.info, cell)
+        for knobs in grid(prepared.spaces[cell.method], cell.method):
+            settings = configure(prepared.spec, TrialConfig(cell.method, 0, cell, knobs, 0))
+            for stage in method_named(cell.method).stages(settings, setting)[:-1]:
+                if isinstance(stage, TrainStage | ImageStage):
+                    found += [f"{cell.method}: {stage.name}"] * (stage in seen)
+                    seen.append(stage)
+    return list(dict.fromkeys(found))
+
+
+def seeds_of(table: dict[str, Any] | None) -> int:
+    """With how many seeds each configuration of a recorded grid was trained at least; 0 of none."""
+    return min(map(len, table["runs"].values()), default=0) if table else 0
+
+
+def keep(path: Path, table: dict[str, Any]) -> None:
+    """Writes a grid down, unless the file holds one of the same sweep that has more seeds."""
+    there = seeds_of(begun(path, table["spec"]))
+    if there > seeds_of(table):
+        print(f"{path.name} has {there} seeds, this grid {seeds_of(table)}: it stays as it is.", file=sys.stderr)
+    else:
+        write_result(path, table)
 
 
 def trained(context: Any, config: Any) -> dict[str, Any]:
@@ -299,15 +335,20 @@ def main() -> None:
     options = parser.parse_args()
     raw = SPECS[options.task]
     if options.spec:
-        raw = {key: value for key, value in own_sweep(options.spec).items() if key not in OWN}
+        raw = {key: value for key, value in on_cpu(own_sweep(options.spec)).items() if key not in OWN}
         try:
             cells = checked(json.dumps(raw)).cells
-            prepared_grid(raw, options.storage.absolute())
+            shared = shared_stages(prepared_grid(raw, options.storage.absolute()))
         except UserError as error:
             parser.error(str(error))
         if len({cell.method for cell in cells}) < len(cells):
             parser.error(
                 "--spec: one teacher and one student, please: a configuration is told by its method and knobs."
+            )
+        if shared:
+            parser.error(
+                f"--spec: {listed(shared)} would be trained for several configurations at once, and the first of them "
+                "would pay for it; search only knobs that this stage depends on too, or leave the method out."
             )
     name = raw["name"] if options.spec else options.task
     kept = options.storage.absolute() / grid_file(name).name if options.spec else grid_file(name)
@@ -318,7 +359,7 @@ def main() -> None:
     else:
         recorded = record(name, raw, options.storage.absolute(), options.repeats)
         if not options.dry:
-            write_result(kept, recorded)
+            keep(kept, recorded)
     table = averaged(recorded, options.repeats)
     if len(table["trials"]) < FIVE:
         parser.error(f"the grid has {len(table['trials'])} configurations; {FIVE} at least are needed.")

@@ -1,7 +1,7 @@
 """A distillation step with stored teacher outputs, against the same step without any teacher, by turns.
 
     python -m benchmarks.step                      # 6 minutes; writes benchmarks/results/ and docs/performance.md
-    python -m benchmarks.step --methods kd tdmr    # only these; the others stay as they were measured
+    python -m benchmarks.step --methods kd tdmr    # only these; the others stay if this machine measured them as now
     python -m benchmarks.step --spec my_sweep.yaml # every combination of your sweep file, at its knobs' defaults
 
 Each method's job comes from the product (`run_trial`), its batches from the product's feeder, its steps from the
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import cProfile
-import json
 import os
 import pstats
 import statistics
@@ -32,18 +31,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import RESULTS, checked, command_of, machine, markdown, own_sweep, publish, spread, versions
-from methods.contract import Batch, Deployed, Given, Learner, TrainStage, supervised_loss
+from benchmarks.record import (
+    RESULTS,
+    checked,
+    command_of,
+    machine,
+    markdown,
+    measured_alike,
+    on_cpu,
+    own_sweep,
+    publish,
+    spread,
+    versions,
+)
+from methods.contract import Batch, Deployed, Learner, TrainStage, supervised_loss
 from orchestrator.data.task import load_task
 from orchestrator.errors import WorkError
-from orchestrator.spec import parse_spec
+from orchestrator.spec import Kind, parse_spec
 from orchestrator.sweep.folder import resolved
 from orchestrator.sweep.space import default_knobs, method_space, wanted_outputs
 from orchestrator.train.batches import opened
 from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import Report, fit
+from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
-from orchestrator.trial.plan import Cell, TrialConfig
+from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 from orchestrator.trial.run import run_trial
 
 SMALL = {"model": "timm/test_resnet", "image_size": 48}
@@ -78,14 +90,14 @@ WARM = 3  # steps of a turn before its clock starts
 class Alone(Learner):
     """The student of a method's learner without the method."""
 
-    def __init__(self, learner: Learner, given: Given | None = None) -> None:
-        super().__init__({}, given)  # type: ignore[arg-type]
-        self.student = learner.student
+    def __init__(self, learner: Learner, kind: Kind) -> None:
+        super().__init__({}, None)  # type: ignore[arg-type]
+        self.student, self.kind = learner.student, kind
         self.tokens = not hasattr(learner, "soft_teacher") and hasattr(learner, "pairs_only")
 
     def loss(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         if batch.labels is not None:
-            return {"loss": supervised_loss(self.student(batch.images), batch.labels, "classification")}
+            return {"loss": supervised_loss(self.student(batch.images), batch.labels, self.kind)}
         own = self.student.forward_features(batch.images) if self.tokens else self.student(batch.images)  # type: ignore[operator]
         return {"loss": own.square().mean()}
 
@@ -95,7 +107,7 @@ class Alone(Learner):
 
 def own_cases(path: Path) -> list[Case]:
     """Every combination of a user's sweep whose method has a teacher, at its knobs' defaults."""
-    raw = own_sweep(path)
+    raw = on_cpu(own_sweep(path))
     prepared = checked(raw)
     base = {key: value for key, value in raw.items() if key not in ("search", "storage", "store", "limits")}
     return [
@@ -118,18 +130,34 @@ def context_of(folder: str, base: dict[str, Any], cases: list[Case], batch: int 
     return replace(context, prefetch=wanted_outputs(spec, spaces, cells, task.info, draws=1))
 
 
+def reading_stage(context: SweepContext, config: TrialConfig) -> str | None:
+    """The name of the trial's last training stage that reads outputs of a teacher."""
+    cell, info = config.cell, load_task(context.spec.task, context.store).info
+    stages = method_named(cell.method).stages(configure(context.spec, config), setting_of(context.spec, info, cell))
+    return next((s.name for s in reversed(stages) if isinstance(s, TrainStage) and s.feed.outputs), None)
+
+
 def job_of(context: SweepContext, cell: Cell, knobs: dict[str, Any]) -> TrainJob | None:
-    """The last training stage of a method, with everything that it reads in the store; None if it reads no outputs."""
+    """The last training stage of a method that reads outputs, with everything it reads in the store; None if none does.
+
+    The stages before it are trained.
+    """
+    config = TrialConfig(f"{cell.method}-{time.time_ns()}", 0, cell, knobs, 0)
+    wanted = reading_stage(context, config)
+    if wanted is None:
+        return None
     caught: list[TrainJob] = []
 
-    def catch(job: TrainJob, folder: Path, report: Any) -> dict[str, Any]:
+    def catch(job: TrainJob, folder: Path, report: Any = None) -> dict[str, Any]:
+        if job.stage.name != wanted:
+            return run_job(job, folder, report)
         caught.append(job)
         raise WorkError("The job is all that is wanted.")
 
-    row = run_trial(context, TrialConfig(f"{cell.method}-{time.time_ns()}", 0, cell, knobs, 0), runner=catch)
+    row = run_trial(context, config, runner=catch)
     if not caught:
         raise SystemExit(f"{cell.method}: {row['reason']}")
-    return caught[-1] if caught[-1].outputs else None
+    return caught[-1]
 
 
 def variants(job: TrainJob) -> dict[str, TrainJob]:
@@ -167,7 +195,7 @@ def measure(job: TrainJob, rounds: int, steps: int) -> dict[str, list[tuple[floa
     """What `turn` gives for each variant, by round; the variants take turns, and the first round is not counted."""
     jobs = variants(job)
     learners = {name: opened(job)[0] for name in jobs}
-    learners["none"] = Alone(learners["none"])
+    learners["none"] = Alone(learners["none"], job.spec.task.kind)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
         names = [name for name in jobs if name != "live" or number < 3]
@@ -225,6 +253,8 @@ def main() -> None:
                 continue
             found = measure(job, options.rounds, options.steps)
             row: dict[str, Any] = {"method": cell.method, "student": label.removeprefix("timm/"), "ms": found}
+            if len(base["teachers"]) > 1:
+                row["teacher"] = job.spec.teachers[cell.teacher or 0].model
             for number, clock in enumerate(("wall", "cpu")):
                 for which in ("stored", "live"):
                     row[f"{which}_{clock}"] = [
@@ -236,18 +266,20 @@ def main() -> None:
         return
     if not rows:
         raise SystemExit("No method that is asked for reads stored outputs of its teacher.")
-    path = RESULTS / "step.json"
     batch = next(iter(contexts.values())).spec.train.batch
     setting = {"batch": batch, "rounds": options.rounds, "steps": options.steps, "cores": options.cores}
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not options.spec else {}
-    fresh = {row["method"] for row in rows}
-    kept = [row for row in old.get("rows", []) if row["method"] not in fresh and old["setting"] == setting]
-    order = [cell.method for _, cell, _ in cases]
-    result = {
-        "command": command_of("step", parser, options, but=("methods", "dry")),
+    about: dict[str, Any] = {
         "setting": setting,
         "machine": f"{machine(1)}, on {options.cores} of the cores",
         "versions": versions("torch", "timm"),
+    }
+    old = None if options.spec else measured_alike(RESULTS / "step.json", about)
+    fresh = {row["method"] for row in rows}
+    kept = [row for row in old["rows"] if row["method"] not in fresh] if old else []
+    order = [cell.method for _, cell, _ in cases]
+    result = {
+        "command": command_of("step", parser, options, but=("methods", "dry")),
+        **about,
         "rows": sorted([*kept, *rows], key=lambda row: order.index(row["method"])),
     }
     print(text := table(result))
@@ -258,12 +290,14 @@ def main() -> None:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = []
+    several = any("teacher" in row for row in result["rows"])
     for row in result["rows"]:
         ms = {name: statistics.median(cpu for _, cpu in values) for name, values in row["ms"].items() if values}
         live = f"{statistics.median(row['live_cpu']):.2f}" if row["live_cpu"] else "-"
         lines.append(
             [
                 row["method"],
+                *([row.get("teacher", "")] if several else []),
                 row["student"],
                 f"{ms['none']:.1f}",
                 f"{ms['stored']:.1f}",
@@ -274,6 +308,7 @@ def table(result: dict[str, Any]) -> str:
         )
     head = [
         "method",
+        *(["teacher"] if several else []),
         "student",
         "no teacher, ms",
         "stored, ms",

@@ -107,16 +107,17 @@ def trivial(batch: np.ndarray) -> None:
 
 
 def training_step(size: int) -> Callable[[np.ndarray], None]:
-    """A real step of a small student towards targets: forward, backward, AdamW."""
+    """A real step of a small student towards targets: forward, backward, AdamW; on a GPU, if there is one."""
     import timm
 
     torch.manual_seed(0)
-    student: nn.Module = timm.create_model("test_convnext", num_classes=64)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student: nn.Module = timm.create_model("test_convnext", num_classes=64).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
-    targets = torch.randn(BATCH, 64)
+    targets = torch.randn(BATCH, 64).to(device)
 
     def step(batch: np.ndarray) -> None:
-        loss = (student(torch.from_numpy(batch).float() / 255) - targets).square().mean()
+        loss = (student(torch.from_numpy(batch).to(device).float() / 255) - targets).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -6,10 +6,11 @@
     python -m benchmarks.sweep_against_plain --trials 24 --steps 120 --block sweep_against_plain_shorter
 
 One frozen ViT teacher of at least ten times each student's FLOPs, two processes of one thread, the same images, steps
-and batch. The peer (`peers/plain_optuna.py`) runs its teacher in every step. What is counted is wall time, all of it:
+and batch; a teacher without a transformer's equal blocks leaves WeCoLoRA out on both sides. The peer
+(`peers/plain_optuna.py`) runs its teacher in every step. What is counted is wall time, all of it:
 start-up, imports, cluster, evaluation. A plain ViT without downloaded weights is drawn from a seed, which changes no
 FLOP; `--teacher packaged/vit_clipart --teacher-size 96` is a trained one, whose stem no student of WeCoLoRA is rid of.
-Other data: `--data packaged/icons --shots 4`, or `--data folder:PATH` with train, val and test in it.
+Other data: `--data packaged/icons --shots 4`, or `--data folder:PATH`.
 """
 
 from __future__ import annotations
@@ -20,19 +21,31 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.record import RESULTS, command_of, machine, markdown, publish, versions, watched
+from benchmarks.record import (
+    RESULTS,
+    checked,
+    command_of,
+    machine,
+    markdown,
+    measured_alike,
+    publish,
+    versions,
+    watched,
+)
 
 MARK = "sweep_against_plain"
 PROCESSES = 2
+METHODS = ("kd", "tdmr", "wecolora")
 LEAST_RATIO = 10.0  # of the teacher's FLOPs to a student's
 
 
-def trials_of(per_method: int, factor: int, methods: tuple[str, ...] = ("kd", "tdmr", "wecolora")) -> dict[str, Any]:
+def trials_of(per_method: int, factor: int, methods: Sequence[str] = METHODS) -> dict[str, Any]:
     """The `methods` of a sweep file whose grid has `per_method` trials of each: 2, 4 or 8."""
     many, more = per_method >= 4, per_method >= 8
     found = {
@@ -55,11 +68,19 @@ def trials_of(per_method: int, factor: int, methods: tuple[str, ...] = ("kd", "t
     return {name: found[name] for name in methods}
 
 
+def share_of_gpu() -> dict[str, float]:
+    """What each trial takes where there are fewer GPUs than processes, so that they run beside each other."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return {"gpus_per_worker": count / PROCESSES} if 0 < count < PROCESSES else {}
+
+
 def spec_of(setting: dict[str, Any], methods: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The sweep file."""
-    teacher = {"model": setting["teacher"]}
+    teacher = {"model": setting["teacher"], "image_size": setting["teacher_size"]}
     if setting["teacher"].startswith("timm/"):
-        teacher |= {"image_size": setting["teacher_size"], "pretrained": False}
+        teacher |= {"pretrained": False}
     return {
         "name": "ours",
         "task": {"data": setting["data"], "shots": setting["shots"]},
@@ -67,13 +88,21 @@ def spec_of(setting: dict[str, Any], methods: dict[str, Any], folder: Path) -> d
         "students": [{"model": setting["student"], "image_size": setting["student_size"]}],
         "methods": methods,
         "search": {"trials": 1000, "sampler": "grid", "concurrency": PROCESSES},
-        "train": {"steps": setting["steps"], "batch": setting["batch"], "views": setting["views"]},
+        "train": {"steps": setting["steps"], "batch": setting["batch"], "views": setting["views"], **share_of_gpu()},
         "storage": str(folder),
     }
 
 
+def served(setting: dict[str, Any], factor: int, methods: Sequence[str] = METHODS) -> tuple[list[str], list[str]]:
+    """Which of the methods these networks and data can feed, and of each other one the reason."""
+    with tempfile.TemporaryDirectory() as name:
+        prepared = checked(spec_of(setting, trials_of(2, factor, methods), Path(name)))
+    runnable = {cell.method for cell in prepared.cells}
+    return [name for name in methods if name in runnable], prepared.dropped
+
+
 def check_ratio(spec: dict[str, Any], factor: int) -> dict[str, float]:
-    """FLOPs of the teacher and of each student an image, in millions; refuses a teacher that is too small."""
+    """FLOPs of the teacher and of each student an image, in millions; says so where the teacher's are too few."""
     from methods.wecolora import kept_blocks, truncated
     from orchestrator.evaluate.cost import flops
     from orchestrator.models.load import load_network
@@ -81,14 +110,15 @@ def check_ratio(spec: dict[str, Any], factor: int) -> dict[str, float]:
 
     parsed = parse_spec(spec)
     teacher, student = load_network(parsed.teachers[0], "teacher"), load_network(parsed.students[0], "student")
-    short = truncated(teacher.module, kept_blocks(len(teacher.module.blocks), factor, "first"))  # type: ignore[arg-type]
     size = teacher.preprocessing.size
     found = {
         "teacher": flops(teacher.module, size) / 1e6,
         "student": flops(student.module, student.preprocessing.size) / 1e6,
-        "wecolora": flops(short, size) / 1e6,
     }
-    if min(found["teacher"] / found[name] for name in ("student", "wecolora")) < LEAST_RATIO:
+    if "wecolora" in spec["methods"]:
+        kept = kept_blocks(len(teacher.module.blocks), factor, "first")  # type: ignore[arg-type]
+        found["wecolora"] = flops(truncated(teacher.module, kept), size) / 1e6
+    if found["teacher"] / max(value for name, value in found.items() if name != "teacher") < LEAST_RATIO:
         print(f"A student has more than a tenth of the teacher's FLOPs: {found}", file=sys.stderr)
     return found
 
@@ -185,7 +215,8 @@ def compared(
                 else:
                     sides[side] = peer(module, setting, trials, folder / "peer")
             again = ours(spec, folder, "again")
-            images = len(load_task(parse_spec(spec).task, store_at(str(folder / "store"))).train)
+            task = load_task(parse_spec(spec).task, store_at(str(folder / "store")), needed=("train", "val"))
+            images = len(task.train)
         rows = sides["ours"]["rows"]
         forwards = sum(row["teacher_forwards"] for row in rows)
         if len(rows) != len(trials) or forwards != images * setting["views"]:
@@ -227,29 +258,30 @@ def line(points: list[tuple[float, float]]) -> tuple[float, float]:
 def main() -> None:
     """Runs the sizes, prints the table, writes it."""
     parser = arguments(__doc__, 12)
-    parser.add_argument("--trials", type=int, nargs="+", default=[6, 12, 24], choices=[6, 12, 24])
+    parser.add_argument(
+        "--trials",
+        type=int,
+        nargs="+",
+        default=[6, 12, 24],
+        choices=[6, 12, 24],
+        help="of three methods; fewer where one is left out",
+    )
     parser.add_argument("--block", default=MARK, help="the block of docs/performance.md that is written")
     options = parser.parse_args()
     setting = {name: getattr(options, name) for name in DEFAULTS}
-    spec = spec_of(setting, trials_of(2, options.factor), Path("runs"))
-    costs = check_ratio(spec, options.factor)
-    path = RESULTS / f"{options.block}.json"
-    about = {**setting, "factor": options.factor}
-    result: dict[str, Any] = {}
-    if path.is_file():
-        result = json.loads(path.read_text(encoding="utf-8"))
-    if result.get("setting") != about:
-        result = {"sizes": {}}
-    for trials in options.trials:
-        methods = trials_of(trials // 3, options.factor)
-        result["sizes"][str(trials)] = compared("plain_optuna", setting, methods, options.rounds, f"{trials} trials")
-    result |= {
-        "setting": about,
-        "command": command_of(MARK, parser, options),
+    methods, left_out = served(setting, options.factor)
+    costs = check_ratio(spec_of(setting, trials_of(2, options.factor, methods), Path("runs")), options.factor)
+    about = {
+        "setting": {**setting, "factor": options.factor},
         "machine": machine(PROCESSES),
         "versions": versions("torch", "timm", "ray", "optuna", "peft"),
-        "mflop": costs,
     }
+    result = measured_alike(RESULTS / f"{options.block}.json", about) or {"sizes": {}}
+    for asked in options.trials:
+        listing = trials_of(asked // len(METHODS), options.factor, methods)
+        trials = asked // len(METHODS) * len(methods)
+        result["sizes"][str(trials)] = compared("plain_optuna", setting, listing, options.rounds, f"{trials} trials")
+    result |= {**about, "command": command_of(MARK, parser, options), "mflop": costs, "left_out": left_out}
     print(text := table(result))
     if not options.dry:
         publish(options.block, result, text)
@@ -281,15 +313,20 @@ def table(result: dict[str, Any]) -> str:
     ]
     head = ["trials", "plain, s", "here, s", "faster", "plain, CPU s", "here, CPU s", "less"]
     head += ["same file again, s", "teacher's images", "plain's", "rounds"]
+    copied = ""
+    if "wecolora" in costs:
+        copied = (
+            f" and into its own copy with one block in {setting['factor']} ({costs['wecolora']:.0f} MFLOP, "
+            f"{costs['teacher'] / costs['wecolora']:.1f} x less)"
+        )
     text = [
         f"`{result['command']}`: {setting['data']}, "
         f"{setting['teacher']} at {setting['teacher_size']} px "
         f"({costs['teacher']:.0f} MFLOP an image) into {setting['student']} at {setting['student_size']} px "
-        f"({costs['student']:.0f} MFLOP, {costs['teacher'] / costs['student']:.0f} x less) and into its own copy with "
-        f"one block in {setting['factor']} ({costs['wecolora']:.0f} MFLOP, "
-        f"{costs['teacher'] / costs['wecolora']:.1f} x less); "
+        f"({costs['student']:.0f} MFLOP, {costs['teacher'] / costs['student']:.0f} x less){copied}; "
         f"{setting['steps']} steps x {setting['batch']} images, {setting['views']} views; {result['machine']}; "
         f"{result['versions']}.",
+        *(f"\nLeft out on both sides: {reason}" for reason in result.get("left_out", ())),
         "",
         markdown(head, rows),
     ]

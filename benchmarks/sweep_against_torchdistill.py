@@ -29,7 +29,7 @@ def main() -> None:
         "command": command_of(MARK, parser, options),
         "machine": machine(PROCESSES),
         "versions": versions("torch", "timm", "torchdistill", "ray", "optuna"),
-        "mflop": check_ratio(spec_of(setting, trials_of(2, options.factor), Path("runs")), options.factor),
+        "mflop": check_ratio(spec_of(setting, methods, Path("runs")), options.factor),
         "rounds": compared("torchdistill_optuna", setting, methods, options.rounds, "8 KD trials"),
     }
     print(text := table(result))

@@ -4,7 +4,7 @@
     python -m benchmarks.views --table     # table and picture from benchmarks/results/views.json alone
     python -m benchmarks.views --spec my_sweep.yaml     # your data and networks; table and picture lie in --storage
 
-KD on packaged clip art, or the first combination of method, teacher and student of your sweep file, at its knobs'
+KD on packaged clip art, or the first combination of your sweep file that learns from a teacher's outputs, at its knobs'
 defaults. Equal steps, the same seeds in every arm: each draws other labelled images, another initial student and
 another order. Stored: an image's view is drawn in each step from its V stored ones. Fresh: a view that the image never
 had, which the teacher then sees live. Scored is the student on val; test is not read.
@@ -27,6 +27,7 @@ from benchmarks.record import (
     command_of,
     machine,
     markdown,
+    on_cpu,
     own_sweep,
     publish,
     versions,
@@ -47,14 +48,19 @@ SPEC: dict[str, Any] = {
 
 
 def arm_of(prepared: Any) -> Arm:
-    """The sweep's first combination with a teacher, at its knobs' defaults."""
+    """The sweep's first combination that learns from outputs of a teacher, at its knobs' defaults."""
+    from methods.contract import TrainStage
     from orchestrator.sweep.space import default_knobs
+    from orchestrator.trial.plan import TrialConfig, configure, method_named, setting_of
 
-    cell = next((cell for cell in prepared.cells if cell.teacher is not None), None)
-    if cell is None:
-        raise SystemExit("No method of this sweep has a teacher.")
-    knobs = default_knobs(prepared.spaces[cell.method], cell.method)
-    return Arm(cell.method, cell.method, knobs, cell.teacher, cell.student)
+    for cell in prepared.cells:
+        knobs = default_knobs(prepared.spaces[cell.method], cell.method)
+        settings = configure(prepared.spec, TrialConfig(cell.method, 0, cell, knobs, 0))
+        stages = method_named(cell.method).stages(settings, setting_of(prepared.spec, prepared.task.info, cell))
+        trained = [stage for stage in stages if isinstance(stage, TrainStage)]
+        if trained and trained[-1].feed.outputs:
+            return Arm(cell.method, cell.method, knobs, cell.teacher, cell.student)
+    raise SystemExit("No method of this sweep learns from outputs of a teacher in its last training stage.")
 
 
 def measured(spec: dict[str, Any], arm: Arm, views: int | str, seed: int, storage: str) -> dict[str, float]:
@@ -76,9 +82,8 @@ def main() -> None:
         parser.error("--seeds: two at least, for a standard deviation.")
     spec = SPEC
     if options.spec:
-        spec = {
-            key: value for key, value in own_sweep(options.spec).items() if key not in ("store", "storage", "limits")
-        }
+        own = on_cpu(own_sweep(options.spec))
+        spec = {key: value for key, value in own.items() if key not in ("store", "storage", "limits")}
     folder = Path(options.storage)
     path = folder / (f"views-{spec['name']}.json" if options.spec else "views.json")
     if options.table and not options.spec:
@@ -89,10 +94,13 @@ def main() -> None:
     if options.table and known is None:
         parser.error(f"--table: {path} holds no run of this sweep.")
     result: dict[str, Any] = known or {"spec": spec, "arms": {}}
+    if not options.table:
+        result |= {
+            "command": command_of("views", parser, options, but=("storage", "table")),
+            "machine": machine(1),
+            "versions": versions("torch", "timm"),
+        }
     result |= {
-        "command": command_of("views", parser, options, but=("storage", "table")),
-        "machine": machine(1),
-        "versions": versions("torch", "timm"),
         "method": arm.method,
         "teacher": prepared.spec.teachers[arm.teacher or 0].model,
         "student": prepared.spec.students[arm.student].model if arm.student is not None else "its own student",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -48,7 +49,8 @@ def attention(maps: Tensor) -> Tensor:
 def affinity(maps: Tensor) -> Tensor:
     """[B, g², g²] of maps [B, C, g, g]: cosine similarity of the channel vectors at every two places."""
     places = F.normalize(maps.float().flatten(2), dim=1)
-    return places.transpose(1, 2) @ places
+    with torch.autocast(maps.device.type, enabled=False):
+        return places.transpose(1, 2) @ places
 
 
 def attention_loss(student: Tensor, teacher: Tensor, kind: Compared) -> Tensor:

@@ -5,7 +5,7 @@ One class an image: multinomial. Several: one yes or no for each class. One a pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ POOLED = Output("pooled")
 DENSE = Output("dense")
 TEACHER_HEAD = "teacher_head"
 PIXELS = 4096  # of all images together, that a head of pixels is fitted on
+CHUNK_BYTES = 256 * 2**20  # of logits and what is made of them, at a time
 L2 = 1e-2  # where none can be chosen
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
@@ -182,8 +183,6 @@ def _solve(
     if start is None:
         start = rows.new_zeros(num_classes, rows.shape[1]), rows.new_zeros(num_classes)
     free = torch.cat([start[0], start[1][:, None]], dim=1)
-    single = labels.ndim == 1
-    wanted = F.one_hot(labels, num_classes).to(rows) if single else labels.to(rows)
     strength = torch.as_tensor(l2, dtype=rows.dtype, device=rows.device).reshape(-1, 1)
     # torch's LBFGS forgets every curvature pair below an absolute 1e-10 and would stall far from the optimum.
     unit = 1e6
@@ -199,14 +198,36 @@ def _solve(
     def objective() -> Tensor:
         """The loss, and by hand its gradient: on problems of this size autograd takes as long as the arithmetic."""
         weight = free[:, :-1]
-        logits = torch.addmm(free[:, -1], rows, weight.T)
-        slope = ((logits.softmax(1) if single else logits.sigmoid()) - wanted) / len(rows)
-        by_weight = torch.addmm(strength * weight, slope.T, rows)
-        free.grad = unit * torch.cat([by_weight, slope.sum(0)[:, None]], dim=1)
-        return unit * (_rowwise(logits, labels).sum() / len(rows) + 0.5 * (strength * weight.square()).sum())
+        by_weight, by_bias, total = strength * weight, torch.zeros_like(free[:, -1]), rows.new_zeros(())
+        for part in _chunks(rows, num_classes):
+            some, known = rows[part], labels[part]
+            logits = torch.addmm(free[:, -1], some, weight.T)
+            total += _rowwise(logits, known).sum()
+            slope = _slope(logits, known) / len(rows)
+            by_weight = torch.addmm(by_weight, slope.T, some)
+            by_bias += slope.sum(0)
+        free.grad = unit * torch.cat([by_weight, by_bias[:, None]], dim=1)
+        return unit * (total / len(rows) + 0.5 * (strength * weight.square()).sum())
 
     optimizer.step(objective)  # type: ignore[no-untyped-call, arg-type]
     return free[:, :-1], free[:, -1]
+
+
+def _chunks(rows: Tensor, num_classes: int) -> Iterator[slice]:
+    """Parts of the rows, such that the logits of one, with what is made of them, take at most `CHUNK_BYTES`."""
+    copies = 4  # logits, their logarithms or labels, what each is wrong by
+    step = max(1, CHUNK_BYTES // (copies * num_classes * rows.element_size()))
+    for start in range(0, len(rows), step):
+        yield slice(start, start + step)
+
+
+def _slope(logits: Tensor, labels: Tensor) -> Tensor:
+    """[n, C] the gradient of the sum of `_rowwise`."""
+    if labels.ndim == 1:
+        slope = logits.softmax(1)
+        slope[torch.arange(len(labels), device=labels.device), labels] -= 1
+        return slope
+    return logits.sigmoid() - labels.to(logits.dtype)
 
 
 def _rowwise(logits: Tensor, labels: Tensor) -> Tensor:
@@ -231,10 +252,13 @@ def _choose_l2(rows: Tensor, labels: Tensor, num_classes: int, grid: Sequence[fl
     for i in range(int(fold.max()) + 1):
         seen, unseen = fold != i, fold == i
         start = None
+        fitted, known = rows[seen], labels[seen]
+        held, truth, scored = rows[unseen], labels[unseen], counts[unseen]
         for j, l2 in enumerate(ordered):  # from the smoothest solution on, each starts where the last one ended
-            start = _solve(rows[seen], labels[seen], num_classes, l2, start)
-            losses = _rowwise(rows[unseen] @ start[0].T + start[1], labels[unseen])
-            held_out[j] += losses.where(counts[unseen], 0).sum(0).double().cpu()
+            start = _solve(fitted, known, num_classes, l2, start)
+            for part in _chunks(held, num_classes):
+                losses = _rowwise(held[part] @ start[0].T + start[1], truth[part])
+                held_out[j] += losses.where(scored[part], 0).sum(0).double().cpu()
     best = held_out.argmin(0)
     if labels.ndim == 1:
         return ordered[int(best)]

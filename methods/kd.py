@@ -80,7 +80,7 @@ def uneven_distillation_loss(student: Tensor, teacher: Tensor, temperature: floa
     The mean over ranks is the mean over all of their rows. 0 with a graph where this rank has none.
     """
     with even_labels(False):  # which tells of labels, not of these rows
-        weight = weight_of(torch.tensor(len(student), device=student.device))
+        weight = weight_of(torch.full((), len(student), device=student.device))  # filled there, not sent
     if not len(student):
         return student.sum() * 0.0
     return distillation_loss(student, teacher, temperature, kind) * weight
@@ -90,7 +90,7 @@ class KDLearner(Learner):
     """A student that trains on `(1 - λ) · CE + λ · T² · KL(teacher ‖ student)`.
 
     CE sees the rows (pixels) with a label, KL every one. The teacher's logits [B, C] are `teacher_head` on its stored
-    pooled features [B, D] (of pixels: on its map [B, D, h, w]), or a tuned teacher's own.
+    pooled features [B, D] (of pixels: on its map [B, D, h, w]), or the teacher's own, tuned or not.
     """
 
     steady = True
@@ -124,8 +124,9 @@ class KDLearner(Learner):
 class KD(Method):
     """Logit distillation: `(1 - λ) · CE + λ · T² · KL(teacher ‖ student)`.
 
-    The teacher has no classes of the task, so it first gets a linear head on the labelled images (`teacher_head`,
-    shared by all trials) [inferred], or is first tuned (`teacher_tuning`); with it, unlabelled images teach too.
+    A teacher mostly has no classes of the task, so it first gets a linear head on the labelled images (`teacher_head`,
+    shared by all trials) [inferred], or is first tuned (`teacher_tuning`); one that was trained on these classes may
+    teach by its own head. So unlabelled images teach too.
     """
 
     name = "kd"
@@ -146,7 +147,7 @@ class KD(Method):
     @classmethod
     def invalid(cls, config: MethodConfig, setting: Setting) -> str | None:
         assert isinstance(config, KDConfig)
-        return tuning_refuses(config.teacher_tuning, setting)
+        return tuning_refuses(config.teacher_tuning, setting, own=True)
 
     @classmethod
     def stages(cls, config: KDConfig, setting: Setting) -> list[Stage]:

@@ -185,8 +185,10 @@ class OTALearner(Learner):
 
     def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
         """`T² · KL` over the rows, of all ranks, on which the teacher is sure enough; 0 with a graph without any."""
-        sure = confidence(teacher, self.kind) >= self.min_confidence
-        return uneven_distillation_loss(student[sure], teacher[sure], self.temperature, self.kind)
+        if self.min_confidence > 0:  # to pick rows out makes a GPU wait, so nothing is asked where all are sure enough
+            sure = confidence(teacher, self.kind) >= self.min_confidence
+            student, teacher = student[sure], teacher[sure]
+        return uneven_distillation_loss(student, teacher, self.temperature, self.kind)
 
     def deployed(self) -> Deployed:
         return Deployed(network=self.student.eval(), base="student")

@@ -101,16 +101,18 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
 
     `|X'Y|² / (|X'X| |Y'Y|)` of the centred matrices, Frobenius norms (Kornblith et al., 2019 [memory]).
     """
-    x, y = x - x.mean(0), y - y.mean(0)
-    tiny = torch.finfo(x.dtype).tiny
-    scale_x, scale_y = x.detach().abs().amax().clamp_min(tiny), y.detach().abs().amax().clamp_min(tiny)
-    x, y = x / scale_x, y / scale_y  # fourth powers of small features would underflow
-    if len(x) < min(x.shape[1], y.shape[1]):  # the same numbers from [B, B] matrices, where these are the smaller ones
-        gram_x, gram_y = x @ x.T, y @ y.T
-        cross, own_x, own_y = (gram_x * gram_y).sum(), gram_x.square().sum(), gram_y.square().sum()
-    else:
-        cross, own_x, own_y = (x.T @ y).square().sum(), (x.T @ x).square().sum(), (y.T @ y).square().sum()
-    return cross / (own_x * own_y).clamp_min(tiny).sqrt()
+    x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
+    with torch.autocast(x.device.type, enabled=False):  # and fourth powers of large ones would overflow
+        x, y = x - x.mean(0), y - y.mean(0)
+        tiny = torch.finfo(x.dtype).tiny
+        scale_x, scale_y = x.detach().abs().amax().clamp_min(tiny), y.detach().abs().amax().clamp_min(tiny)
+        x, y = x / scale_x, y / scale_y  # fourth powers of small features would underflow
+        if len(x) < min(x.shape[1], y.shape[1]):  # the same numbers from [B, B] matrices, where these are smaller
+            gram_x, gram_y = x @ x.T, y @ y.T
+            cross, own_x, own_y = (gram_x * gram_y).sum(), gram_x.square().sum(), gram_y.square().sum()
+        else:
+            cross, own_x, own_y = (x.T @ y).square().sum(), (x.T @ x).square().sum(), (y.T @ y).square().sum()
+        return cross / (own_x * own_y).clamp_min(tiny).sqrt()
 
 
 def proxy_loss(proxy: Proxy, features: Tensor, labels: Tensor, kind: Kind, alpha: float) -> dict[str, Tensor]:

@@ -38,11 +38,11 @@ def gathered(rows: Tensor) -> Tensor:
     """[W·B, ...] the rows [B, ...] of all W ranks in the order of the global batch; `rows` itself in one process.
 
     A loss of the gathered rows is the same on all ranks, and under DDP its gradient is that of one process with the
-    global batch.
+    global batch. Rows in half precision come as float32, in which the ranks' gradients are then added up.
     """
     if world_size() == 1:
         return rows
-    return _Gathered.apply(rows)  # type: ignore[no-any-return]
+    return _Gathered.apply(rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows)  # type: ignore[no-any-return]
 
 
 class _Summed(torch.autograd.Function):

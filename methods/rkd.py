@@ -18,6 +18,8 @@ from methods.outputs import read_outputs
 from methods.ranks import gathered
 from methods.tuning import LOGITS
 
+MOST = 1024  # images of which every three are related: each of several tables of them takes 4 GB
+
 
 class RKDConfig(KDConfig):
     """Knobs of relational distillation: those of the class scores are logit distillation's."""
@@ -106,6 +108,16 @@ class RKD(KD):
     name = "rkd"
     paper = "Park et al., Relational Knowledge Distillation, CVPR 2019"
     Config = RKDConfig
+
+    @classmethod
+    def refuses(cls, setting: Setting) -> str | None:
+        batch = setting.task.batch
+        if batch > MOST:
+            return (
+                f"{cls.name} relates every three images of a micro batch, in several tables of "
+                f"{4e-9 * batch**3:.0f} GB for train.batch / train.accumulate = {batch}; allowed is {MOST} at most"
+            )
+        return super().refuses(setting)
 
     @classmethod
     def stages(cls, config: KDConfig, setting: Setting) -> list[Stage]:

@@ -165,11 +165,15 @@ def feature_distance(own: Tensor, target: Tensor, kind: Distance) -> Tensor:
         return (own - target).square().sum(-1).mean()
     if len(own) < 3:  # fewer than two others: no distribution
         return own.sum() * 0.0
-    others = ~torch.eye(len(own), dtype=torch.bool, device=own.device)
-    mine, theirs = (
-        F.log_softmax((x @ x.T)[others].view(len(x), -1) / SIMILARITY_TEMPERATURE, dim=-1) for x in (own, target)
-    )
-    return F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+    with torch.autocast(own.device.type, enabled=False):  # the temperature makes ten of each step of half precision
+        mine, theirs = (F.log_softmax(_others(x @ x.T) / SIMILARITY_TEMPERATURE, dim=-1) for x in (own, target))
+        return F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+
+
+def _others(square: Tensor) -> Tensor:
+    """[B, B - 1] a matrix [B, B] without its diagonal."""
+    count = len(square)  # a view: chosen by a mask, a GPU would have to tell how many are left
+    return square.flatten()[1:].view(count - 1, count + 1)[:, :-1].reshape(count, count - 1)
 
 
 class TDMRLearner(Learner):

@@ -37,6 +37,7 @@ from methods.outputs import Output
 
 TUNE = "tune"
 NONE = "none"
+OWN = "own"
 LOGITS = Output("logits")
 
 
@@ -232,7 +233,7 @@ def tunings() -> dict[str, type[TunedTeacher]]:
 
 
 def _known_tuning(value: str) -> str:
-    known = [NONE, *tunings()]
+    known = [NONE, OWN, *tunings()]
     if value not in known:
         import difflib
 
@@ -249,18 +250,40 @@ def tuning_knob() -> Any:
     """The knob `teacher_tuning` of a distillation; searched only where the sweep file lists values."""
     return knob(
         NONE,
-        "none: the teacher as it comes, with a fitted head; or the method (its defaults) that first tunes the teacher.",
+        "none: the teacher as it comes, with a fitted head; own: under the head that its weights came with, whose "
+        "outputs must be the task's classes in the order of their sorted names (kd and the methods built on it); or "
+        "the method (its defaults) that first tunes the teacher.",
         pattern=r"^[a-z0-9_]+$",
     )
 
 
-def tuning_refuses(name: str, setting: Setting) -> str | None:
-    """Why the tuning `name` at its defaults cannot serve this setting; None if it can."""
+def tuning_refuses(name: str, setting: Setting, *, own: bool = False) -> str | None:
+    """Why the tuning `name` at its defaults cannot serve this setting; None if it can.
+
+    Args:
+        name: a value of the knob.
+        setting: of the method that asks.
+        own: whether that method can read the class scores of a teacher's own head.
+    """
     if name == NONE:
         return None
+    if name == OWN:
+        reason = _own_refuses(setting) if own else "that is for kd and the methods built on it"
+        return f"teacher_tuning {name!r}: {reason}" if reason else None
     method = tunings()[name]
     reason = method.refuses(setting) or method.invalid(method.Config(), setting)
     return f"teacher_tuning {name!r}: {reason}" if reason else None
+
+
+def _own_refuses(setting: Setting) -> str | None:
+    teacher, task = setting.teacher, setting.task
+    assert teacher is not None
+    if task.kind == "segmentation":
+        return "a teacher's own head gives no class a pixel"
+    if teacher.classes == task.num_classes:
+        return None
+    head = f"a head of {teacher.classes} classes" if teacher.classes else "no head"
+    return f"the weights of {teacher.name} came with {head}, and the task has {task.num_classes} classes"
 
 
 @dataclass(frozen=True)
@@ -283,13 +306,15 @@ class SoftTargets:
 
 
 def soft_targets(tuning: str, setting: Setting) -> SoftTargets:
-    """The teacher as it comes under a fitted head, or first tuned by the method `tuning` at its defaults.
+    """The teacher as it comes under a fitted head or its own, or first tuned by the method `tuning` at its defaults.
 
     A tuned teacher's stage has the address that it has as a trial of its own: whoever comes first pays for both.
     """
     if tuning == NONE:
         head = teacher_head_stage(setting.task.kind)
         return SoftTargets([head], head.outputs, inputs=(TEACHER_HEAD,), params={"tuned": False})
+    if tuning == OWN:
+        return SoftTargets([], (LOGITS,), params={"tuned": True})
     method = tunings()[tuning]
     stages = method.stages(method.Config(), setting)
     return SoftTargets(stages, (LOGITS,), of=stages[-1].name, params={"tuned": True})

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import errno
+import itertools
 from collections.abc import Iterable, Iterator
+
+MOST_WORDS = 10_000  # that are compared with one: a second's work
 
 
 class UserError(Exception):
@@ -24,8 +27,11 @@ class StudyLostError(WorkError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the closest known word, or an empty string."""
-    matches = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    """` Did you mean 'x'?` for the closest known word, or an empty string; nor is there one among very many words."""
+    words = [str(k) for k in itertools.islice(known, MOST_WORDS + 1)]
+    if len(words) > MOST_WORDS:
+        return ""
+    matches = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 

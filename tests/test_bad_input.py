@@ -190,7 +190,7 @@ def test_a_weight_file_is_named_with_what_it_lacks(raw, tmp_path):
     raw["teachers"] = [{"model": f"local:{tmp_path}/model.safetensors"}]
     assert "needs `architecture: timm/NAME`" in refusal(raw, tmp_path)
     raw["teachers"] = [{"model": f"local:{tmp_path}/model.pkl", "architecture": "timm/test_vit"}]
-    assert "ends in '.pkl'; allowed: .safetensors, .pth, .pt and .bin." in refusal(raw, tmp_path)
+    assert "ends in '.pkl'; allowed: .safetensors, .pth, .pt, .bin and .tar." in refusal(raw, tmp_path)
     raw["teachers"] = [{"model": f"local:{tmp_path}/model.safetensor", "architecture": "timm/test_vit"}]
     assert "Did you mean 'model.safetensors'?" in refusal(raw, tmp_path)
 

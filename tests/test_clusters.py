@@ -12,6 +12,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from orchestrator.spec import parse_spec
+from orchestrator.sweep.capacity import read_nodes
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"
 CLOUDS = ["aws", "gcp", "azure"]
@@ -228,3 +229,20 @@ def test_the_sweep_file_inside_the_rayjob_is_valid() -> None:
 def test_every_file_names_the_ray_that_the_project_is_tested_with() -> None:
     for path in [*LAUNCHER[:4], CLUSTERS / "Dockerfile"]:
         assert re.search(rf"rayproject/ray:{re.escape(RAY)}-py312", path.read_text()), path.name
+
+
+def test_the_rayjobs_sweep_knows_the_nodes_that_its_trials_may_take() -> None:
+    path = CLUSTERS / "kuberay" / "rayjob.yaml"
+    (config,) = [d for d in documents(path) if d["kind"] == "ConfigMap"]
+    nodes, known = yaml.safe_load(config["data"]["sweep.yaml"])["cluster"]["nodes"], read_nodes(path)
+    assert nodes
+    for name, kind in nodes.items():
+        assert kind["max"] == known[name].max
+        assert all(known[name].resources[what] == much for what, much in kind["resources"].items())
+
+
+def test_what_is_to_be_typed_is_accepted() -> None:
+    for path in (CLUSTERS / "README.md", CLUSTERS / "local" / "up.py"):
+        commands = [line for line in path.read_text(encoding="utf-8").splitlines() if "submit search_spaces/" in line]
+        assert commands
+        assert all("--storage /" in line for line in commands)

@@ -313,8 +313,8 @@ def test_a_window_that_does_not_fit_is_refused(spec: SweepSpec) -> None:
     assert prepare(scaled(spec, corpus={**corpus, "memory_gb": 0.1})).cells
 
 
-def test_a_sweep_without_a_corpus_has_no_estimate(colours: Path, tmp_path: Path) -> None:
-    prepared = prepare(small_spec(colours, tmp_path))
+def test_a_sweep_that_stores_nothing_of_a_teacher_has_no_estimate(colours: Path, tmp_path: Path) -> None:
+    prepared = prepare(small_spec(colours, tmp_path, methods={"finetune": {}}))
     assert costs_of(prepared.spec, prepared.task, prepared.cells, prepared.spaces) is None
 
 

@@ -28,13 +28,13 @@ def row(status: str, **values: Any) -> dict[str, Any]:
     return {"status": status, "reason": "" if status == "complete" else "because", **values}
 
 
-@pytest.mark.parametrize(("device", "devices"), [("cpu", 2 * 3), ("cuda", 2 * 0.5)])
+@pytest.mark.parametrize(("device", "devices"), [("cpu", 2 * 3), ("cuda", 2 * 2)])
 def test_a_stopped_trial_has_taken_all_its_devices_as_one_that_ended_by_itself(
     colours: Path, tmp_path: Path, device: str, devices: float
 ) -> None:
     from orchestrator.sweep.tune import _Bridge
 
-    train = {"steps": 6, "batch": 12, "workers": 2, "threads": 3, "gpus_per_worker": 0.5}
+    train = {"steps": 6, "batch": 12, "workers": 2, "threads": 3, "gpus_per_worker": 2}
     spec = small_spec(colours, tmp_path, train=train)
     study, ledger = study_of(spec, tmp_path / "s"), Ledger(tmp_path / "s")
     context = SweepContext(spec, str(tmp_path / "s"), device)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from methods.contract import Batch, Deployed, Feed, Given, Learner, Recipe
 from methods.finetune import FineTuneLearner
 from orchestrator.data.task import load_task
-from orchestrator.errors import WorkError
+from orchestrator.errors import UserError, WorkError
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store
 from orchestrator.train.feed import Feeder
@@ -29,6 +30,7 @@ from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import fit
 from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
+from orchestrator.trial.limits import InfeasibleError
 from orchestrator.trial.plan import Cell, TrialConfig
 from orchestrator.trial.run import run_trial
 
@@ -265,6 +267,39 @@ def test_a_kept_group_trains_as_a_fresh_one_bit_for_bit_and_a_killed_rank_ends_i
     assert len(fresh) == 2
     assert not fresh & kept
     assert all(torch.equal(one[name], value) for one in found for name, value in found[-1].items())
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+class OddError(Exception):
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+def raise_odd() -> None:
+    raise OddError("one", "two")
+
+
+@pytest.mark.ray
+def test_errors_of_a_groups_errand_arrive_and_do_not_end_it(group: Any) -> None:
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker finds the module of a test
+    first = group.elsewhere(os.getpid)
+    assert first in ranks()
+    with pytest.raises(UserError, match=r"task: wrong\.") as told:
+        group.elsewhere(partial(fail, UserError("task: wrong.")))
+    assert str(told.value) == "task: wrong."
+    with pytest.raises(InfeasibleError, match="too slow") as caught:
+        group.elsewhere(partial(fail, InfeasibleError("too slow", {"latency_ms": 3.0})))
+    assert caught.value.facts == {"latency_ms": 3.0}
+    with pytest.raises(torch.OutOfMemoryError):
+        group.elsewhere(partial(fail, torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(RuntimeError, match="OddError: one two"):
+        group.elsewhere(raise_odd)
+    assert group.elsewhere(os.getpid) == first
 
 
 class CrampedLearner(FineTuneLearner):

@@ -7,11 +7,9 @@ All arms see the same streamed images in the same order; the number is the zero-
 printed beside it.
 """
 
-import json
 from typing import Any
 
 from benchmarks.ablations.harness import Arm, compare
-from benchmarks.record import RESULTS, write_result
 
 NAME = "ablation_dime_fm"
 SPEC: dict[str, Any] = {
@@ -35,8 +33,8 @@ ARMS = [
 ]
 
 
-def teacher() -> float:
-    """Zero-shot accuracy of the teacher itself on the same val images, under the same prompts."""
+def teacher(storage: str) -> dict[str, float]:
+    """Prints the zero-shot accuracy of the teacher itself on the same val images, under the same prompts."""
     from orchestrator.data.task import load_task
     from orchestrator.models.load import load_network
     from orchestrator.spec import parse_spec
@@ -45,17 +43,15 @@ def teacher() -> float:
     from orchestrator.trial.plan import Cell, TrialConfig
     from orchestrator.trial.score import val_metric, zero_shot
 
-    spec = resolved(parse_spec({**SPEC, "name": NAME, "methods": {"dime_fm": {}}}))
+    spec = resolved(parse_spec({**SPEC, "name": NAME, "storage": storage, "methods": {"dime_fm": {}}}))
     context = SweepContext(spec, f"{spec.storage}/{NAME}")
     task, network = load_task(spec.task, context.store), load_network(spec.teachers[0], "teacher")
     scored = zero_shot(context, TrialConfig("teacher", 0, Cell("dime_fm", 0, 0), {}, 0), task, network.module)
-    return val_metric(context, task, scored, network)
+    value = val_metric(context, task, scored, network)
+    print(f"the teacher itself  {value:.4f}")
+    return {"teacher": value}
 
 
 if __name__ == "__main__":
-    compare(NAME, "DIME-FM on icons, zero-shot: does unpaired distillation beat the baselines?", SPEC, ARMS)
-    path = RESULTS / f"{NAME}.json"
-    result = json.loads(path.read_text(encoding="utf-8"))
-    result["teacher"] = teacher()
-    print(f"the teacher itself  {result['teacher']:.4f}")
-    write_result(path, result)
+    question = "DIME-FM on icons, zero-shot: does unpaired distillation beat the baselines?"
+    compare(NAME, question, SPEC, ARMS, more=teacher)

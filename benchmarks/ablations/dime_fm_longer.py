@@ -6,9 +6,7 @@ The settings were chosen on val of seed 0 with 300 steps. The test images are re
 teacher, and nowhere else.
 """
 
-import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from torch import nn
 
 from benchmarks.ablations.dime_fm import RATE, SPEC, UNPAIRED
 from benchmarks.ablations.harness import Arm, compare
-from benchmarks.record import RESULTS, write_result
 
 NAME = "ablation_dime_fm_longer"
 LONGER = {**SPEC, "train": {**SPEC["train"], "steps": 600}}
@@ -61,18 +58,14 @@ def on_test(folder: Path) -> dict[str, list[float]]:
     return found
 
 
-def main() -> None:
-    """Runs the arms, then reads test."""
-    compare(NAME, "DIME-FM on icons, twice as long: does it beat the baselines?", LONGER, ARMS)
-    storage = sys.argv[sys.argv.index("--storage") + 1] if "--storage" in sys.argv else "runs"
-    path = RESULTS / f"{NAME}.json"
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    result["test"] = on_test(Path(storage).absolute() / NAME)
-    for arm, values in result["test"].items():
+def told(storage: str) -> dict[str, Any]:
+    """Prints and returns what `on_test` finds."""
+    found = on_test(Path(storage).absolute() / NAME)
+    for arm, values in found.items():
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         print(f"test  {arm}: {statistics.mean(values):.4f}{spread}")
-    write_result(path, result)
+    return {"test": found}
 
 
 if __name__ == "__main__":
-    main()
+    compare(NAME, "DIME-FM on icons, twice as long: does it beat the baselines?", LONGER, ARMS, more=told)

@@ -11,7 +11,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,21 +47,34 @@ def run_arm(raw: dict[str, Any], arm: Arm, seed: int) -> dict[str, Any]:
     return row
 
 
-def compare(name: str, question: str, raw: dict[str, Any], arms: Sequence[Arm], argv: list[str] | None = None) -> None:
+def compare(
+    name: str,
+    question: str,
+    raw: dict[str, Any],
+    arms: Sequence[Arm],
+    argv: list[str] | None = None,
+    more: Callable[[str], dict[str, Any]] = lambda storage: {},
+) -> None:
     """Runs every arm with every seed, prints a table of mean and sd, and writes `benchmarks/results/NAME.json`.
+
+    With other seeds or steps than the script's own nothing is written.
 
     Args:
         name: of the ablation and its result file.
         question: what it asks, in one line.
         raw: the sweep file, without methods.
         arms: what to compare.
+        argv: the command line; else the process's.
+        more: what else belongs into the result, from the storage that the trials lie in.
     """
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=raw["train"]["steps"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--storage", default="runs")
+    parser.add_argument("--dry", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
+    own = all(getattr(options, key) == parser.get_default(key) for key in ("seeds", "steps"))
     raw = {**raw, "name": name, "storage": options.storage, "train": {**raw["train"], "steps": options.steps}}
     began = time.time()
     rows: dict[str, list[dict[str, Any]]] = {arm.label: [] for arm in arms}
@@ -86,8 +99,10 @@ def compare(name: str, question: str, raw: dict[str, Any], arms: Sequence[Arm], 
         "machine": f"{platform.machine()}, {options.processes} processes of 1 thread",
         "seconds": round(time.time() - began),
         "arms": table,
+        **more(options.storage),
     }
-    write_result(RESULTS / f"{name}.json", result)
+    if own and not options.dry:
+        write_result(RESULTS / f"{name}.json", result)
 
 
 def _line(arm: Arm, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ SPEC = {
     "task": {"data": "packaged/clipart", "shots": 10},
     "teachers": ["packaged/vit_clipart", {"model": "packaged/efficientnet_lite0", "image_size": 96}],
     "students": [{"model": "timm/test_resnet", "image_size": 48}, {"model": "timm/test_vit", "image_size": 48}],
-    "train": {"steps": 200, "batch": 64, "views": 3},
+    "train": {"steps": 600, "batch": 64, "views": 3},
 }
 
 

@@ -7,7 +7,7 @@ to trial (the teacher's features of the labelled images, its head, TDMR's proxie
     python -m benchmarks.peers.plain_optuna OUT_FOLDER SWEEP.json
 
 SWEEP.json: {data, teacher, teacher_size, student, student_size, shots, steps, batch, processes,
-trials: [{method, ...}]}; data is packaged/NAME or folder:PATH with train, val and test in it.
+trials: [{method, ...}]}; data is packaged/NAME or folder:PATH.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ import torch
 import torch.nn.functional as F
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 CROP = 0.35
-SIDE = 96  # pixels at which images are kept
+SIDE = 96  # least pixels at which images are kept
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 PROXY_EPOCHS = 100
 
 
 def listed_images(data: str) -> Iterator[tuple[Any, str, str]]:
-    """(file, label, split) of every image."""
+    """(file, label, split) of every image; a folder without train is train."""
     from importlib.resources import files
 
     if data.startswith("packaged/"):
@@ -52,49 +53,87 @@ def listed_images(data: str) -> Iterator[tuple[Any, str, str]]:
             yield io.BytesIO(row["image"]), row["label"], row["split"]
     else:
         root = Path(data.removeprefix("folder:")).expanduser()
-        for split in ("train", "val", "test"):
+        splits = ("train", "val", "test") if (root / "train").is_dir() else (".",)
+        for split in splits:
             for path in sorted((root / split).glob("*/*")):
-                yield path, path.parent.name, split
+                if path.suffix.lower() in SUFFIXES:
+                    yield path, path.parent.name, split if len(splits) > 1 else "train"
 
 
-def load_data(data: str) -> dict[str, tuple[Tensor, np.ndarray]]:
-    """uint8 [n, 3, 96, 96] and labels [n] by split."""
-    listing = list(listed_images(data))
+def divided(listing: list[tuple[Any, str, str]]) -> list[tuple[Any, str, str]]:
+    """With a fifth of each class of train as test and as val, where there is none: as many as the other side takes."""
+    lacking = [split for split in ("test", "val") if split not in {split for _, _, split in listing}]
+    found, rng = list(listing), np.random.default_rng(0)
+    for name in sorted({label for _, label, _ in listing}):
+        rows = rng.permutation([i for i, (_, label, split) in enumerate(listing) if (label, split) == (name, "train")])
+        many = round(len(rows) / 5)
+        for number, split in enumerate(lacking):
+            for row in rows[number * many : (number + 1) * many]:
+                found[row] = (*found[row][:2], split)
+    return found
+
+
+def load_data(data: str, side: int = SIDE) -> dict[str, tuple[Tensor, np.ndarray]]:
+    """uint8 [n, 3, side, side], the central squares, and labels [n] by split; a split without images is not there."""
+    listing = divided(list(listed_images(data)))
     names = sorted({label for _, label, _ in listing})
-    found: dict[str, tuple[list[Tensor], list[int]]] = {s: ([], []) for s in ("train", "val", "test")}
+    found: dict[str, tuple[list[Tensor], list[int]]] = {}
     for file, label, split in listing:
-        image = Image.open(file).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        images, labels = found[split]
+        image = ImageOps.fit(Image.open(file).convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+        images, labels = found.setdefault(split, ([], []))
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         labels.append(names.index(label))
+    if not {"train", "val"} <= set(found):
+        raise SystemExit(f"{data} has no images of train, or none of val: one folder a class, or train/val/test above.")
     return {split: (torch.stack(images), np.array(labels)) for split, (images, labels) in found.items()}
 
 
-def normalised(images: Tensor, size: int) -> Tensor:
-    """uint8 to [-1, 1] at a size."""
+def normalised(images: Tensor, size: int, network: Any = None) -> Tensor:
+    """uint8 to what a network of timm expects, without one to [-1, 1], at a size; channels last in memory."""
     small = images if images.shape[-1] == size else v2.functional.resize(images, [size, size], antialias=True)
-    return small.float() / 127.5 - 1
+    pixels = small.float().contiguous(memory_format=torch.channels_last)
+    config = network.pretrained_cfg if network is not None else {"mean": (0.5,), "std": (0.5,)}
+    mean, std = (255 * torch.tensor(config[name], device=pixels.device).view(1, -1, 1, 1) for name in ("mean", "std"))
+    return pixels.sub_(mean).div_(std)
 
 
 def batches(pool: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Endless shuffled batches of rows."""
+    """Endless shuffled batches of `size` rows, each as often as any other; of a small pool a batch has some twice."""
     order = rng.permutation(pool)
     at = 0
     while True:
-        if at + size > len(order):
+        while at + size > len(order):
             order, at = np.concatenate([order[at:], rng.permutation(pool)]), 0
         yield order[at : at + size]
         at += size
 
 
+def build(name: str, size: int, **options: Any) -> Any:
+    """A network of timm, told its images' size if it takes one: most convolutional ones work at any."""
+    name = name.removeprefix("timm/")
+    try:
+        return timm.create_model(name, img_size=size, **options)
+    except TypeError:
+        return timm.create_model(name, **options)
+
+
 def build_teacher(name: str, size: int) -> Any:
     """The frozen teacher; one of timm without pre-trained weights is drawn from seed 0, as it is on the other side."""
-    if name == "packaged/vit_clipart":
-        from orchestrator.packaged.models import vit_clipart
+    if name.startswith("packaged/"):
+        from orchestrator.packaged import models
 
-        return vit_clipart().eval().requires_grad_(False)
-    torch.manual_seed(0)
-    return timm.create_model(name.removeprefix("timm/"), img_size=size).eval().requires_grad_(False)
+        teacher: Any = getattr(models, name.removeprefix("packaged/"))()
+    else:
+        torch.manual_seed(0)
+        teacher = build(name, size)
+    return teacher.eval().requires_grad_(False)
+
+
+def two_sided(weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A linear head with a row for each class; of two classes scikit-learn gives the second one's alone."""
+    if len(weight) > 1:
+        return weight, bias
+    return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
 
 
 class Proxy(nn.Module):
@@ -123,13 +162,15 @@ class Bench:
 
     def __init__(self, sweep: dict[str, Any]) -> None:
         self.sweep, self.steps, self.batch = sweep, sweep["steps"], sweep["batch"]
-        self.data = load_data(sweep["data"])
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.teacher = build_teacher(sweep["teacher"], sweep["teacher_size"]).to(self.device)
         self.size, self.small = sweep["teacher_size"], sweep["student_size"]
+        self.data = load_data(sweep["data"], max(SIDE, self.size, self.small))
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.teacher = build_teacher(sweep["teacher"], self.size).to(self.device)
         self.crop = v2.RandomResizedCrop(max(self.size, self.small), scale=(CROP, 1.0), antialias=True)
         self.flip = v2.RandomHorizontalFlip()
         images, labels = self.data["train"]
+        images = images.to(self.device)  # so that a GPU cuts its crops itself
+        self.data["train"] = images, labels
         rng = np.random.default_rng(0)
         self.labelled = np.concatenate(
             [rng.permutation(np.flatnonzero(labels == c))[: sweep["shots"]] for c in np.unique(labels)]
@@ -138,52 +179,56 @@ class Bench:
         self.classes = len(np.unique(labels))
         self.known = self.features(self.teacher, images[self.labelled], self.size)
         head = LogisticRegression(C=0.1, max_iter=500).fit(self.known, labels[self.labelled])
-        self.weight = torch.tensor(head.coef_, dtype=torch.float32, device=self.device)
-        self.bias = torch.tensor(head.intercept_, dtype=torch.float32, device=self.device)
+        self.weight, self.bias = (
+            torch.tensor(part, dtype=torch.float32, device=self.device)
+            for part in two_sided(head.coef_, head.intercept_)
+        )
         self.proxies: dict[int, Proxy] = {}
 
     @torch.inference_mode()
     def features(self, network: Any, images: Tensor, size: int) -> np.ndarray:
         parts = images.to(self.device).split(128)
-        found = [network.forward_head(network.forward_features(normalised(p, size)), pre_logits=True) for p in parts]
+        found = [
+            network.forward_head(network.forward_features(normalised(p, size, network)), pre_logits=True) for p in parts
+        ]
         return torch.cat(found).cpu().numpy()
 
     def views(self, rows: np.ndarray) -> Tensor:
         images = self.data["train"][0]
-        return torch.stack([self.flip(self.crop(images[i])) for i in rows]).to(self.device)
+        return torch.stack([self.flip(self.crop(images[i])) for i in rows])
 
     @torch.inference_mode()
     def pooled(self, pixels: Tensor) -> Tensor:
         teacher = self.teacher
-        return teacher.forward_head(teacher.forward_features(normalised(pixels, self.size)), pre_logits=True)
+        features = teacher.forward_features(normalised(pixels, self.size, teacher))
+        return teacher.forward_head(features, pre_logits=True)
 
     def prepared(self, parameters: Any, lr: float, decay: float) -> tuple[Any, Any]:
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
         return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, self.steps, pct_start=0.1)
 
     def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(a quarter of labelled rows, the others) of each step."""
+        """(a quarter of labelled rows, the others) of each step; where all rows are labelled, (all of them, none)."""
         rng = np.random.default_rng(0)
-        known = batches(self.labelled, self.batch // 4, rng)
-        others = batches(self.unlabelled, self.batch - self.batch // 4, rng)
+        many = self.batch // 4 if len(self.unlabelled) else self.batch
+        known = batches(self.labelled, many, rng)
+        others = batches(self.unlabelled, self.batch - many, rng)
         for _ in range(self.steps):
-            yield next(known), next(others)
+            one = next(known), next(others) if many < self.batch else self.unlabelled
+            assert sum(map(len, one)) == self.batch
+            yield one
 
     def accuracy(self, student: Any) -> float:
         student.eval()
         images, labels = self.data["val"]
         with torch.inference_mode():
             predicted = torch.cat(
-                [student(normalised(p, self.small)).argmax(1) for p in images.to(self.device).split(128)]
+                [student(normalised(p, self.small, student)).argmax(1) for p in images.to(self.device).split(128)]
             )
         return float((predicted.cpu().numpy() == labels).mean())
 
     def student(self) -> Any:
-        return (
-            timm.create_model(self.sweep["student"].removeprefix("timm/"), num_classes=self.classes)
-            .to(self.device)
-            .train()
-        )
+        return build(self.sweep["student"], self.small, num_classes=self.classes).to(self.device).train()
 
     def kd(self, temperature: float, lr: float, weight: float) -> float:
         labels = self.data["train"][1]
@@ -192,7 +237,7 @@ class Bench:
         for mine, others in self.batches():
             pixels = self.views(np.concatenate([mine, others]))
             target = F.softmax((self.pooled(pixels) @ self.weight.T + self.bias) / temperature, -1)
-            logits = student(normalised(pixels, self.small))
+            logits = student(normalised(pixels, self.small, student))
             kl = F.kl_div(F.log_softmax(logits / temperature, -1), target, reduction="batchmean")
             ce = F.cross_entropy(logits[: len(mine)], torch.from_numpy(labels[mine]).to(self.device))
             optimizer.zero_grad()
@@ -242,7 +287,7 @@ class Bench:
                 z, scores = proxy(self.pooled(pixels))
                 z, target = F.normalize(z, dim=-1), F.softmax(scores / 4, -1)
             z, target = z.clone(), target.clone()
-            final, maps = student.forward_intermediates(normalised(pixels, self.small), indices=taken)
+            final, maps = student.forward_intermediates(normalised(pixels, self.small, student), indices=taken)
             logits = student.forward_head(final)
             ce = F.cross_entropy(logits[: len(mine)], torch.from_numpy(labels[mine]).to(self.device))
             kl = 16 * F.kl_div(F.log_softmax(logits / 4, -1), target, reduction="batchmean")
@@ -261,18 +306,20 @@ class Bench:
         from peft import LoraConfig, get_peft_model
 
         student = copy.deepcopy(self.teacher)
-        student.blocks = nn.Sequential(*list(student.blocks)[::factor])
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))")
+        kept = list(student.blocks)[::factor]
+        student.blocks = nn.Sequential(*kept) if isinstance(student.blocks, nn.Sequential) else nn.ModuleList(kept)
+        maps = [f"blocks.{name}" for name, part in student.blocks.named_modules() if isinstance(part, nn.Linear)]
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=maps)
         adapted: Any = get_peft_model(student, config)  # type: ignore[arg-type]
         trained = [p for p in adapted.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
+        optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, self.steps, pct_start=0.2)
         order = batches(np.arange(len(self.data["train"][0])), self.batch, np.random.default_rng(0))
         tokens: dict[str, Tensor] = {}
         tap = self.teacher.blocks[-1].register_forward_hook(lambda m, a, out: tokens.__setitem__("teacher", out))
         student.blocks[-1].register_forward_hook(lambda m, a, out: tokens.__setitem__("student", out))
         for _ in range(self.steps):
-            pixels = normalised(self.views(next(order)), self.size)
+            pixels = normalised(self.views(next(order)), self.size, self.teacher)
             with torch.inference_mode():
                 self.teacher.forward_features(pixels)
             adapted.base_model.model.forward_features(pixels)
@@ -298,9 +345,11 @@ class Bench:
         return value
 
 
-def work(folder: str, sweep: dict[str, Any], bench: type[Bench]) -> None:
-    """One process of the search."""
+def work(folder: str, sweep: dict[str, Any], bench: type[Bench], number: int) -> None:
+    """One process of the search; where there are several GPUs, each has its own."""
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     callback = optuna.study.MaxTrialsCallback(len(sweep["trials"]), states=None)
     _study(folder, sweep).optimize(bench(sweep).objective, callbacks=[callback])
@@ -327,7 +376,8 @@ def search(bench: type[Bench]) -> None:
     _study(str(options.folder), sweep)
     context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=work, args=(str(options.folder), sweep, bench)) for _ in range(sweep["processes"])
+        context.Process(target=work, args=(str(options.folder), sweep, bench, number))
+        for number in range(sweep["processes"])
     ]
     for worker in workers:
         worker.start()

@@ -61,7 +61,7 @@ class Classifier(nn.Module):
         self.network, self.size, self.weight, self.bias = network, size, weight, bias
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = normalised(images, self.size)
+        pixels = normalised(images, self.size, self.network)
         if self.weight is None:
             return self.network(pixels)
         pooled = self.network.forward_head(self.network.forward_features(pixels), pre_logits=True)
@@ -83,7 +83,7 @@ class TorchdistillBench(Bench):
             "val_data_loader": {},
             "teacher": {"requires_grad": False, "forward_proc": "forward_batch_only"},
             "student": {"forward_proc": "forward_batch_only"},
-            "optimizer": {"key": "AdamW", "kwargs": {"lr": lr, "weight_decay": 0.05}},
+            "optimizer": {"key": "AdamW", "kwargs": {"lr": lr, "weight_decay": 0.05, "fused": True}},
             "scheduler": {
                 "key": "OneCycleLR",
                 "kwargs": {"max_lr": lr, "total_steps": self.steps + 1, "pct_start": 0.1},

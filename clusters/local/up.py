@@ -115,7 +115,7 @@ def main() -> int:
     print(f"  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token}")
     print(f"  export RAY_API_SERVER_ADDRESS=http://127.0.0.1:{given.dashboard_port}")
     print(f"  ray status --address {yaml.safe_load(config.read_text())['provider']['gcs_address']}")
-    print("  python -m orchestrator submit search_spaces/quickstart.yaml", flush=True)
+    print("  python -m orchestrator submit search_spaces/quickstart.yaml --storage /ABSOLUTE/FOLDER", flush=True)
     while head.poll() is None and not asked.wait(0.5):
         pass
     failed = head.poll() is not None

@@ -25,6 +25,7 @@ class NetworkInfo:
         image_size: side of the square input, in pixels.
         pretrained: whether its weights come from pre-training.
         embedding: width of the space that a `clip` network's images and texts share; 0 of any other kind.
+        classes: of the head that its weights came with; 0 where they came with none, or none were asked for.
         vocabulary, context: how many numbers its tokenizer knows, and how many a text takes; 0 of any other kind.
         skeleton: its modules, whatever their weights (on the meta device where that can be); never to be changed.
     """
@@ -39,6 +40,7 @@ class NetworkInfo:
     embedding: int = 0
     vocabulary: int = 0
     context: int = 0
+    classes: int = 0
     skeleton: nn.Module | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -162,9 +162,9 @@ class DiffusionPriming(Priming):
     @torch.no_grad()
     def _average(self) -> None:
         """Takes in the weights as the last step left them."""
-        steps = int(self.updates)
+        steps = self.updates.double()  # as a number of Python's it would make each step wait for the device
         now = nn.utils.parameters_to_vector(self.student.parameters())
-        self.averaged.lerp_(now, 1 - min(self.decay, (1 + steps) / (10 + steps)))
+        self.averaged.lerp_(now, (1 - ((1 + steps) / (10 + steps)).clamp_max(self.decay)).to(now.dtype))
         self.updates += 1
 
     def tensors(self) -> dict[str, Tensor]:

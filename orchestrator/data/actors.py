@@ -13,7 +13,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from orchestrator.data.pool import ShardJob
+from orchestrator.data.pool import ShardJob, make_here
 from orchestrator.process import settle
 
 Segment = tuple[Any, dict[str, Any] | None]  # the iterator of a running execution, and its first block
@@ -34,7 +34,12 @@ class _ShardActor:
 
 
 def make_on_actors(job: ShardJob, shards: list[int]) -> list[int]:
-    """Makes shards on the job's actors. After a death only what is missing is made again."""
+    """Makes shards on the job's actors. After a death only what is missing is made again.
+
+    Where these would compute on a GPU and reserve none, they would see none: this process, which holds one, makes them.
+    """
+    if job.unreserved:
+        return make_here(job, shards)
     wanted = job.resources
     context = DataContext.get_current()
     context.enable_progress_bars = False

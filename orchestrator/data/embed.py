@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor
 from methods.contract import Texts
 from methods.outputs import Output
 from orchestrator.data.corpus import Corpus, CorpusShard, Shard, corpus_at, is_there
-from orchestrator.data.passes import live_outputs
-from orchestrator.data.pixels import READ_THREADS, rendered_view
+from orchestrator.data.images import decoders
+from orchestrator.data.passes import fitting, live_outputs, off_device
+from orchestrator.data.pixels import rendered_view
 from orchestrator.data.pool import Mapper, Resources, ShardJob, ensure_shards
 from orchestrator.data.task import TaskData
 from orchestrator.data.views import Policy, draw_all
@@ -95,6 +97,10 @@ class ShardEmbedder:
         entry = job.spec.teachers[job.teacher]
         self.teacher: Network | None = load_network(entry, "teacher") if job.what == "images" else None
         self.texts: TextTower | None = None if job.what == "images" else text_tower_of(entry).to(job.device)
+        network = self.texts if self.teacher is None else self.teacher.module
+        assert network is not None
+        # Where a trial embeds by itself, its process goes on, and keeps the network.
+        weakref.finalize(self, off_device, network, job.device).atexit = False
 
     def __call__(self, number: int) -> Entry:
         """The shard's entry in the store, made here if nobody has made it."""
@@ -120,18 +126,14 @@ class ShardEmbedder:
         threads = decoders(self.job.spec.corpus.cpus)
         views = plain_views(images)
         for pixels in rendered_view(images, images.split, views, self.teacher.preprocessing, threads=threads):
-            yield live_outputs(self.teacher, module, pixels.to(self.job.device), [output])[output.key]
+            values = live_outputs(self.teacher, module, pixels.to(self.job.device), [output])[output.key]
+            yield fitting(values, self.job.spec.corpus.dtype, output, self.teacher, "set corpus.dtype to float32")
 
     def _texts(self, shard: Shard) -> Iterator[Tensor]:
         assert self.texts is not None
         column = column_of(self.job.what)
         for group in range(len(shard.row_groups)):
             yield self.texts.embed([text or "" for text in shard.read(group, [column])[column].to_pylist()])
-
-
-def decoders(cpus: float) -> int:
-    """Threads that decode in an actor which reserves so many CPUs."""
-    return max(READ_THREADS, int(cpus))
 
 
 def plain_views(images: CorpusShard) -> np.ndarray:
@@ -154,7 +156,11 @@ def embedded_prompts(store: Store, task: TaskData, entry: Model, device: str) ->
 
     def write(folder: Path) -> dict[str, Any]:
         began = time.perf_counter()
-        write_records(folder / "records.arrow", len(texts), [tower.to(device).embed(texts)], "float32")
+        try:
+            embeddings = tower.to(device).embed(texts)
+        finally:
+            off_device(tower, device)
+        write_records(folder / "records.arrow", len(texts), [embeddings], "float32")
         return {"texts": texts, "seconds": time.perf_counter() - began}
 
     return store.compute("text_embeddings", key_of(reads), write, reads=reads)

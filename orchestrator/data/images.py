@@ -1,9 +1,16 @@
-"""Decoding: encoded bytes to uint8 RGB, or to the class indices of a mask."""
+"""Decoding: encoded bytes to uint8 RGB, or to the class indices of a mask; and the threads that do it."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
+import os
 import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +19,7 @@ from torch import Tensor
 
 MAX_PIXELS = 64_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+READ_THREADS = 2  # that decode, at least
 CONVERSIONS = (
     "CMYK colours",
     "palette",
@@ -22,6 +30,18 @@ CONVERSIONS = (
     "more than one frame",
     "EXIF rotation",
 )
+
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+def hide_warnings() -> None:
+    """Hides Pillow's, of the whole process: to do so while an image is decoded would swap a list that threads share."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+hide_warnings()
 
 
 class CorruptError(ValueError):
@@ -52,22 +72,20 @@ def open_rgb(data: bytes, least: int = 8) -> tuple[Image.Image, list[str]]:
     if not data:
         raise CorruptError("empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise CorruptError("more than 64 megapixels")
-            found = _peculiar(image)
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                found.add("transparency")
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(white, image)
-            elif _is_wide(image.mode):
-                image = _scaled(image)
-            image = image.convert("RGB")
+        image: Image.Image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise CorruptError("more than 64 megapixels")
+        found = _peculiar(image)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            found.add("transparency")
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        elif _is_wide(image.mode):
+            image = _scaled(image)
+        image = image.convert("RGB")
     except (CorruptError, MemoryError):  # memory is this machine's lack, not the file's
         raise
     except Image.DecompressionBombError:
@@ -95,7 +113,8 @@ def _scaled(image: Image.Image) -> Image.Image:
         raise CorruptError("values that are not finite")
     low = min(float(wide.min()), 0.0)
     span = float(wide.max()) - low or 1.0
-    return Image.fromarray(((wide - low) / span * 255).astype(np.uint8))
+    with np.errstate(all="ignore"):  # of values near the greatest there are, the span is infinite
+        return Image.fromarray(((wide - low) / span * 255).astype(np.uint8))
 
 
 def _peculiar(image: Image.Image) -> set[str]:
@@ -130,12 +149,10 @@ def decode_mask(data: bytes) -> Tensor:
     if not data:
         raise CorruptError("empty mask file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(data))
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            values = np.array(image)
+        image: Image.Image = Image.open(io.BytesIO(data))
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        values = np.array(image)
     except MemoryError:  # this machine's, not the file's
         raise
     except Exception:  # decoders raise whatever they like on broken files
@@ -145,3 +162,44 @@ def decode_mask(data: bytes) -> Tensor:
     if values.max() > 255 or values.min() < 0:
         raise CorruptError("mask with values above 255")
     return torch.from_numpy(values.astype(np.uint8))
+
+
+def decoders(cpus: float | None = None) -> int:
+    """Threads that decode in a process that reserves so many CPUs; None: as many as torch may use in this one."""
+    return max(READ_THREADS, int(torch.get_num_threads() if cpus is None else cpus))
+
+
+def all_cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decoding_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that decode and render images, each on one CPU; they end with whoever keeps it."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=_on_one_cpu)
+
+
+def _on_one_cpu() -> None:
+    """Keeps torch's operations in this thread to it: threads that each open a team of their own hinder each other.
+
+    Torch's own `set_num_threads` would say so for threads to come as well; OpenMP's holds for its caller alone.
+    """
+    torch.get_num_threads()  # torch tells OpenMP the process's number when a thread first asks for it, so before
+    with contextlib.suppress(OSError, AttributeError):  # a torch without OpenMP
+        ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)
+
+
+def read_ahead(work: Callable[[A], R], items: Iterable[A], threads: int, ahead: int) -> Generator[R, None, None]:
+    """What `work` gives for each item, in order; threads work on up to `ahead` items after the one that is read."""
+    waiting: deque[Future[R]] = deque()
+    with decoding_pool(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # whoever reads has had enough
+                future.cancel()

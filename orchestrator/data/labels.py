@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from methods.contract import IGNORE
-from orchestrator.data.pixels import READ_THREADS
+from orchestrator.data.images import decoders, decoding_pool
+from orchestrator.data.pixels import stacked
 from orchestrator.data.task import Split, TaskData
 from orchestrator.data.views import Policy, draw, render_mask, stored_view, view_parameters
 from orchestrator.store import Records, Store, key_of, write_records
@@ -32,14 +32,15 @@ class ImageLabels:
     """Labels that no view changes.
 
     Args:
-        values: [N] or [N, C], of every row of the split.
+        values: [N] int64, or [N, C] int8 (which a batch makes float32), of every row of the split.
     """
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
 
     def batch(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
-        return self.values[torch.from_numpy(np.asarray(rows, dtype=np.int64))]
+        chosen = self.values[torch.from_numpy(np.asarray(rows, dtype=np.int64))]
+        return chosen.float() if chosen.dtype == torch.int8 else chosen
 
 
 class _Masks:
@@ -63,20 +64,20 @@ class _Masks:
 
 
 class RenderedMasks(_Masks):
-    """Rendered from the encoded masks at each call."""
+    """Rendered from the encoded masks at each call, by threads that it keeps: as many as torch may use."""
 
     def __init__(self, task: TaskData, split: Split, known: Sequence[int], policy: Policy, size: int) -> None:
         super().__init__(split, known, size)
         self.task, self.policy = task, policy
         self.labelled = split.take(known)
+        self._readers = decoding_pool(decoders())
 
     def _one(self, row: int, view: int) -> Tensor:
         parameters = draw(self.policy, self.labelled.ids[row], self.labelled.sizes[row], view)
         return render_mask(self.task.mask(self.labelled, row), parameters, self.size)
 
     def read(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            return torch.stack(list(pool.map(self._one, rows.tolist(), views.tolist())))
+        return torch.stack(list(self._readers.map(self._one, rows.tolist(), views.tolist())))
 
 
 class StoredMasks(_Masks):
@@ -111,12 +112,7 @@ def stored_masks(store: Store, task: TaskData, split: Split, policy: Policy, vie
         def one(row: int) -> Tensor:
             return render_mask(task.mask(split, row), drawn[row], size)
 
-        def batches(step: int = 64) -> Iterator[Tensor]:
-            with ThreadPoolExecutor(READ_THREADS) as pool:
-                for start in range(0, len(split), step):
-                    yield torch.stack(list(pool.map(one, range(start, min(start + step, len(split))))))
-
-        write_records(folder / "masks.arrow", len(split), batches(), "uint8")
+        write_records(folder / "masks.arrow", len(split), stacked(one, range(len(split)), 64, size**2), "uint8")
         return {}
 
     entry = store.compute("masks", key_of(reads), write, reads=reads)
@@ -150,10 +146,11 @@ def open_labels(
         return StoredMasks(split, known, size, tables)
     rows = torch.as_tensor(list(known), dtype=torch.int64)
     if task.spec.kind == "multilabel":
-        values = torch.full((len(split), len(task.classes)), -1.0)
-        values[rows] = 0.0
-        for row in known:
-            values[row, list(split.labels[row])] = 1.0
+        values = torch.full((len(split), len(task.classes)), -1, dtype=torch.int8)  # a byte each, until they are read
+        values[rows] = 0
+        counts = [len(split.labels[row]) for row in known]
+        theirs = np.fromiter((c for row in known for c in split.labels[row]), dtype=np.int64, count=sum(counts))
+        values[rows.repeat_interleave(torch.tensor(counts, dtype=torch.int64)), torch.from_numpy(theirs)] = 1
         return ImageLabels(values)
     classes = torch.full((len(split),), -1, dtype=torch.int64)
     classes[rows] = torch.tensor([split.labels[i] for i in known], dtype=torch.int64)

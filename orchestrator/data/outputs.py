@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from methods.outputs import Output
-from orchestrator.data.passes import Pass
+from orchestrator.data.passes import Pass, off_device
 from orchestrator.data.task import ImageSet, Split
 from orchestrator.data.views import Policy, stored_view
 from orchestrator.models.load import Network
@@ -81,7 +81,7 @@ def ensure_outputs(
         teacher: loaded; its module is run in inference mode.
         policy, views: which views.
         wanted, also: see above. `also` is in no key.
-        device: where the teacher runs.
+        device: where the teacher runs; afterwards it is on the CPU again.
         bill: counts what was paid and what was shared.
         dtype: of the stored values: `float16`, `bfloat16` or `float32`.
 
@@ -101,6 +101,7 @@ def ensure_outputs(
     finally:
         for done in passes.values():  # what is done stays, whatever came after it
             bill.pay(done.forwards, done.seconds)
+        off_device(teacher.module, device)
     for view, done in passes.items():
         if wanted:
             bill.share(entries[view][wanted[0].key], done.forwards, done.seconds)

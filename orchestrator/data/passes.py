@@ -32,14 +32,18 @@ from methods.outputs import Output, read_outputs
 from orchestrator.data.pixels import rendered_view
 from orchestrator.data.task import ImageSet, Split
 from orchestrator.data.views import view_parameters
+from orchestrator.errors import FullDiskError, UserError, WorkError
 from orchestrator.files import at_once
+from orchestrator.models.clip import TextTower
 from orchestrator.models.load import Network, describe
 from orchestrator.store import Entry, Store, key_of, write_records
 from orchestrator.store.records import TYPES
 from orchestrator.store.store import BusyError
 
 VERSION = 1
+FRESH = "set train.fresh to true, which stores none, or leave out the methods that read it"
 ROWS = 256  # of a part, at least
+BATCH = 64  # images that the teacher sees at a time; fewer where its device lacks memory
 PARTS = 64  # at most
 ASKED_S = 3600.0  # after which nobody computes what another trial has asked for: it may be dead
 
@@ -63,6 +67,41 @@ def live_outputs(
     with torch.inference_mode(), teacher.cast(pixels.device.type):
         results = read_outputs(module, teacher.preprocessing.normalise(pixels), outputs)
     return {key: value.detach().float().clone() for key, value in results.items()}
+
+
+def fitting(values: Tensor, dtype: str, output: Output, teacher: Network, otherwise: str) -> Tensor:
+    """Outputs as they are stored: of this type, on the CPU.
+
+    Args:
+        values: float32 [B, ...].
+        dtype: of the store.
+        output, teacher: whose they are.
+        otherwise: what to do where numbers of this type cannot hold them: the end of a sentence.
+
+    Raises:
+        UserError: if one of them is not finite. What is stored is stored for ever, and all who read it would fail.
+    """
+    stored = values.to(TYPES[dtype])
+    if not bool(stored.isfinite().all()):
+        whose, entry = f"the output {output.key!r} of the teacher {teacher.entry.model!r}", teacher.entry
+        if bool(values.isfinite().all()):
+            most, held = float(values.abs().max()), torch.finfo(TYPES[dtype]).max
+            raise UserError(f"teachers: {whose} reaches {most:.3g}, and {dtype} holds {held:.3g} at most: {otherwise}.")
+        remedy = "its weights are damaged, or do not fit its architecture"
+        if entry.precision != "fp32":
+            remedy = f"its precision is {entry.precision}: use {'bf16 or ' * (entry.precision == 'fp16')}fp32"
+        raise UserError(f"teachers: {whose} has values that are not finite; {remedy}.")
+    return stored.cpu().contiguous()
+
+
+def off_device(network: torch.nn.Module | TextTower, device: str) -> None:
+    """Brings a network back to the CPU: the process keeps it, and it would lie beside whatever is trained next."""
+    if device == "cpu":
+        return
+    with contextlib.suppress(RuntimeError):  # of a device that fails whatever is asked of it; what it did first is told
+        network.to("cpu")
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 @dataclass
@@ -147,6 +186,7 @@ class Pass:
         self.mine = list(dict.fromkeys([*wanted, *also]))
         self.forwards, self.seconds = 0, 0.0
         self._torn = False
+        self._batch = BATCH
 
     def entries(self, wait: bool) -> dict[str, Entry] | None:
         """Entries of what is wanted, by `Output.key`, computed as far as they are missing and nobody else is at it.
@@ -233,22 +273,28 @@ class Pass:
         return True
 
     def _compute_asked(self, part: Part) -> None:
-        def missing(outputs: list[Output]) -> list[Output]:
+        def missing(outputs: Sequence[Output]) -> list[Output]:
             return [o for o in outputs if not part.has([o]) and self._stored(o) is None]
 
-        everybodys, mine = missing(self._asked()), missing(self.mine)
-        try:
-            self._compute(part, everybodys)
-        except (
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            RuntimeError,
-        ):  # a network without it; lack of memory
-            if everybodys == mine:
-                raise
-            self._compute(part, mine)  # that the network lacks what another trial asks for is that one's fault
+        # That the network lacks what another trial asks for, or will, is that one's fault.
+        asked = [missing(self._asked()), missing(self.mine), missing(self.wanted)]
+        while True:
+            outputs = asked.pop(0)
+            try:
+                self._compute(part, outputs)
+                return
+            except (
+                ValueError,
+                TypeError,
+                LookupError,
+                AttributeError,
+                RuntimeError,
+                UserError,
+                WorkError,
+            ) as error:  # a network without it, or whose values cannot be stored; lack of memory
+                asked = [fewer for fewer in asked if fewer != outputs]
+                if not asked or isinstance(error, FullDiskError):
+                    raise
 
     def _compute(self, part: Part, outputs: Sequence[Output]) -> None:
         if not outputs:
@@ -262,15 +308,19 @@ class Pass:
         try:
             with contextlib.ExitStack() as files:
                 raw = {o.key: files.enter_context(path.open("wb")) for o, path in unfinished.items()}
-                for pixels in rendered_view(self.images, self.split, parameters, sizes, rows=rows):
-                    results = live_outputs(self.teacher, module, pixels.to(self.device), outputs)
-                    for key, value in results.items():
-                        stored = value.to(TYPES[self.dtype]).cpu().contiguous()
-                        table = stored.unsqueeze(-1).view(torch.uint8).numpy()
-                        if raw[key].tell() == 0:
-                            shape = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *table.shape[1:])}
-                            np.lib.format.write_array_header_1_0(raw[key], shape)
-                        raw[key].write(table.tobytes())
+                left = len(rows)
+                for pixels in rendered_view(self.images, self.split, parameters, sizes, BATCH, rows=rows):
+                    for found in self._seen(module, pixels, outputs):
+                        tables = {key: value.unsqueeze(-1).view(torch.uint8).numpy() for key, value in found.items()}
+                        count = len(next(iter(tables.values())))
+                        # At each batch, for others write too: what is left must not be eaten up by this part.
+                        self.store.check_room(sum(table.nbytes for table in tables.values()) // count * left)
+                        left -= count
+                        for key, table in tables.items():
+                            if raw[key].tell() == 0:
+                                shape = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *table.shape[1:])}
+                                np.lib.format.write_array_header_1_0(raw[key], shape)
+                            raw[key].write(table.tobytes())
             for output, path in unfinished.items():
                 os.replace(path, part.file(output))
             seconds = time.perf_counter() - began
@@ -280,6 +330,29 @@ class Pass:
                 path.unlink(missing_ok=True)
         self.forwards += len(rows)
         self.seconds += seconds
+
+    def _seen(self, module: torch.nn.Module, pixels: Tensor, outputs: Sequence[Output]) -> Iterator[dict[str, Tensor]]:
+        """Outputs by key as they are stored, of as many of the images at a time as the device has memory for."""
+        by_key = {output.key: output for output in outputs}
+        done = 0
+        while done < len(pixels):
+            some, results = pixels[done : done + self._batch], None
+            try:
+                live = live_outputs(self.teacher, module, some.to(self.device), outputs)
+                results = {k: fitting(v, self.dtype, by_key[k], self.teacher, FRESH) for k, v in live.items()}
+            except torch.OutOfMemoryError as error:
+                if len(some) == 1:
+                    raise WorkError(
+                        f"The device has too little memory in a pass of the teacher {self.teacher.entry.model!r}, even "
+                        "for one image at a time: use a bigger device, a smaller image_size, or another teacher."
+                    ) from error
+                self._batch = len(some) // 2
+            if results is None:  # here, where the error no longer holds what was in memory
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()
+                continue
+            done += len(some)
+            yield results
 
     def _join(self, lacking: Sequence[Output], wait: bool) -> bool:
         """Publishes what all parts have, if none of them lacks anything; False if others hold some."""
@@ -330,6 +403,8 @@ class Pass:
         reads, count = self._reads(output), len(self.split)
 
         def write(target: Path) -> dict[str, Any]:
+            # Beside the parts, twice: see `write_records`.
+            self.store.check_room(2 * sum(part.file(output).stat().st_size for part in self._parts))
             batches = (batch for part in self._parts for batch in part.read(output, self.dtype))
             write_records(target / "records.arrow", count, batches, self.dtype)
             return {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,17 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrator.data.images import decoders, decoding_pool, read_ahead
 from orchestrator.data.task import ImageSet, Split
 from orchestrator.data.views import Policy, draw, render, stored_view, view_parameters
 from orchestrator.models.load import Preprocessing
 from orchestrator.store import JoinedRecords, Records, Store, in_turns, key_of, write_records
 
 VERSION = 1
-READ_THREADS = 2
+AHEAD = 4  # batches that are rendered before they are asked for, at most
+AHEAD_BYTES = 256 * 2**20  # of these, at most
 
 
 class Pixels(Protocol):
-    """Pixels of views of a split."""
+    """Pixels of views of a split. Several threads may ask at once."""
 
     def batch(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
         """uint8 [B, 3, S, S] of the images `rows` [B] under the views `views` [B]."""
@@ -30,13 +31,14 @@ class Pixels(Protocol):
 
 
 class RenderedPixels:
-    """Rendered from the encoded images at each call."""
+    """Rendered from the encoded images at each call, by threads that it keeps: as many as torch may use."""
 
     def __init__(self, images: ImageSet, split: Split, policy: Policy, preprocessing: Preprocessing) -> None:
         self.images = images
         self.split = split
         self.policy = policy
         self.preprocessing = preprocessing
+        self._readers = decoding_pool(decoders())
 
     def _one(self, row: int, view: int) -> Tensor:
         parameters = draw(self.policy, self.split.ids[row], self.split.sizes[row], view)
@@ -44,8 +46,7 @@ class RenderedPixels:
         return render(image, parameters, self.preprocessing.size, self.preprocessing.interpolation)
 
     def batch(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            return torch.stack(list(pool.map(self._one, rows.tolist(), views.tolist())))
+        return torch.stack(list(self._readers.map(self._one, rows.tolist(), views.tolist())))
 
 
 class StoredPixels:
@@ -69,26 +70,41 @@ def rendered_view(
     parameters: np.ndarray,
     preprocessing: Preprocessing,
     batch: int = 64,
-    threads: int = READ_THREADS,
+    threads: int | None = None,
     rows: range | None = None,
 ) -> Iterator[Tensor]:
-    """uint8 [b, 3, S, S] batches of one view of every image, in order; the next one is rendered while one is used.
+    """uint8 [b, 3, S, S] batches of one view of every image, in order; the next ones are rendered while one is used.
 
-    `rows`: of these images of the split only.
+    Args:
+        images, split, parameters, preprocessing: what is rendered, under which view, and how.
+        batch: images at a time.
+        threads: that render; None: as many as torch may use.
+        rows: of these images of the split only.
     """
     wanted = range(len(split)) if rows is None else rows
 
     def one(row: int) -> Tensor:
         return render(images.image(split, row), parameters[row], preprocessing.size, preprocessing.interpolation)
 
-    waiting: deque[list[Future[Tensor]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(wanted), batch):
-            waiting.append([pool.submit(one, row) for row in wanted[start : start + batch]])
-            if len(waiting) > 1:
-                yield torch.stack([rendered.result() for rendered in waiting.popleft()])
-        while waiting:
-            yield torch.stack([rendered.result() for rendered in waiting.popleft()])
+    return stacked(one, wanted, batch, 3 * preprocessing.size**2, threads)
+
+
+def stacked(
+    work: Callable[[Any], Tensor], items: Sequence[Any], batch: int, item_bytes: int, threads: int | None = None
+) -> Iterator[Tensor]:
+    """[b, ...] what `work` gives for `batch` items at a time, in order, by threads that work ahead.
+
+    Args:
+        work: gives a tensor of one shape for an item.
+        items, batch: what is worked on, and how many at a time.
+        item_bytes: of one such tensor: what waits takes at most `AHEAD_BYTES`, or one batch.
+        threads: that work; None: as many as torch may use.
+    """
+    ahead = max(batch, min(AHEAD * batch, AHEAD_BYTES // item_bytes))
+    results = read_ahead(work, items, decoders() if threads is None else threads, ahead)
+    with contextlib.closing(results):
+        for start in range(0, len(items), batch):
+            yield torch.stack([next(results) for _ in range(min(batch, len(items) - start))])
 
 
 def stored_pixels(
@@ -116,6 +132,7 @@ def stored_pixels(
 
     def write(folder: Path) -> dict[str, Any]:
         batches = rendered_view(images, split, view_parameters(parameters), preprocessing)
+        store.check_room(2 * 3 * preprocessing.size**2 * len(split))
         write_records(folder / "pixels.arrow", len(split), batches, "uint8")
         return {}
 

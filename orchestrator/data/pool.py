@@ -58,6 +58,11 @@ class ShardJob(ABC):
     @abstractmethod
     def resources(self) -> Resources: ...
 
+    @property
+    def unreserved(self) -> bool:
+        """Whether it computes on a GPU of which its actors reserve nothing: only whoever holds one can do it."""
+        return getattr(self, "device", "cpu") != "cpu" and not self.resources.gpus
+
     @abstractmethod
     def worker(self) -> Callable[[int], Entry]:
         """What does one shard after another in one process."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,12 +59,12 @@ def _by_class(
     for members in by_class.values():
         members.sort(key=lambda m: rank("split", seed, m[0]))
         total = sum(len(ids) for _, ids in members)
-        queue = list(members)
+        queue = deque(members)
         for name, share in shares.items():
             wanted = round(total * share)
             taken = 0
             while queue and taken < wanted:
-                _, ids = queue.pop(0)
+                _, ids = queue.popleft()
                 taken += len(ids)
                 assigned.update(dict.fromkeys(ids, name))
         for _, ids in queue:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from methods.contract import IGNORE, TaskInfo
 from orchestrator.data.decoded import DECODED
-from orchestrator.data.images import CorruptError, decode, decode_mask
+from orchestrator.data.images import CorruptError, all_cpus, decode, decode_mask, decoders, read_ahead
 from orchestrator.data.sources import SPLITS, Item, Source, check_splits, open_source, read_again, read_listed
 from orchestrator.data.strata import assign, draw_shots
 from orchestrator.errors import UserError, WorkError, listed
@@ -25,6 +24,7 @@ from orchestrator.spec import Task
 from orchestrator.store import Store, key_of, store_at
 
 CATALOGUE_VERSION = 1
+AHEAD = 256  # images that are looked at before they are asked for
 CONFLICTS = {
     "classification": "same image under two classes",
     "multilabel": "same image with other labels",
@@ -211,8 +211,8 @@ def _scan(source: Source, items: list[Item], task: Task, folder: Path) -> dict[s
         row = {"id": hashlib.sha256(data).hexdigest(), "where": item.where, "label": label, "split": item.split}
         return {**row, "group": item.group, "stamp": item.stamp, "height": height, "width": width, **seen}
 
-    with ThreadPoolExecutor(max_workers=4) as pool:  # decoders and hashing release the interpreter lock
-        rows = list(pool.map(look, items))
+    # Decoders and hashing release the interpreter lock, and nothing else runs before the images are known.
+    rows = list(read_ahead(look, items, decoders(all_cpus()), AHEAD))
     skipped = Counter(row["reason"] for row in rows if "reason" in row)
     good = [row for row in rows if "reason" not in row]
     if not good:

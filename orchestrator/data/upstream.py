@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from methods.contract import Batch
-from orchestrator.data.images import CorruptError, decode
+from orchestrator.data.images import CorruptError, decode, decoders, read_ahead
+from orchestrator.data.pixels import stacked
 from orchestrator.data.sources import (
     SUFFIXES,
     FolderSource,
@@ -33,7 +33,7 @@ from orchestrator.store import Entry, Records, Store, key_of, write_records
 
 VERSION = 1
 LEAST = 8
-READ_THREADS = 2
+AHEAD = 256  # images that are looked at before they are asked for
 
 
 def upstream_pixels(store: Store, data: str, size: int) -> Entry:
@@ -103,8 +103,7 @@ def _scan(source: Source, listing: list[list[str]], folder: Path) -> dict[str, A
             return {"reason": str(reason)}
         return {"id": hashlib.sha256(data).hexdigest(), "where": entry[0], "height": height, "width": width}
 
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        rows = list(pool.map(look, listing))
+    rows = list(read_ahead(look, listing, decoders(), AHEAD))
     skipped = Counter(row["reason"] for row in rows if "reason" in row)
     unique = {row["id"]: row for row in reversed(rows) if "reason" not in row}
     copies = len(rows) - sum(skipped.values()) - len(unique)
@@ -124,9 +123,7 @@ def _rendered(source: Source, table: list[dict[str, Any]], size: int, batch: int
         data = read_again(source.read, row["where"], row["id"], repr(row["where"]), "--data")
         return render(decode(data), view, size, "bicubic")
 
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        for start in range(0, len(table), batch):
-            yield torch.stack(list(pool.map(one, table[start : start + batch])))
+    return stacked(one, table, batch, 3 * size**2)
 
 
 def to_unit(pixels: Tensor) -> Tensor:

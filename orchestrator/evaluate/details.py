@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from methods.contract import Kind
-from orchestrator.evaluate.metrics import auroc, overlaps
+from orchestrator.evaluate.metrics import aurocs, overlaps
 
 FILE = "details.json"
 PICTURES = "errors.jpg"
@@ -33,6 +33,12 @@ class Details:
 
     Args:
         kind, num_classes: of the task.
+
+    Attributes:
+        rows: of each batch.
+        one, other: of each batch the classes said and true, both [B]; logits and labels [B, C] (several labels an
+            image); or pixels in intersection and union by class [B, C] (segmentation).
+        worst: badness, row, uint8 pixels [3, S, S], and the share of the class said (one label an image).
     """
 
     kind: Kind
@@ -40,7 +46,7 @@ class Details:
     rows: list[np.ndarray] = field(default_factory=list)
     one: list[Tensor] = field(default_factory=list)
     other: list[Tensor] = field(default_factory=list)
-    worst: list[tuple[float, int, Tensor]] = field(default_factory=list)
+    worst: list[tuple[float, int, Tensor, float]] = field(default_factory=list)
 
     def hear(self, rows: np.ndarray, pixels: Tensor, logits: Tensor, truth: Tensor) -> None:
         """One batch: row numbers [B], uint8 pixels [B, 3, S, S], logits and labels as `score` has them."""
@@ -60,37 +66,48 @@ class Details:
             wrong = (((logits > 0) != (truth > 0.5)) & known).any(1)
             badness = (loss * known).mean(1) * wrong
         else:
-            self.one.append(logits)
+            said = logits.argmax(1)
+            self.one.append(said)
             self.other.append(truth)
-            badness = F.cross_entropy(logits, truth, reduction="none") * (logits.argmax(1) != truth)
+            badness = F.cross_entropy(logits, truth, reduction="none") * (said != truth)
         self.rows.append(rows)
         for at in badness.argsort(descending=True)[:WORST].tolist():
             value = float(badness[at])
             if value > 0:
-                self.worst.append((value, int(rows[at]), pixels[at].cpu()))
+                sure = float(logits[at].softmax(0)[said[at]]) if self.kind == "classification" else math.nan
+                self.worst.append((value, int(rows[at]), pixels[at].cpu(), sure))
         self.worst = sorted(self.worst, key=lambda w: (-w[0], w[1]))[:WORST]
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """`one` and `other` of all images; put together once."""
+        if len(self.one) > 1:
+            self.one, self.other = [torch.cat(self.one)], [torch.cat(self.other)]
+        return self.one[0], self.other[0]
 
     def write(self, folder: Path, classes: tuple[str, ...]) -> None:
         """Writes `details.json`, and `errors.jpg` with the tiles of the worst errors from left to right."""
-        one, other = torch.cat(self.one), torch.cat(self.other)
+        one, other = self.joined()
         content: dict[str, Any] = {"kind": self.kind, "images": len(one), "confusion": None}
         if self.kind == "segmentation":
             content["classes"] = _overlap_classes(one, other)
         elif self.kind == "multilabel":
             content["classes"] = _ranked_classes(one.numpy(), other.numpy())
         else:
-            confusion = torch.bincount(other * self.num_classes + one.argmax(1), minlength=self.num_classes**2)
-            counts = confusion.view(self.num_classes, self.num_classes)
-            content["classes"] = _counted_classes(counts)
-            content["confusion"] = counts.tolist() if self.num_classes <= CONFUSION else None
+            content["classes"] = _counted_classes(one, other, self.num_classes)
+            if self.num_classes <= CONFUSION:  # of thousands of classes the counts alone would take gigabytes
+                cells = torch.bincount(other * self.num_classes + one, minlength=self.num_classes**2)
+                content["confusion"] = cells.view(self.num_classes, self.num_classes).tolist()
         for fact, name in zip(content["classes"], classes, strict=True):
             fact["name"] = name
         where = {int(row): at for at, row in enumerate(np.concatenate(self.rows))}
-        content["worst"] = [self._error(value, row, one, other, where[row]) for value, row, _ in self.worst]
+        content["worst"] = [
+            self._error(share if self.kind == "classification" else value, row, one, other, where[row])
+            for value, row, _, share in self.worst
+        ]
         (folder / FILE).write_text(json.dumps(content), encoding="utf-8")
         if self.worst:
             sheet = Image.new("RGB", (TILE * len(self.worst), TILE))
-            for at, (_, _, pixels) in enumerate(self.worst):
+            for at, (_, _, pixels, _) in enumerate(self.worst):
                 tile = Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
                 sheet.paste(tile.resize((TILE, TILE), Image.Resampling.BICUBIC), (at * TILE, 0))
             sheet.save(folder / PICTURES, "JPEG", quality=85)
@@ -102,28 +119,23 @@ class Details:
         if self.kind == "multilabel":
             truth, above = (other[at] > 0.5).nonzero().flatten(), (one[at] > 0).nonzero().flatten()
             return {"row": row, "truth": truth.tolist(), "said": above.tolist(), "value": value}
-        shares = one[at].softmax(0)
-        said = int(one[at].argmax())
-        return {"row": row, "truth": [int(other[at])], "said": [said], "value": float(shares[said])}
+        return {"row": row, "truth": [int(other[at])], "said": [int(one[at])], "value": value}
 
 
-def _counted_classes(confusion: Tensor) -> list[dict[str, Any]]:
-    """Recall (`value`) and precision by class from counts [truth, said]; None where nothing was to count."""
-    right, held, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    return [
-        {"images": int(n), "value": _share(int(r), int(n)), "precision": _share(int(r), int(s))}
-        for r, n, s in zip(right, held, said, strict=True)
-    ]
+def _counted_classes(said: Tensor, truth: Tensor, num_classes: int) -> list[dict[str, Any]]:
+    """Recall (`value`) and precision by class of classes said and true [n]; None where nothing was to count."""
+    counts = [torch.bincount(c, minlength=num_classes).tolist() for c in (truth[said == truth], truth, said)]
+    return [{"images": n, "value": _share(r, n), "precision": _share(r, s)} for r, n, s in zip(*counts, strict=True)]
 
 
 def _ranked_classes(scores: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
     """Area under the ROC curve (`value`) by class; None where a class has no positive or no negative image."""
-    facts = []
-    for c in range(scores.shape[1]):
-        positive = labels[:, c] > 0.5
-        value = auroc(scores[:, c], positive)
-        facts.append({"images": int(positive.sum()), "value": None if math.isnan(value) else value})
-    return facts
+    positive = labels > 0.5
+    values = aurocs(scores, positive)[0].tolist()
+    return [
+        {"images": n, "value": None if math.isnan(value) else value}
+        for n, value in zip(positive.sum(0).tolist(), values, strict=True)
+    ]
 
 
 def _overlap_classes(both: Tensor, either: Tensor) -> list[dict[str, Any]]:

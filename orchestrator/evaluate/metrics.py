@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from methods.contract import IGNORE, Kind
 from orchestrator.data.labels import Labels
 from orchestrator.data.pixels import Pixels
+from orchestrator.evaluate.forward import forward, whole_float32
 from orchestrator.models.load import Preprocessing
 
 BATCH = 128
 PIXEL_BATCH = 16  # of dense logits
 RESAMPLES = 200
+CELLS = 2**22  # scores that are ranked at a time
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,6 @@ class Score:
     images: int
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of the rows of `logits` [n, C] whose largest one is the label [n]."""
-    return float((logits.argmax(1) == labels).float().mean())
-
-
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Share of the pairs of a positive and a negative row that `scores` [n] order rightly; a tie counts half.
 
@@ -52,10 +49,52 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n)) if p and n else math.nan
 
 
+def aurocs(scores: np.ndarray, positive: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+    """[k, C] `auroc` of each class of `scores` [n, C] under `positive` [n, C] (bool).
+
+    The rows are put in order once: what changes is only how often each one counts.
+
+    Args:
+        counts: [k, n] how often; None: once (k = 1).
+    """
+    counts = np.ones((1, len(scores)), dtype=np.int64) if counts is None else counts
+    step = max(1, CELLS // max(1, len(scores)))
+    parts = [
+        _aurocs(scores[:, c : c + step], positive[:, c : c + step], counts) for c in range(0, scores.shape[1], step)
+    ]
+    return np.concatenate(parts, axis=1) if parts else np.empty((len(counts), 0))
+
+
+def _aurocs(scores: np.ndarray, positive: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    order = np.argsort(scores, axis=0, kind="stable")
+    ordered, yes = np.take_along_axis(scores, order, 0), np.take_along_axis(positive, order, 0)
+    rises = (ordered[1:] != ordered[:-1]) & ~(np.isnan(ordered[1:]) & np.isnan(ordered[:-1]))
+    place = np.arange(len(scores))[:, None]
+    edge = np.ones((1, scores.shape[1]), dtype=bool)
+    # Of each row, where those of its score begin and end.
+    first = np.maximum.accumulate(np.where(np.concatenate([edge, rises]), place, 0), axis=0)
+    after = np.minimum.accumulate(np.where(np.concatenate([rises, edge]), place + 1, len(scores))[::-1], axis=0)[::-1]
+    below = np.zeros((len(scores) + 1, scores.shape[1]), dtype=np.int64)
+    values = np.full((len(counts), scores.shape[1]), math.nan)
+    for value, count in zip(values, counts, strict=True):
+        often = count[order]
+        right = np.where(yes, often, 0)
+        np.cumsum(often - right, axis=0, out=below[1:])
+        # Twice the pairs, so that a tie's half is a whole number: exact, in whatever order they are added.
+        pairs = (right * (np.take_along_axis(below, first, 0) + np.take_along_axis(below, after, 0))).sum(0)
+        p, n = right.sum(0), below[-1]
+        known = (p > 0) & (n > 0)
+        value[known] = pairs[known] / 2 / (p[known] * n[known])
+    return values
+
+
 def mean_auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     """`auroc` of `scores` [n, C] under `labels` [n, C] of 0 and 1, averaged over the classes that have both values."""
-    values = [auroc(scores[:, c], labels[:, c] > 0.5) for c in range(scores.shape[1])]
-    known = [v for v in values if not math.isnan(v)]
+    return _mean_of_known(aurocs(scores, labels > 0.5)[0])
+
+
+def _mean_of_known(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)].tolist()
     return sum(known) / len(known) if known else math.nan
 
 
@@ -101,13 +140,15 @@ def score(
     the same image for any size.
 
     Args:
-        network: normalised images to logits [B, C] or [B, C, S, S]; put in evaluation mode.
+        network: normalised images to logits [B, C] or [B, C, S, S]; put in evaluation mode, and run where it is.
         preprocessing: its own.
         pixels, labels: of the split.
         count: of the split's images.
         kind, num_classes: of the task.
         with_error: also estimate the standard error; else it is NaN (an accuracy always has one).
         hear: is told each batch: rows [B], uint8 pixels [B, 3, S, S], logits and labels.
+
+    Of one label an image no more is kept than which class has the largest logit.
     """
     network.eval()
     device = next(network.parameters()).device
@@ -117,21 +158,23 @@ def score(
     for start in range(0, count, step):
         rows = np.arange(start, min(start + step, count))
         plain = np.zeros(len(rows), dtype=np.int64)
-        with torch.inference_mode():
+        with torch.inference_mode(), whole_float32():
             images = pixels.batch(rows, plain)
-            logits = network(preprocessing.normalise(images.to(device)))
+            logits = forward(network, preprocessing, images, device)
             truth = labels.batch(rows, plain)
             if hear is not None:
                 hear(rows, images, logits, truth)
             if kind == "segmentation":
                 pair = overlaps(logits.argmax(1), truth.to(device), num_classes)
+            elif kind == "classification":
+                pair = (logits.float().cpu().argmax(1), truth)
             else:
                 pair = (logits.float(), truth)
         first.append(pair[0].cpu())
         second.append(pair[1].cpu())
     one, other = torch.cat(first), torch.cat(second)
     if kind == "classification":
-        value = accuracy(one, other)
+        value = float((one == other).float().mean())
         return Score(value, math.sqrt(value * (1 - value) / count), count)
     metric = mean_auroc if kind == "multilabel" else mean_iou
     a, b = one.numpy(), other.numpy()
@@ -143,4 +186,14 @@ def resampled_error(metric: Callable[[np.ndarray, np.ndarray], float], a: np.nda
     """Standard deviation of `metric` over draws of as many images with replacement."""
     rng = np.random.default_rng(0)
     draws = [rng.integers(0, len(a), len(a)) for _ in range(RESAMPLES)]
-    return float(np.nanstd([metric(a[rows], b[rows]) for rows in draws], ddof=1))
+    return float(np.nanstd(resampled(metric, a, b, draws), ddof=1))
+
+
+def resampled(
+    metric: Callable[[np.ndarray, np.ndarray], float], a: np.ndarray, b: np.ndarray, draws: Sequence[np.ndarray]
+) -> np.ndarray:
+    """[k] `metric` of the rows of each of k draws [n]."""
+    if metric is mean_auroc:
+        counts = np.stack([np.bincount(rows, minlength=len(a)) for rows in draws])
+        return np.array([_mean_of_known(values) for values in aurocs(a, b > 0.5, counts)])
+    return np.array([metric(a[rows], b[rows]) for rows in draws])

@@ -39,10 +39,11 @@ def write_outcomes(folder: Path, kind: Kind, one: Tensor, other: Tensor) -> None
     pixels in intersection and union by class [n, C] (segmentation).
 
     Args:
-        one, other: logits and labels of all images, or both counts.
+        one, other: logits and labels of all images, or both counts; of one label an image also the classes said [n].
     """
     if kind == "classification":
-        tensors = {"right": (one.argmax(1) == other).numpy().astype(np.uint8)}
+        said = one if one.ndim == 1 else one.argmax(1)
+        tensors = {"right": (said == other).numpy().astype(np.uint8)}
     else:
         small = np.float16 if kind == "multilabel" else np.int32
         tensors = {"one": one.numpy().astype(small), "other": other.numpy().astype(small)}
@@ -77,15 +78,13 @@ def compare_groups(kind: Kind, firsts: Sequence[Path], seconds: Sequence[Path]) 
         drawn = np.array([gains[rng.integers(0, count, count)].mean() for _ in range(DRAWS)])
         value = float(gains.mean())
     else:
-        from orchestrator.evaluate.metrics import mean_auroc, mean_iou
+        from orchestrator.evaluate.metrics import mean_auroc, mean_iou, resampled
 
         metric = mean_auroc if kind == "multilabel" else mean_iou
         count = len(found[0]["one"])
-
-        def gain(rows: np.ndarray | slice) -> float:
-            return sum(w * metric(f["one"][rows], f["other"][rows]) for w, f in zip(weights, found, strict=True))
-
-        drawn = np.array([gain(rng.integers(0, count, count)) for _ in range(DRAWS // 5)])
-        value = gain(slice(None))
+        draws = [rng.integers(0, count, count) for _ in range(DRAWS // 5)]
+        parts = [w * resampled(metric, f["one"], f["other"], draws) for w, f in zip(weights, found, strict=True)]
+        drawn = np.asarray(sum(parts))
+        value = sum(w * metric(f["one"], f["other"]) for w, f in zip(weights, found, strict=True))
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return Difference(value, float(low), float(high), count)

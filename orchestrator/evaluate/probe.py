@@ -17,6 +17,7 @@ from methods.outputs import Output, read_outputs
 from methods.parts.dense import ConvDecoder, LinearDecoder, Segmenter
 from orchestrator.data.labels import Labels
 from orchestrator.data.pixels import Pixels
+from orchestrator.evaluate.forward import forward, whole_float32
 from orchestrator.models.load import Preprocessing
 
 BATCH = 64
@@ -85,10 +86,15 @@ def read_images(
     network.eval()
     device = next(network.parameters()).device
     results = []
-    for start in range(0, len(rows), BATCH):
-        chunk = rows[start : start + BATCH]
-        images = preprocessing.normalise(pixels.batch(chunk, np.zeros(len(chunk), dtype=np.int64)).to(device))
-        results.append(read_outputs(network, images, [output])[output.key].float().cpu())
+
+    def read(images: Tensor) -> Tensor:
+        return read_outputs(network, images, [output])[output.key].float()
+
+    with whole_float32():
+        for start in range(0, len(rows), BATCH):
+            chunk = rows[start : start + BATCH]
+            images = pixels.batch(chunk, np.zeros(len(chunk), dtype=np.int64))
+            results.append(forward(read, preprocessing, images, device).cpu())
     return torch.cat(results)
 
 

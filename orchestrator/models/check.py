@@ -7,18 +7,20 @@ from timm.models import get_pretrained_cfg
 from orchestrator.errors import UserError
 from orchestrator.models.clip import check_clip, is_clip
 from orchestrator.models.files import check_files, local_weights
+from orchestrator.models.hub import hub_weights, is_hub
+from orchestrator.models.load import load_network
 from orchestrator.models.names import Role, timm_name, wants_weights
 from orchestrator.spec import Model
 
 
 def check_model(entry: Model, role: Role) -> list[str]:
-    """Checks a name as far as it can be without loading weights.
+    """Checks a name as far as it can be without loading weights; packaged ones are loaded where there are options.
 
     Returns:
         What could not be checked, one sentence each.
 
     Raises:
-        UserError: if the model or its file does not exist.
+        UserError: if the model or its file does not exist, or does not take its options.
     """
     if role == "student" and entry.precision != "fp32":
         raise UserError(
@@ -27,6 +29,8 @@ def check_model(entry: Model, role: Role) -> list[str]:
         )
     if entry.model.startswith("packaged/"):
         check_files(entry)
+        if entry.kwargs or entry.image_size is not None:
+            load_network(entry, role)  # its weights are here: whether options fit them is known now
         return []
     if is_clip(entry):
         return check_clip(entry, wants_weights(entry, role))
@@ -35,7 +39,12 @@ def check_model(entry: Model, role: Role) -> list[str]:
         timm_name(entry)
         return []
     name = timm_name(entry)
-    return _check_hub(entry, name) if wants_weights(entry, role) else []
+    if not wants_weights(entry, role):
+        return []
+    if is_hub(entry):
+        unknown = hub_weights(entry)
+        return [unknown] if unknown else []
+    return _check_hub(entry, name)
 
 
 def _check_hub(entry: Model, name: str) -> list[str]:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.errors import UserError, listed, nearest
+from orchestrator.errors import UserError, first_lines, listed, nearest
 from orchestrator.models.files import local_weights
+from orchestrator.models.hub import hub_folder, hub_weights, is_hub
 from orchestrator.models.precision import autocast, identified
 from orchestrator.models.weights import hash_weights
 from orchestrator.packaged.clip import CLIP_ICONS, CONFIG, tokenizer_of
@@ -38,9 +39,17 @@ def is_clip(entry: Model) -> bool:
 
 
 def folder_of(entry: Model) -> Path | None:
-    """The folder with configuration, weights and maybe a tokenizer's merges, if the entry is one."""
+    """The folder with configuration, weights and maybe a tokenizer's merges, if the entry is one.
+
+    Of a repository of the hub it is where that lies in the cache; its weights come when `build_clip` asks for them.
+
+    Raises:
+        UserError: if a repository of the hub is neither in the cache nor can be fetched.
+    """
     if entry.model in PACKAGED:
         return PACKAGED[entry.model]
+    if is_hub(entry):
+        return hub_folder(entry, weights=False)
     path = Path(entry.model.removeprefix("local:")).expanduser()
     return path if entry.model.startswith("local:") and path.is_dir() else None
 
@@ -106,7 +115,7 @@ def wants_quick_gelu(entry: Model) -> bool:
     """
     from open_clip.pretrained import get_pretrained_cfg
 
-    if entry.model.startswith("local:") or entry.pretrained is False:
+    if entry.model.startswith("local:") or is_hub(entry) or entry.pretrained is False:
         return False
     return bool(get_pretrained_cfg(clip_name(entry)[0], weights_tag(entry) or "").get("quick_gelu"))
 
@@ -131,7 +140,8 @@ def check_clip(entry: Model, weights: bool) -> list[str]:
     folder = folder_of(entry)
     if folder is not None:
         clip_config(entry)
-        return []
+        unknown = hub_weights(entry) if weights and is_hub(entry) else None
+        return [unknown] if unknown else []
     clip_name(entry)
     if entry.model.startswith("local:"):
         local_weights(entry)
@@ -162,6 +172,8 @@ def build_clip(entry: Model, *, weights: bool) -> nn.Module:
         logging.disable(logging.WARNING)  # open_clip warns that there are none, as was asked
     try:
         if folder is not None:
+            if is_hub(entry):
+                folder = hub_folder(entry, weights=weights)
             model = open_clip.create_model(f"local-dir:{folder}", load_weights=weights, **options)
         else:
             name, _ = clip_name(entry)
@@ -172,6 +184,10 @@ def build_clip(entry: Model, *, weights: bool) -> nn.Module:
     except UserError:
         raise
     except Exception as error:  # open_clip, the hub and safetensors share no base class
+        if entry.kwargs and isinstance(error, TypeError):
+            raise UserError(
+                f"open_clip cannot build {entry.model!r} with kwargs {entry.kwargs}: {first_lines(error)}"
+            ) from error
         if not weights:
             raise
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -260,7 +276,12 @@ class TextTower:
         del model.visual
         self._model: Any = model.requires_grad_(False)
         folder = folder_of(entry)
-        self._tokenize = tokenizer_of(folder) if folder is not None else open_clip.get_tokenizer(clip_name(entry)[0])
+        if is_hub(entry) and "hf_tokenizer_name" in clip_config(entry)["text_cfg"]:
+            # Its tokenizer is a repository as well, its own or another; a folder would have to hold its files.
+            self._tokenize = open_clip.get_tokenizer(entry.model.removeprefix(PREFIX).partition("@")[0])
+        else:
+            known = tokenizer_of(folder) if folder is not None else open_clip.get_tokenizer(clip_name(entry)[0])
+            self._tokenize = known
         probe = self._tokenize(["A tokenizer is told by what it makes of this: naïve 12,345 (ΑΩ)!"])
         self.tokenizer_hash = ".".join(str(int(i)) for i in probe[0] if i)
         self.weights_hash = f"{hash_weights(model)}-{self.tokenizer_hash}"

@@ -8,7 +8,7 @@ from orchestrator.errors import UserError, listed, nearest
 from orchestrator.spec import Model
 
 PACKAGED = ("clip_icons", "efficientnet_lite0", "vit_clipart")
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")  # .tar: torch's own, of old called *.pth.tar
 
 
 def check_files(entry: Model) -> None:

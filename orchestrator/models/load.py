@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,13 +20,16 @@ from methods import method_packages
 from methods.anatomy import uniform_blocks
 from methods.contract import Deployed, NetworkInfo, Structure
 from methods.outputs import intermediate_channels
-from orchestrator.errors import UserError, first_lines, listed
+from orchestrator.errors import UserError, first_lines, listed, nearest
 from orchestrator.models.clip import ImageTower, clip_config, image_tower, is_clip
 from orchestrator.models.files import local_weights
+from orchestrator.models.hub import hub_config, hub_folder, is_hub
 from orchestrator.models.names import Role, timm_name, wants_weights
 from orchestrator.models.precision import autocast, identified
 from orchestrator.models.weights import hash_weights, read_weights
 from orchestrator.spec import Model, as_student
+
+PATCHES = "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
@@ -106,36 +110,75 @@ def build_network(
         weights: load its pre-trained weights (never together with `changes`).
 
     Raises:
-        UserError: if the weights cannot be had, read, or do not fit.
+        UserError: if the weights cannot be had, read, or do not fit; or the entry's options are none of the network's.
     """
     kwargs: dict[str, Any] = {**entry.kwargs, **(changes or {})}
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     if is_clip(entry):
         return image_tower(entry, weights=weights, num_classes=num_classes)
-    if entry.model == "packaged/vit_clipart":
-        from orchestrator.packaged.models import vit_clipart
-
-        return vit_clipart(pretrained=weights, **kwargs).eval()
-    if entry.model == "packaged/efficientnet_lite0" and weights:
-        from orchestrator.packaged.models import efficientnet_lite0
-
-        return efficientnet_lite0(**kwargs).eval()
+    if entry.model.startswith("packaged/"):
+        return _build_packaged(entry, kwargs, weights)
     name = timm_name(entry)
     if entry.model.startswith("local:"):
         name = name.partition(".")[0]
         if weights:
             return _build_local(entry, name, kwargs)
+    if is_hub(entry):
+        name = f"local-dir:{hub_folder(entry, weights=weights)}"
     try:
         return _create(name, entry.image_size, {**kwargs, "pretrained": weights}).eval()
     except UserError:
         raise
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
         if not weights:
+            _refuse_options(entry, error)
             raise
         raise UserError(
             f"The pre-trained weights of {entry.model!r} could not be loaded: {first_lines(error, 2)} "
             "Without the hub, use `local:PATH` or `pretrained: false`."
+        ) from error
+
+
+def _build_packaged(entry: Model, kwargs: dict[str, Any], weights: bool) -> nn.Module:
+    from orchestrator.packaged.models import VIT_DEPTH, VIT_SIDE, efficientnet_lite0, vit_clipart, vit_options
+
+    vit = entry.model == "packaged/vit_clipart"
+    if vit:
+        if entry.image_size not in (None, VIT_SIDE):
+            raise UserError(
+                f"image_size: {entry.image_size} of {entry.model!r}; allowed: {VIT_SIDE}, the size of its position "
+                "embedding, or null."
+            )
+        known = vit_options()
+        odd = [name for name in entry.kwargs if name not in known]
+        if odd:
+            raise UserError(
+                f"kwargs: {entry.model!r} has no option {odd[0]!r}; allowed: {listed(known)}.{nearest(odd[0], known)}"
+            )
+        if weights and kwargs.get("depth", VIT_DEPTH) != VIT_DEPTH:
+            raise UserError(
+                f"kwargs: depth {kwargs['depth']} of {entry.model!r}, whose weights are of {VIT_DEPTH} blocks; set "
+                "`pretrained: false` for another depth."
+            )
+    try:
+        if vit:
+            return vit_clipart(pretrained=weights, **kwargs).eval()
+        if weights:
+            return efficientnet_lite0(**kwargs).eval()
+        return _create(timm_name(entry), entry.image_size, {**kwargs, "pretrained": False}).eval()
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        _refuse_options(entry, error)
+        raise
+
+
+def _refuse_options(entry: Model, error: Exception) -> None:
+    """Raises a sentence in place of what a constructor says of an entry's options, if it has any."""
+    # On the meta device an error may be the device's: then the network is built once more, with values.
+    unknown = isinstance(error, RuntimeError) and torch.get_default_device().type == "meta"
+    if entry.kwargs and not unknown:
+        raise UserError(
+            f"{entry.model!r} cannot be built with kwargs {entry.kwargs}: {first_lines(error, 2)}"
         ) from error
 
 
@@ -144,25 +187,63 @@ def _build_local(entry: Model, name: str, kwargs: dict[str, Any]) -> nn.Module:
     state = read_weights(path)
     wanted = kwargs.pop("num_classes", None)
     network: Any = _create(name, entry.image_size, kwargs)
-    head = network.pretrained_cfg.get("classifier")
-    stored = state.get(f"{head}.weight") if isinstance(head, str) else None
-    if isinstance(head, str):
-        network.reset_classifier(0 if stored is None else int(stored.shape[0]))
     try:
-        network.load_state_dict(state, strict=True)
+        classes = _load_state(network, state)
     except RuntimeError as error:
         raise UserError(
             f"The weights in {str(path)!r} do not fit {entry.architecture}: {first_lines(error, 2)}"
         ) from error
-    if wanted is not None and (stored is None or wanted != int(stored.shape[0])):
+    network.pretrained_cfg["num_classes"] = classes or 0  # of the file, whatever timm's own weights have
+    if wanted is not None and wanted != classes:
         network.reset_classifier(wanted)
     return network.eval()
+
+
+def _load_state(network: Any, state: dict[str, Tensor]) -> int | None:
+    """Loads weights as they are, or else as timm makes those of the hub fit; returns as `_load_under_head`.
+
+    Raises:
+        RuntimeError: if they do not fit.
+    """
+    try:
+        return _load_under_head(network, state)
+    except RuntimeError:
+        adapted = _adapted(network, state)
+        if adapted is None:
+            raise
+    return _load_under_head(network, adapted)
+
+
+def _load_under_head(network: Any, state: Mapping[str, Tensor]) -> int | None:
+    """Loads weights with a head of their own size; its classes, or None where they have no head, or more than one."""
+    head = network.pretrained_cfg.get("classifier")
+    stored = state.get(f"{head}.weight") if isinstance(head, str) else None
+    classes = None if stored is None else int(stored.shape[0])
+    if isinstance(head, str):
+        network.reset_classifier(classes or 0)
+    network.load_state_dict(state, strict=True)
+    return classes
+
+
+def _adapted(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """What timm makes of weights of this architecture that it fetches; None where it has nothing for them.
+
+    It resamples position embeddings to the network's size, and changes names of a first publication into its own.
+    """
+    own, given = (tensors.get(PATCHES) for tensors in (network.state_dict(), state))
+    if own is not None and given is not None and given.ndim == 4 and given.shape != own.shape:
+        return None  # timm would resample these as well; but patches of another size are another architecture
+    adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    try:
+        return None if adapt is None else dict(adapt(dict(state), network))
+    except Exception:  # it meets whatever it does not expect in another network's weights
+        return None
 
 
 def _create(name: str, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:
     if image_size is not None:
         try:
-            return timm.create_model(name, img_size=image_size, **kwargs)
+            return timm.create_model(name, **{**kwargs, "img_size": image_size})
         except TypeError:
             pass  # most convolutional networks take no img_size: they work at any size
     try:
@@ -186,9 +267,12 @@ def preprocessing_of(entry: Model, network: nn.Module) -> Preprocessing:
 
 
 def built_of(entry: Model) -> Any:
-    """Of what architecture an entry's network is: a name, or open_clip's description."""
+    """Of what architecture an entry's network is: a name, or a description where the entry's name stands for one."""
     if is_clip(entry):
         return clip_config(entry)
+    if is_hub(entry):
+        architecture, arguments = hub_config(entry)
+        return {"architecture": architecture, "arguments": arguments}
     return entry.model if entry.model == "packaged/vit_clipart" else timm_name(entry).partition(".")[0]
 
 
@@ -209,6 +293,15 @@ def _load(key: str, role: Role) -> Network:
 def load_network(entry: Model, role: Role) -> Network:
     """The network with its weights, loaded once a process. Do not change it: copy `module` first."""
     return _load(entry.model_dump_json(), role)
+
+
+def _head_classes(entry: Model, role: Role, planned: nn.Module) -> int:
+    """Of the head that an entry's weights come with, 0 without one in use; a file is read to know."""
+    if role == "student" or is_clip(entry) or entry.model == "packaged/vit_clipart":
+        return 0
+    network: Any = load_network(entry, role).module if entry.model.startswith("local:") else planned
+    classes = int(network.num_classes)
+    return classes if classes == network.pretrained_cfg.get("num_classes") else 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -234,6 +327,7 @@ def _plan(key: str, role: Role) -> tuple[NetworkInfo, Preprocessing]:
         embedding=int(network.num_features) if clip else 0,
         vocabulary=network.facts["vocabulary"] if clip else 0,
         context=network.facts["context"] if clip else 0,
+        classes=_head_classes(entry, role, network) if wants_weights(entry, role) else 0,
         skeleton=network,
     )
     return info, preprocessing
@@ -273,10 +367,23 @@ def deploy_network(
 def save_student(folder: Path, deployed: Deployed, meta: Mapping[str, Any]) -> None:
     """Writes `model.safetensors` and `student.json`; `meta` must hold model, role, changes, num_classes."""
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {**meta, "structure": asdict(deployed.structure) if deployed.structure is not None else None}
+    structure = asdict(deployed.structure) if deployed.structure is not None else None
+    meta = {**meta, "model": _settled(meta["model"]), "structure": structure}
     state = {k: v.detach().cpu().contiguous().clone() for k, v in deployed.network.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     (folder / "student.json").write_text(json.dumps(meta, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _settled(model: Any) -> Any:
+    """An entry's JSON; of a timm repository at the hub by its architecture, so that the student needs no hub."""
+    entry = Model.model_validate(model)
+    if not is_hub(entry) or is_clip(entry):
+        return model
+    architecture, arguments = hub_config(entry)
+    if entry.image_size is not None:
+        arguments.pop("img_size", None)
+    built = {"model": f"timm/{architecture}", "kwargs": {**arguments, **entry.kwargs}, "pretrained": False}
+    return entry.model_copy(update=built).model_dump(mode="json")
 
 
 def load_student(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Literal
 import timm
 
 from orchestrator.errors import UserError, listed, nearest
+from orchestrator.models.hub import MARK, hub_config, is_hub
 from orchestrator.spec import Model
 
 Role = Literal["teacher", "student"]
@@ -22,11 +23,14 @@ def wants_weights(entry: Model, role: Role) -> bool:
 
 
 def timm_name(entry: Model) -> str:
-    """The timm architecture (with tag, where given) of an entry that timm can build.
+    """The timm architecture (with tag, where given) of an entry that timm can build; `hf-hub:...` where it says so.
 
     Raises:
         UserError: naming the nearest model, if timm has none of that name.
     """
+    if is_hub(entry):
+        hub_config(entry)
+        return entry.model.removeprefix("timm/")
     if entry.model == "packaged/efficientnet_lite0":
         return "tf_efficientnet_lite0"
     source = entry.model
@@ -35,6 +39,8 @@ def timm_name(entry: Model) -> str:
             raise UserError(f"The model {source!r} needs `architecture: timm/NAME`, the network that its weights fit.")
         source = entry.architecture
     name = source.removeprefix("timm/")
+    if name.startswith(MARK):
+        raise UserError(f"The model {entry.model!r} needs `architecture: timm/NAME`, and {source!r} is a repository.")
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
         raise UserError(f"There is no timm model {base!r} ({entry.model}).{nearest(base, timm.list_models())}")

@@ -5,6 +5,7 @@ Both are plain timm modules, so whatever reads timm models (configs, blocks, hea
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ VIT_DEPTH = 12
 VIT_DIM = 128
 VIT_HEADS = 4
 VIT_SIDE = 96  # pixels
+VIT_FIXED = ("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "global_pool", "embed_layer")
 VIT_CFG: dict[str, Any] = {
     "url": "",
     "num_classes": 0,
@@ -113,6 +115,11 @@ def vit_clipart(
         _load_vit(model)
     model.pretrained_cfg = model.default_cfg = {**VIT_CFG, "num_classes": num_classes}
     return model
+
+
+def vit_options() -> list[str]:
+    """Names of what ``vit_clipart`` takes beside ``pretrained``: of timm's constructor all that is not fixed."""
+    return sorted(set(inspect.signature(VisionTransformer.__init__).parameters) - {"self", *VIT_FIXED})
 
 
 def _clipart_embed(**kwargs: Any) -> HybridEmbed:

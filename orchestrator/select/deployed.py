@@ -17,6 +17,7 @@ from methods.parts.zero_shot import Prototypes, ZeroShot
 from orchestrator.data.embed import class_vectors, text_tower_of
 from orchestrator.data.views import Policy, draw, render
 from orchestrator.errors import UserError, first_lines
+from orchestrator.evaluate.forward import device_here, whole_float32
 from orchestrator.models.check import check_model
 from orchestrator.models.load import Preprocessing, load_student
 from orchestrator.models.onnx import onnx_runner, write_onnx
@@ -38,7 +39,7 @@ class Deployed:
 
     Attributes:
         name: for people.
-        runtime: `torch` or `onnxruntime`.
+        runtime: `torch` or `onnxruntime`; torch runs on a GPU if there is one.
         kind: of its task.
         classes: names, in the order of its logits.
         preprocessing: its own.
@@ -74,7 +75,12 @@ class Deployed:
         """What `pixels` gave, of several images, to [B, C], or [B, C, S, S] of a segmentation."""
         if self.whole is not None:
             return self.whole(pixels).float()
-        return self.run(self.preprocessing.normalise(torch.stack(list(pixels)))).float()
+        images = torch.stack(list(pixels))
+        if self.network is None:
+            return self.run(self.preprocessing.normalise(images)).float()
+        images = images.to(next(self.network.parameters()).device)
+        with whole_float32():
+            return self.run(self.preprocessing.normalise(images)).float().cpu()
 
     def renamed(self, classes: Sequence[str], templates: Sequence[str]) -> Deployed:
         """The same network under other classes, told by their names alone.
@@ -102,6 +108,7 @@ class Deployed:
             )
         prototypes = Prototypes(len(classes), width, self.network.prototypes.scale)
         prototypes.vectors.copy_(vectors)
+        prototypes.to(self.network.prototypes.vectors.device)
         network = ZeroShot(self.network.backbone, prototypes).eval()
         return Deployed(
             self.name, self.runtime, self.kind, tuple(classes), self.preprocessing, network, network, self.templates
@@ -156,7 +163,7 @@ def _exported(folder: Path, onnx: bool, texts: str | None) -> Deployed:
         else:
             network = network_of(config, folder)
             network.load_state_dict(load_file(folder / WEIGHTS))
-            run = network.eval().requires_grad_(False)
+            run = network.eval().requires_grad_(False).to(device_here())
     except UserError:
         raise
     except Exception as error:  # a damaged folder fails in whatever way it likes: JSON, safetensors, timm
@@ -208,6 +215,7 @@ def _stored(student: Path, onnx: bool, texts: str | None) -> Deployed:
             write_onnx(network, preprocessing.size, path, str(student))
             run = onnx_runner(path)
         return Deployed(str(student), "onnxruntime", kind, classes, preprocessing, run)
+    network.to(device_here())
     embed: Callable[[], Embed] | None = None
     why = f"the student.json in {str(student)!r} does not tell its teacher (`teacher_entry`); name it by --texts."
     if texts is not None:

@@ -40,7 +40,12 @@ class Corpus(Section):
     actors: int = Field(default=1, ge=1, le=4096, description="At most this many actors embed at the same time.")
     min_actors: int = Field(default=1, ge=1, le=4096, description="At least this many are kept while there is work.")
     cpus: float = Field(default=0.0, ge=0, description="CPUs that each actor reserves; 0 shares those of its trial.")
-    gpus: float = Field(default=0.0, ge=0, description="GPUs that each actor reserves.")
+    gpus: float = Field(
+        default=0.0,
+        ge=0,
+        description="GPUs that each actor reserves, which are kept free of trials; 0: a trial that has a GPU embeds on "
+        "it, without actors.",
+    )
     window: int = Field(
         default=4096,
         ge=1,

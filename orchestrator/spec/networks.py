@@ -13,8 +13,10 @@ class Model(Section):
     """A teacher or a student by name; a plain string stands for `{model: STRING}`."""
 
     model: str = Field(
-        description="`timm/NAME[.TAG]`, `open_clip/NAME[:TAG]`, `packaged/NAME`, or `local:PATH` (safetensors, or .pth "
-        "read safely; of open_clip also a folder with an open_clip_config.json)."
+        description="`timm/NAME[.TAG]`, `open_clip/NAME[:TAG]`, a repository of the Hugging Face hub as "
+        "`timm/hf-hub:ORG/NAME[@REVISION]` or `open_clip/hf-hub:ORG/NAME[@REVISION]`, `packaged/NAME`, or `local:PATH` "
+        "(safetensors, or .pth or .pth.tar read safely, averaged weights first; of open_clip also a folder with an "
+        "open_clip_config.json)."
     )
     pretrained: bool | None = Field(
         default=None,

@@ -44,14 +44,18 @@ class Train(Section):
         description="Seconds that a trial process keeps its workers, and their devices, for the next stage or trial.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where the cluster has one.")
-    gpus_per_worker: float = Field(default=1.0, gt=0, description="A fraction puts several trials on one GPU.")
+    gpus_per_worker: float = Field(default=1.0, gt=0, description="A fraction below 1 puts several trials on one GPU.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Autocast precision of training.")
     compile: bool = Field(
         default=False,
         description="Compile the blocks of what is trained with torch.compile: a pause at the first step of each "
         "training stage, then shorter steps, most of all on a GPU. With several workers sync_batchnorm must be false.",
     )
-    threads: int = Field(default=1, ge=1, description="Torch threads of each trial process; also the CPUs it reserves.")
+    threads: int = Field(
+        default=1,
+        ge=1,
+        description="Torch threads of each trial process, and those that decode; also the CPUs it reserves.",
+    )
     accumulate: int = Field(
         default=1,
         ge=1,
@@ -62,7 +66,11 @@ class Train(Section):
         default=False,
         description="Try a training stage that runs out of device memory once more, with micro batches half as large.",
     )
-    checkpoint_s: float = Field(default=30.0, gt=0, description="Seconds between checkpoints of a training stage.")
+    checkpoint_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="Seconds between checkpoints of a training stage; more where one takes over a second to save.",
+    )
     checkpoint_steps: int | None = Field(default=None, ge=1, description="Also after every so many optimizer steps.")
     sync_batchnorm: bool = Field(default=True, description="With several workers: batch norm over the global batch.")
 
@@ -77,6 +85,14 @@ class Train(Section):
             raise ValueError(f"batch: {self.batch} is not divisible by {parts}")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers: {self.min_workers} is more than workers: {self.workers}")
+        gpus = self.gpus_per_worker
+        if self.device != "cpu" and gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"gpus_per_worker: {gpus:g} is no whole number; only a fraction below 1 shares a GPU")
+        if self.device != "cpu" and gpus < 1 and self.workers > 1:
+            raise ValueError(
+                f"gpus_per_worker: {gpus:g} and workers: {self.workers}: two workers of one group cannot share a GPU; "
+                "use gpus_per_worker: 1, or workers: 1, or device: cpu"
+            )
         if self.compile and self.workers > 1 and self.sync_batchnorm:
             raise ValueError(
                 f"compile: true and workers: {self.workers}: batch norm over the global batch is not compiled; set "
@@ -106,4 +122,9 @@ class Generate(Section):
 
     actors: int = Field(default=1, ge=1, le=1024, description="At most this many generate at the same time.")
     cpus: float = Field(default=0.0, ge=0, description="CPUs that each reserves; 0 shares those of its trial.")
-    gpus: float = Field(default=0.0, ge=0, description="GPUs that each reserves; leave as many free of trials.")
+    gpus: float = Field(
+        default=0.0,
+        ge=0,
+        description="GPUs that each reserves, which are kept free of trials; 0: a trial that has a GPU generates on "
+        "it, without actors.",
+    )

@@ -1,4 +1,4 @@
-"""An address of object storage (s3://, gs://, or anything else that pyarrow knows): whole objects, patiently."""
+"""An address of object storage (s3://, gs://, gcs:// or file://): whole objects, patiently."""
 
 from __future__ import annotations
 

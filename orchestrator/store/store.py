@@ -100,7 +100,7 @@ class Store:
 
     Args:
         root: its folder; created on first use.
-        min_free_gb: a computation is refused where less than this is free.
+        min_free_gb: a computation is refused where less than this is free, or would be left (`check_room`).
     """
 
     def __init__(self, root: str | Path, *, min_free_gb: float = 0.0) -> None:
@@ -204,12 +204,7 @@ class Store:
             shutil.rmtree(abandoned, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            free = shutil.disk_usage(temporary).free
-            if free < self.min_free_gb * 1e9:
-                raise FullDiskError(
-                    f"The store {str(self.root)!r} has {free / 1e9:.2f} GB of free disk, less than "
-                    f"store.min_free_gb = {self.min_free_gb:g}: free some, or run `orchestrator store gc`."
-                )
+            self.check_room()
             about = write(temporary) or {}
             files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(temporary.iterdir())}
             meta = {
@@ -263,6 +258,20 @@ class Store:
 
     def _share(self, stage: str, key: str, folder: Path, meta: dict[str, Any]) -> None:
         """Hands a whole result on before it is published here; whatever this raises, it is not."""
+
+    def check_room(self, size: int = 0) -> None:
+        """Refuses to write so many bytes more where they would leave less than `min_free_gb`.
+
+        Raises:
+            FullDiskError: with what is free.
+        """
+        free = shutil.disk_usage(self.root).free
+        if free - size < self.min_free_gb * 1e9:
+            more = f"and {size / 1e9:.2f} GB that are to be written would leave less" if size else "less"
+            raise FullDiskError(
+                f"The store {str(self.root)!r} has {free / 1e9:.2f} GB of free disk, {more} than "
+                f"store.min_free_gb = {self.min_free_gb:g}: free some, or run `orchestrator store gc`."
+            )
 
     def mirror(self, folder: Path) -> Mirror | None:
         """Where files of a folder are kept for other nodes; None where these see the folder itself."""

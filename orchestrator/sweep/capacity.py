@@ -53,9 +53,75 @@ def trials_at_a_time(spec: SweepSpec, device: str, nodes: Iterable[Mapping[str, 
     return sum(room(shape, node) for node in nodes) // workers
 
 
+def actors_of(spec: SweepSpec) -> list[tuple[str, dict[str, float], int, int]]:
+    """Pools of actors that reserve GPUs of their own: section, what each actor reserves, the fewest and the most."""
+    found = []
+    if spec.generate.gpus:
+        found.append(("generate", spec.generate.cpus, spec.generate.gpus, 1, spec.generate.actors))
+    corpus = spec.corpus
+    if corpus.gpus and (corpus.images is not None or corpus.sentences is not None):
+        found.append(("corpus", corpus.cpus, corpus.gpus, corpus.min_actors, corpus.actors))
+    return [(name, {"CPU": cpus, "GPU": gpus}, least, most) for name, cpus, gpus, least, most in found]
+
+
+def placed(
+    shape: Mapping[str, float], count: int, nodes: Iterable[Mapping[str, float]]
+) -> tuple[int, list[dict[str, float]]]:
+    """How many of `count` processes of a shape nodes hold, and what is left of the nodes.
+
+    Each goes to the node with the fewest free GPUs among those that hold it, which leaves whole ones to trials.
+    """
+    left = [dict(node) for node in nodes]
+    for number in range(count):
+        holding = [node for node in left if room(shape, node)]
+        if not holding:
+            return number, left
+        node = min(holding, key=lambda one: one.get("GPU", 0))
+        for name, amount in shape.items():
+            node[name] = node.get(name, 0) - amount
+    return count, left
+
+
+def trials_beside_actors(spec: SweepSpec, device: str, nodes: Iterable[Mapping[str, float]]) -> int:
+    """Trials that nodes hold together beside all actors; the workers of a trial give way to its own actors."""
+    left = [dict(node) for node in nodes]
+    if spec.train.workers == 1:
+        for _, shape, _, most in actors_of(spec):
+            left = placed(shape, most, left)[1]
+    return trials_at_a_time(spec, device, left)
+
+
+def check_actors(spec: SweepSpec, device: str, clusters: Iterable[list[dict[str, float]]]) -> None:
+    """For clusters whose nodes are known: one must hold the fewest actors that reserve GPUs, and a trial that waits.
+
+    Raises:
+        UserError: if none does, so that a trial would wait for its actors for ever.
+    """
+    clusters = list(clusters)
+    for name, shape, least, _ in actors_of(spec):
+
+        def holds(nodes: list[dict[str, float]], shape: dict[str, float] = shape, least: int = least) -> bool:
+            found, left = placed(shape, least, nodes)
+            return found == least and (spec.train.workers > 1 or trials_at_a_time(spec, device, left) > 0)
+
+        if any(holds(nodes) for nodes in clusters):
+            continue
+        gpus = max((sum(node.get("GPU", 0) for node in nodes) for nodes in clusters), default=0)
+        times = f"{least} x " if least > 1 else ""
+        own = (
+            f" beside the {spec.train.gpus_per_worker:g} of a trial"
+            if device == "cuda" and spec.train.workers == 1
+            else ""
+        )
+        raise UserError(
+            f"{name}.gpus: {times}{shape['GPU']:g} GPUs for actors{own} are never free: the cluster has {gpus:g} GPUs; "
+            f"use {name}.gpus: 0 (a trial that has a GPU then works on it, without actors), or fewer."
+        )
+
+
 def concurrency(spec: SweepSpec, device: str, now: list[dict[str, float]]) -> int:
-    """Trials at a time: as asked, or as many as the cluster holds once it has grown; at least one."""
-    fit = max(trials_at_a_time(spec, device, nodes) for nodes in (now, nodes_at_most(spec)))
+    """Trials at a time: as asked, or as many as the cluster holds once it has grown, beside actors; at least one."""
+    fit = max(trials_beside_actors(spec, device, nodes) for nodes in (now, nodes_at_most(spec)))
     return max(1, min(spec.search.concurrency or fit, max(fit, 1)))
 
 
@@ -68,12 +134,14 @@ def check_shape(spec: SweepSpec, device: str, now: list[dict[str, float]]) -> No
     """For a cluster whose limits are known.
 
     Raises:
-        UserError: if no node of it holds a process of a trial, or all together hold fewer than a trial has.
+        UserError: if no node of it holds a process of a trial, or all together hold fewer than a trial has; or if there
+            is no room for its actors.
     """
     (shape, _), workers = shape_of(spec, device), spec.train.fewest
+    clusters = (now, nodes_at_most(spec))
     nodes = [*now, *nodes_at_most(spec)]
-    if max(sum(room(shape, node) for node in kind) for kind in (now, nodes_at_most(spec))) >= workers:
-        return
+    if max(sum(room(shape, node) for node in kind) for kind in clusters) >= workers:
+        return check_actors(spec, device, clusters)
     wanted = " and ".join(f"{amount:g} {name}" for name, amount in shape.items())
     biggest = [f"{max((node.get(name, 0) for node in nodes), default=0):g} {name}" for name in shape]
     times = f", {workers} times," if workers > 1 else ""

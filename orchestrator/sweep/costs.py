@@ -1,4 +1,4 @@
-"""What a sweep with a corpus will store, read, hold in memory and compute: formulas, before anything is paid for.
+"""What a sweep will store, and with a corpus read, hold in memory and compute: formulas, before anything is paid for.
 
 Bytes follow from the formats. Seconds follow from FLOPs and from the rates that the sweep file states (`estimate`), and
 are worth as much as these. `docs/scale.md` compares both with what was measured.
@@ -6,22 +6,29 @@ are worth as much as these. `docs/scale.md` compares both with what was measured
 
 from __future__ import annotations
 
+import functools
 import math
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from orchestrator.data.embed import decoders
+from methods.contract import TEACHER, FitStage, ImageStage, Stage, TrainStage
+from methods.outputs import Output, read_outputs
+from orchestrator.data.images import decoders
 from orchestrator.data.memory import StreamMemory, stream_memory
+from orchestrator.data.outputs import DTYPE
 from orchestrator.data.task import TaskData
-from orchestrator.spec import Estimate, SweepSpec
+from orchestrator.models.load import plan_network
+from orchestrator.spec import Estimate, Model, SweepSpec
 from orchestrator.store import records_bytes
 from orchestrator.sweep.holdings import Holdings, holdings_of
-from orchestrator.sweep.space import Space
-from orchestrator.sweep.streamed import Training, streamed_trainings
+from orchestrator.sweep.space import Space, stage_lists
+from orchestrator.sweep.streamed import DRAWS, Training, streamed_trainings
 from orchestrator.trial.plan import Cell
 
 BACKWARD = 3  # forward and backward pass together cost this many forward passes
@@ -33,6 +40,99 @@ PAGE = 4096  # bytes that a random read brings in, at least
 def embedding_bytes(shards: Sequence[int], width: int, dtype: str) -> int:
     """Of the store's files with one embedding a row, one file a shard."""
     return sum(times * records_bytes(rows, (width,), dtype) for rows, times in Counter(shards).items())
+
+
+@dataclass(frozen=True)
+class OutputCosts:
+    """What the teachers' outputs on the images of train take in the store. Those of tuned teachers come on top.
+
+    Attributes:
+        bytes: of all, once each trial has what it wants.
+        images, views: of train; stored views of an image, at most.
+        output: name of the one that takes most.
+        output_bytes: what that one takes.
+        free_bytes: of the store's disk, less what `store.min_free_gb` keeps; None on object storage.
+    """
+
+    bytes: int
+    images: int
+    views: int
+    output: str
+    output_bytes: int
+    free_bytes: int | None
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def output_costs(
+    spec: SweepSpec, task: TaskData, cells: Sequence[Cell], spaces: Mapping[str, Space]
+) -> OutputCosts | None:
+    """What a sweep stores of its teachers' outputs, as far as some draws tell; None if that is nothing."""
+    wanted: dict[int, dict[Output, None]] = {}
+    views: Counter[int] = Counter()
+    for cell in cells:
+        for output, times in _stored_by(spec, task, cell, spaces).items():
+            assert cell.teacher is not None
+            wanted.setdefault(cell.teacher, {})[output] = None
+            views[cell.teacher] = max(views[cell.teacher], times)
+    taken: Counter[str] = Counter()
+    for teacher, outputs in wanted.items():
+        shapes = _shapes(spec.teachers[teacher].model_dump_json(), tuple(outputs))
+        for key, shape in shapes.items():  # a pass over a view computes all that any trial wants
+            taken[key] += views[teacher] * records_bytes(len(task.train), shape, DTYPE)
+    if not taken:
+        return None
+    free = None
+    if spec.store.remote is None:
+        address = Path(spec.store_address).absolute()
+        disk = next(folder for folder in (address, *address.parents) if folder.exists())
+        free = max(0, shutil.disk_usage(disk).free - int(spec.store.min_free_gb * 1e9))
+    largest, most = taken.most_common(1)[0]
+    return OutputCosts(taken.total(), len(task.train), max(views.values()), largest, most, free)
+
+
+def _stored_by(spec: SweepSpec, task: TaskData, cell: Cell, spaces: Mapping[str, Space]) -> dict[Output, int]:
+    """The teacher's outputs on train that a cell's trials read from the store, with how many views of an image."""
+    found: dict[Output, int] = {}
+    if cell.teacher is None:
+        return found
+    for draws in (1, DRAWS):
+        for stages in stage_lists(spec, spaces, cell, task.info, draws):
+            for stage in stages:
+                for output, times in _stored_views(spec, stage).items():
+                    found[output] = max(found.get(output, 0), times)
+        if {output.kind for output in found} <= {"pooled", "logits", "embedding"}:
+            break  # so it is with methods that tune the teacher, whose draws take seconds; and these are the small ones
+    return found
+
+
+def _stored_views(spec: SweepSpec, stage: Stage) -> dict[Output, int]:
+    """The outputs on train that a stage reads from the store, each with how many views of an image."""
+    if isinstance(stage, ImageStage):
+        return {}
+    feed = stage.feed if isinstance(stage, TrainStage) else stage
+    if feed.of != TEACHER or spec.corpus.streams(feed.images) or (isinstance(feed, FitStage) and feed.pool):
+        return {}
+    once = isinstance(feed, FitStage) or feed.plain
+    views = 1 if once else 0 if spec.train.fresh else spec.train.views
+    return dict.fromkeys(feed.outputs, views) if views else {}
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(key: str, outputs: tuple[Output, ...]) -> dict[str, tuple[int, ...]]:
+    """Of an image's outputs by key; no weights are loaded. Empty if the network cannot be run without them."""
+    info, seen = plan_network(Model.model_validate_json(key), "teacher")
+    assert info.skeleton is not None
+    first = next(info.skeleton.parameters())
+    images = torch.zeros(1, 3, seen.size, seen.size, dtype=first.dtype, device=first.device)
+    try:
+        with torch.inference_mode():
+            found = read_outputs(info.skeleton, images, outputs)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):  # this is an estimate, and refuses nothing
+        return {}
+    return {name: tuple(values.shape[1:]) for name, values in found.items()}
 
 
 @dataclass(frozen=True)
@@ -54,6 +154,7 @@ class Costs:
         train_device_seconds: of one trial.
         embed_images_s, train_images_s: images a second and GPU, with what limits them.
         embed_hours, trial_hours, sweep_hours: wall time; trials run side by side where GPUs allow.
+        outputs: of teachers on the images of the task, if there are any.
     """
 
     corpus_bytes: int
@@ -73,6 +174,7 @@ class Costs:
     embed_hours: float
     trial_hours: float
     sweep_hours: float
+    outputs: OutputCosts | None = None
 
     def facts(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -177,22 +279,41 @@ def reckon(holdings: Holdings, trainings: Sequence[Training], spec: SweepSpec) -
 
 def costs_of(
     spec: SweepSpec, task: TaskData, cells: Sequence[Cell], spaces: Mapping[str, Space]
-) -> tuple[Holdings, list[Training], Costs] | None:
-    """The estimate of a sweep with a corpus of images; None of any other."""
+) -> tuple[Holdings, list[Training], Costs | OutputCosts] | None:
+    """The estimate of a sweep: `Costs` with a corpus of images, else `OutputCosts`, or None if nothing is stored."""
+    outputs = output_costs(spec, task, cells, spaces)
     trainings = streamed_trainings(spec, task, cells, spaces)
     if not trainings:
-        return None
+        return None if outputs is None else (holdings_of(spec), trainings, outputs)
     holdings = holdings_of(spec)
-    return holdings, trainings, reckon(holdings, trainings, spec)
+    return holdings, trainings, replace(reckon(holdings, trainings, spec), outputs=outputs)
 
 
-def sentences_of(spec: SweepSpec, holdings: Holdings, costs: Costs) -> list[str]:
+def gb(size: float) -> str:
+    """For people."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _stored_sentences(spec: SweepSpec, outputs: OutputCosts | None) -> list[str]:
+    if outputs is None:
+        return []
+    told = [
+        f"Stored: outputs of teachers on {outputs.images:,} images, views of each up to {outputs.views}: about "
+        f"{gb(outputs.bytes)}, of which {outputs.output} {gb(outputs.output_bytes)}."
+    ]
+    if outputs.free_bytes is not None and outputs.bytes > outputs.free_bytes:
+        told.append(
+            f"Warning: {spec.store_address!r} has room for {gb(outputs.free_bytes)} of that: use fewer train.views, "
+            f"train.fresh: true, no method that reads {outputs.output}, or another storage."
+        )
+    return told
+
+
+def sentences_of(spec: SweepSpec, holdings: Holdings, costs: Costs | OutputCosts) -> list[str]:
     """The estimate, for people; without times where a sweep runs on CPUs."""
+    if isinstance(costs, OutputCosts):
+        return _stored_sentences(spec, costs)
     machines, train = spec.estimate, spec.train
-
-    def gb(size: float) -> str:
-        return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
     passes = f"{machines.tflops:g} TFLOP/s x {machines.utilisation:.0%}"
     stream = costs.stream
     told = [
@@ -200,6 +321,7 @@ def sentences_of(spec: SweepSpec, holdings: Holdings, costs: Costs) -> list[str]
         f"{len(holdings.image_shards) + len(holdings.sentence_shards):,} shards, {gb(costs.corpus_bytes)}.",
         f"Stored: embeddings of images {gb(costs.image_embedding_bytes)}, of texts {gb(costs.text_embedding_bytes)}, "
         f"checkpoints {gb(costs.checkpoint_bytes)}, students {gb(costs.student_bytes)}.",
+        *_stored_sentences(spec, costs.outputs),
         f"Read: {gb(costs.read_bytes_per_epoch)} in each trial's pass over the images.",
         f"Memory of a worker's stream: window {gb(stream.window)}, batches {gb(stream.batches)}, {stream.ahead} blocks "
         f"ahead and {stream.readers} in work {gb(stream.waiting)}; of a node {gb(costs.stream_bytes_per_node)}, "

@@ -22,7 +22,7 @@ from orchestrator.models.names import Role, wants_weights
 from orchestrator.spec import SweepSpec
 from orchestrator.store import store_at
 from orchestrator.sweep.begun import begun_task, keep_images
-from orchestrator.sweep.capacity import check_shape, has, nodes_now
+from orchestrator.sweep.capacity import check_actors, check_shape, has, nodes_now
 from orchestrator.sweep.earlier import check_earlier, first_trials, starts, trials_in_all
 from orchestrator.sweep.folder import RAY_DASHBOARD
 from orchestrator.sweep.holdings import holdings_of
@@ -202,6 +202,7 @@ def check_capacity(spec: SweepSpec, device: str) -> None:
             raise UserError(
                 f"train.{workers} x train.{share} = {amount:g} {name}s are needed by a trial, and there are {there:g}."
             )
+    check_actors(spec, device, [nodes_now()])
 
 
 def device_of(spec: SweepSpec) -> str:

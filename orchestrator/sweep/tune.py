@@ -11,6 +11,7 @@ import os
 import platform
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from orchestrator.data.pool import ShardJob
+from orchestrator.data.pool import Mapper, ShardJob, make_here
 from orchestrator.errors import FullDiskError, StudyLostError, WorkError
 from orchestrator.process import settle
 from orchestrator.sweep.capacity import DRIVER, has, nodes_now
@@ -30,6 +31,7 @@ from orchestrator.sweep.ledger import FINAL, Clock, Ledger
 from orchestrator.sweep.nodes import GONE_S
 from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import Reporter
+from orchestrator.train.memory import device_lost
 from orchestrator.train.notice import draining, watched
 from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
@@ -203,12 +205,7 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
     try:
         if context.spec.train.workers > 1:
             runner = _runner_of(context)
-
-            def make_in_its_place(job: ShardJob, shards: list[int]) -> list[int]:
-                runner.end()  # the actors need the devices that idle workers hold
-                return make_on_actors(job, shards)
-
-            row = run_repeats(context, trial, progress, runner, make_in_its_place)
+            row = run_repeats(context, trial, progress, runner, _made_by(runner))
         else:
             row = run_repeats(context, trial, progress, _run_watched, make_on_actors)
     except FullDiskError as error:
@@ -216,8 +213,24 @@ def _trainable(config: dict[str, Any], context: SweepContext) -> None:
         return
     # A worker that died was a trial's misfortune, and its row already says so; writing it makes it final.
     ledger.write(row)
+    if device_lost():
+        # No other trial is to run in this process. Tune begins this one again in a new one, which finds its row.
+        os._exit(1)
     metric = row["val_metric"]
     tune.report({"progress": 100, "val_metric": metric if math.isfinite(metric) else best})
+
+
+def _made_by(runner: GroupRunner) -> Mapper:
+    """What makes shards for trials whose own process holds no device."""
+    from orchestrator.data.actors import make_on_actors
+
+    def make(job: ShardJob, shards: list[int]) -> list[int]:
+        if job.unreserved:
+            return runner.elsewhere(partial(make_here, job, shards))
+        runner.end()  # the actors need the devices that idle workers hold
+        return make_on_actors(job, shards)
+
+    return make
 
 
 def _run_watched(job: TrainJob, folder: Path, report: Reporter | None = None) -> dict[str, Any]:

@@ -20,12 +20,17 @@ from orchestrator.store import JoinedRecords, OpenFiles, Store, store_at
 from orchestrator.train.feed import Feeder, LiveTeacher, StreamFeeder, TextFeed, TokenFeeder
 from orchestrator.train.given import Networks, entry_at, given_for, networks_of, stage_results
 from orchestrator.train.job import TrainJob, pool_batch
+from orchestrator.train.loop import memory_told
 
 
 def opened(
     job: TrainJob, *, rank: int = 0, world: int = 1, device: str = "cpu"
 ) -> tuple[Learner, Feeder | StreamFeeder | TokenFeeder]:
-    """What the loop needs of a job: its learner as it is before the first step, and the batches of this rank."""
+    """What the loop needs of a job: its learner as it is before the first step, and the batches of this rank.
+
+    Raises:
+        DeviceMemoryError: if a teacher that sees fresh views does not fit into the device's memory.
+    """
     spec, stage = job.spec, job.stage
     store = store_at(job.store_root)
     task = load_task(spec.task, store, listing=job.listing)
@@ -37,7 +42,8 @@ def opened(
         return learner, TokenFeeder(tables, batch=spec.train.batch, seed=job.seed, rank=rank, world=world)  # type: ignore[arg-type]
     if spec.corpus.streams(stage.feed.images):
         return learner, _streamed(job, store, networks, rank=rank, world=world)
-    return learner, _feeder(job, store, task, networks, rank=rank, world=world, device=device)
+    with memory_told(lambda: "out of device memory before the first step, for the teacher that sees fresh views"):
+        return learner, _feeder(job, store, task, networks, rank=rank, world=world, device=device)
 
 
 def joined_records(store: Store, addresses: Sequence[str]) -> JoinedRecords:

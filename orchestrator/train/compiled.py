@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,9 +31,23 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     return [one for one in dict.fromkeys(found) if id(one) not in outer]
 
 
+def _while_training(network: nn.Module, block: nn.Module) -> Callable[..., Any]:
+    """Calls a compiled block of the network as compiled only while the whole network trains."""
+    fast = block._compiled_call_impl
+    assert fast is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fast(*args, **kwargs) if network.training else block._call_impl(*args, **kwargs)
+
+    return call
+
+
 @contextlib.contextmanager
 def compiled(network: nn.Module, on: bool) -> Iterator[None]:
     """Compiles the blocks of a network for as long as it lasts, if `on`; names, weights and hooks stay as they are.
+
+    Only while the network is in training mode: in evaluation mode its blocks run as they were written, since each other
+    size of a batch would be compiled anew in the middle of training.
 
     Raises:
         CompileError: inside, at the first step, where the machine has no compiler for it.
@@ -40,6 +55,7 @@ def compiled(network: nn.Module, on: bool) -> Iterator[None]:
     blocks = blocks_of(network) if on else []
     for block in blocks:
         block.compile(dynamic=False)  # of one kind in several sizes, inductor cannot compile some for all sizes at once
+        block._compiled_call_impl = _while_training(network, block)
     try:
         yield
     except Exception as error:

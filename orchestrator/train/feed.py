@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from orchestrator.store import JoinedRecords, Records
 
 WHOLE = 1 << 22  # items up to which a permutation is kept: 34 MB
 ROUNDS = 6  # of the Feistel network
+AHEAD = 3  # batches that are read before they are asked for where the device is not the CPU, which reads them itself
 
 
 @dataclass
@@ -113,9 +116,47 @@ class TextFeed:
         self.order = Order(len(table) if rows is None else len(rows), seed, 20)
 
     def take(self, step: int) -> Tensor:
-        """[M, d] float32."""
+        """[M, d] as stored."""
         items, _ = self.order.take(step * self.batch, self.batch)
-        return self.table.rows(items if self.kept is None else self.kept[items]).float()
+        return self.table.rows(items if self.kept is None else self.kept[items])
+
+
+class ReadAhead:
+    """Reads the batches of steps to come in a thread of its own, one after the other.
+
+    Args:
+        read: gives the batch of a step.
+        device: where batches go. For the CPU they are made float32 here, for any other they are sent as they are
+            stored, from pinned memory.
+        ahead: batches that are read before they are asked for; on the CPU one.
+    """
+
+    def __init__(self, read: Callable[[int], Batch], device: str, ahead: int) -> None:
+        here = device == "cpu"
+        self.read, self.ready, self.ahead = read, _wide if here else _pinned, 1 if here else ahead
+        self._reader = ThreadPoolExecutor(1)
+        self._coming: deque[tuple[int, Future[Batch]]] = deque()
+
+    def take(self, step: int) -> Batch:
+        """The batch of `step`; those after it are read meanwhile. Any step but the next one begins anew."""
+        if self._coming and self._coming[0][0] != step:
+            for _, future in self._coming:
+                future.cancel()
+            self._coming.clear()
+        if not self._coming:
+            self._submit(step)
+        _, future = self._coming.popleft()
+        batch = future.result()
+        while len(self._coming) < self.ahead:
+            self._submit(step + 1 + len(self._coming))
+        return batch
+
+    def _submit(self, step: int) -> None:
+        self._coming.append((step, self._reader.submit(lambda: self.ready(self.read(step)))))
+
+    def close(self) -> None:
+        """Waits for what is being read; nothing more is."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
 
 
 Tables = Mapping[str, Sequence[Records | JoinedRecords]]
@@ -182,8 +223,7 @@ class Feeder:
         else:
             self.pools = [(everything, batch)]
         self.orders = [Order(len(pool), seed, stream + i) for i, (pool, _) in enumerate(self.pools)]
-        self._reader = ThreadPoolExecutor(1)
-        self._ahead: tuple[int, Future[Batch]] | None = None
+        self._ahead: ReadAhead | None = None
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows of train, views) of this rank's part of the global batch of `step`."""
@@ -207,15 +247,15 @@ class Feeder:
         outputs: dict[str, Tensor] = {}
         for key, tables in self.tables.items():
             if self.feed.plain:
-                outputs[key] = tables[0].rows(rows).float()
+                outputs[key] = tables[0].rows(rows)
                 continue
             values = torch.empty((len(rows), *tables[0].shape), dtype=tables[0].dtype)
             for view in np.unique(views):
                 where = np.flatnonzero(views == view)
                 values[torch.from_numpy(where)] = tables[int(view)].rows(rows[where])
-            outputs[key] = values.float()
+            outputs[key] = values
         if self.live is not None:
-            outputs |= {k: v.float() for k, v in self.live.rows(rows, views).items()}
+            outputs |= self.live.rows(rows, views)
         labels = self.labels(rows, views) if self.feed.labels and self.labels is not None else None
         theirs = self.teacher[0].batch(rows, views) if self.teacher is not None else None
         more = self.generated._read(step) if self.generated is not None else None
@@ -223,14 +263,15 @@ class Feeder:
         return Batch(self.pixels.batch(rows, views), labels, outputs, theirs, more, texts)
 
     def __call__(self, step: int, device: str) -> Batch:
-        """The batch of `step` on `device`; the next one is read meanwhile."""
-        if self._ahead is not None and self._ahead[0] == step:
-            batch = self._ahead[1].result()
-        else:
-            batch = self._read(step)
-        self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
+        """The batch of `step` on `device`; the next one is read meanwhile, on a GPU the next few."""
+        if self._ahead is None:
+            self._ahead = ReadAhead(self._read, device, 1 if self._live else AHEAD)
+        return self._prepared(self._ahead.take(step), device)
 
-        return self._prepared(batch, device)
+    @property
+    def _live(self) -> bool:
+        """Whether a teacher runs on what is read, which then takes room on its device."""
+        return self.live is not None or (self.generated is not None and self.generated._live)
 
     def _prepared(self, batch: Batch, device: str) -> Batch:
         """On `device`, pixels normalised."""
@@ -238,14 +279,14 @@ class Feeder:
         return Batch(
             self.preprocessing.normalise(_move(batch.images, device)),
             _indices(_move(batch.labels, device)) if batch.labels is not None else None,
-            {k: _move(v, device) for k, v in batch.outputs.items()},
+            {k: _move(v, device).float() for k, v in batch.outputs.items()},
             self.teacher[1].normalise(_move(batch.teacher_images, device))
             if self.teacher is not None and batch.teacher_images is not None
             else None,
             self.generated._prepared(batch.generated, device)
             if self.generated is not None and batch.generated is not None
             else None,
-            _move(batch.texts, device) if batch.texts is not None else None,
+            _move(batch.texts, device).float() if batch.texts is not None else None,
         )
 
     @property
@@ -256,9 +297,8 @@ class Feeder:
 
     def close(self) -> None:
         """Waits for the read-ahead and stops it."""
-        if self.generated is not None:
-            self.generated.close()
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        if self._ahead is not None:
+            self._ahead.close()
 
 
 class StreamFeeder:
@@ -287,41 +327,39 @@ class StreamFeeder:
     ) -> None:
         self.stream, self.preprocessing, self.tables = stream, preprocessing, tables
         self.captions, self.texts, self.batch = captions, texts, batch
-        self._next = -1
+        self._next = -1  # that is read
         self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
-        self._reader = ThreadPoolExecutor(1)
-        self._ahead: Future[Batch] | None = None
+        self._ahead: ReadAhead | None = None
 
     def _read(self, step: int) -> Batch:
+        if step != self._next:
+            self._batches = self.stream.batches(step * self.batch, self.batch)
         pixels, rows = next(self._batches)
+        self._next = step + 1
         return Batch(
             torch.from_numpy(pixels),
-            outputs={key: table.rows(rows).float() for key, table in self.tables.items()},
+            outputs={key: table.rows(rows) for key, table in self.tables.items()},
             texts=self.texts.take(step) if self.texts is not None else None,
-            captions=self.captions.rows(rows).float() if self.captions is not None else None,
+            captions=self.captions.rows(rows) if self.captions is not None else None,
         )
 
     def __call__(self, step: int, device: str) -> Batch:
-        """The batch of `step` on `device`; the next one is read meanwhile. Any other step restarts the stream."""
-        if self._ahead is None or step != self._next:
-            if self._ahead is not None:
-                self._ahead.result()
-            self._batches = self.stream.batches(step * self.batch, self.batch)
-            self._ahead = self._reader.submit(self._read, step)
-        batch = self._ahead.result()
-        self._next = step + 1
-        self._ahead = self._reader.submit(self._read, self._next)
+        """The batch of `step` on `device`; the next ones are read meanwhile. Any other step restarts the stream."""
+        if self._ahead is None:
+            self._ahead = ReadAhead(self._read, device, AHEAD)
+        batch = self._ahead.take(step)
         return Batch(
             self.preprocessing.normalise(_move(batch.images, device)),
             None,
-            {k: _move(v, device) for k, v in batch.outputs.items()},
-            texts=_move(batch.texts, device) if batch.texts is not None else None,
-            captions=_move(batch.captions, device) if batch.captions is not None else None,
+            {k: _move(v, device).float() for k, v in batch.outputs.items()},
+            texts=_move(batch.texts, device).float() if batch.texts is not None else None,
+            captions=_move(batch.captions, device).float() if batch.captions is not None else None,
         )
 
     def close(self) -> None:
         """Waits for the read-ahead and stops the stream."""
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        if self._ahead is not None:
+            self._ahead.close()
         close = getattr(self._batches, "close", None)
         if close is not None:
             close()
@@ -362,17 +400,41 @@ class TokenFeeder:
             texts[where], tokens[where] = u.float(), t.long()
         assert texts is not None
         assert tokens is not None
-        empty = torch.empty(0, device=device)
-        return Batch(empty, texts=_move(texts, device), tokens=_move(tokens, device))
+        if device != "cpu":
+            texts, tokens = texts.pin_memory(), tokens.pin_memory()
+        return Batch(torch.empty(0, device=device), texts=_move(texts, device), tokens=_move(tokens, device))
 
     def close(self) -> None:
         """Nothing is read ahead."""
 
 
 def _move(tensor: Tensor, device: str) -> Tensor:
-    if device == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True) if tensor.device.type == "cpu" else tensor
+    """On `device`; a copy from pinned memory does not wait for what the device has still to do."""
+    return tensor.to(device, non_blocking=True)
+
+
+def _wide(batch: Batch) -> Batch:
+    """The same batch with what a teacher gave as float32."""
+    return replace(
+        batch,
+        outputs={key: value.float() for key, value in batch.outputs.items()},
+        generated=_wide(batch.generated) if batch.generated is not None else None,
+        texts=batch.texts.float() if batch.texts is not None else None,
+        captions=batch.captions.float() if batch.captions is not None else None,
+    )
+
+
+def _pinned(batch: Batch) -> Batch:
+    """The same batch with its tensors of the CPU in memory from which a device copies by itself."""
+
+    def pinned(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.pin_memory() if value.device.type == "cpu" else value
+        if isinstance(value, dict):
+            return {key: pinned(one) for key, one in value.items()}
+        return _pinned(value) if isinstance(value, Batch) else value
+
+    return Batch(**{name: pinned(value) for name, value in vars(batch).items()})
 
 
 def _indices(labels: Tensor) -> Tensor:

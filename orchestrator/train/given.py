@@ -69,7 +69,9 @@ def given_for(
 
 
 def _thawed(module: torch.nn.Module) -> torch.nn.Module:
-    module = copy.deepcopy(module).cpu()
+    # Its parameters are copied straight to the CPU: on a GPU a teacher would not have room for two of itself.
+    here = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True), p.requires_grad) for p in module.parameters()}
+    module = copy.deepcopy(module, here).cpu()
     for parameter in module.parameters():
         parameter.requires_grad_(True)
     return module

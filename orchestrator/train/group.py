@@ -7,6 +7,9 @@ dies or fails, when another number of workers is wanted, and after `train.idle_s
 While a group trains, the trial's own process hears how far it is and what it scores on val, and may stop it. Ray's own
 way from a group to Tune reports only, and leaves a stopped group to be cleaned up after its controller's death; here
 rank 0 asks whether to go on, and if not, every rank leaves its loop at the same step.
+
+The trial's own process reserves no GPU. What else of a trial needs one (teachers' passes, scores, latencies) is an
+errand of rank 0, while the other ranks wait.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import os
 import pickle
 import shutil
 import threading
+import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -44,12 +48,13 @@ from orchestrator.train.alike import UnlikeError
 from orchestrator.train.job import TrainJob
 from orchestrator.train.line import Line
 from orchestrator.train.loop import DeviceMemoryError, DivergedError, Gauge, Report, Reporter
-from orchestrator.train.memory import release_memory
+from orchestrator.train.memory import device_lost, release_memory
 from orchestrator.train.notice import watched
 from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
 
 ENDINGS: dict[str, type[WorkError]] = {"diverged": DivergedError, "unlike": UnlikeError}
+T = TypeVar("T")
 POLL_S = 0.5
 RESTARTS = 2  # of a job whose group died
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -76,7 +81,10 @@ def _train(line: Any, sent: bytes, rank: int, world: int) -> tuple[str, Any]:
     """How a job ended, which is alike on all ranks. What only this rank meets is raised, and ends the group."""
     job: TrainJob
     gauge: Gauge | None
-    job, folder, gauge = pickle.loads(sent)
+    asked = pickle.loads(sent)
+    if callable(asked):
+        return _errand(line, asked) if rank == 0 else ("done", None)
+    job, folder, gauge = asked
     device = str(ray.train.torch.get_device()) if job.device == "cuda" else "cpu"
     report = _asking(gauge, line, rank, device) if gauge is not None else None
     nodes: list[Any] = [None] * world
@@ -95,6 +103,32 @@ def _train(line: Any, sent: bytes, rank: int, world: int) -> tuple[str, Any]:
         # The other ranks wait for this one in vain, so that only the end of the group frees them.
         ray.get(line.complain.remote("memory", str(error)))
         raise
+
+
+def _errand(line: Any, work: Callable[[], Any]) -> tuple[str, Any]:
+    """What rank 0 does for the trial's process; what it raises is raised there."""
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        return "done", work()
+    except Exception as error:
+        told = _sent(error)
+        if device_lost():  # no job can run here any more, so this ends the group
+            ray.get(line.complain.remote("raised", told))
+            raise
+        return "raised", told
+
+
+def _sent(error: Exception) -> bytes:
+    """An error as it goes to another process, which has no other way to its traceback."""
+    error.add_note(f"On the first worker:\n{traceback.format_exc()}")
+    try:
+        sent = cloudpickle.dumps(error)
+        pickle.loads(sent)  # an error with arguments of its own may not come out again
+    except Exception:
+        return cloudpickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return bytes(sent)
 
 
 def _asking(gauge: Gauge, line: Any, rank: int, device: str) -> Callable[[Report], None]:
@@ -168,11 +202,29 @@ class _Group:
             TrainingFailedError, RayActorError: if the group has died.
         """
         gauge = report.gauge if report is not None else None
+        ending, about = self._give(cloudpickle.dumps((job, str(folder), gauge)), report)
+        if ending in ENDINGS:
+            raise ENDINGS[ending](about)
+        return dict(about)
+
+    def errand(self, work: Callable[[], T]) -> T:
+        """What `work`, which is picklable, gives on rank 0; what it raises there is raised here.
+
+        Raises:
+            TrainingFailedError, RayActorError: if the group has died.
+        """
+        ending, value = self._give(cloudpickle.dumps(work), None)
+        if ending == "raised":
+            raise pickle.loads(value)
+        return value  # type: ignore[no-any-return]
+
+    def _give(self, sent: bytes, report: Reporter | None) -> tuple[str, Any]:
+        """Gives a job to all ranks; returns how it ended, once every one of them has."""
         self.busy = True
-        ray.get(self.line.give.remote(cloudpickle.dumps((job, str(folder), gauge))))
+        ray.get(self.line.give.remote(sent))
         heard = self.line.hear.remote()
         stopped: BaseException | None = None
-        memory = ""
+        complaint: Exception | None = None
         while True:
             ready, _ = ray.wait([heard], timeout=POLL_S)
             if not ready:
@@ -180,8 +232,8 @@ class _Group:
                     continue
                 if stopped is not None:
                     raise stopped
-                if memory:
-                    raise DeviceMemoryError(memory)
+                if complaint is not None:
+                    raise complaint
                 self.ended.result()
                 raise WorkError("The worker group ended before its job.")
             kind, value = ray.get(heard)
@@ -189,7 +241,9 @@ class _Group:
                 self.busy = False
                 break
             if kind == "memory":
-                memory = value
+                complaint = DeviceMemoryError(value)
+            elif kind == "raised":
+                complaint = pickle.loads(value)
             else:
                 number, share, metric = value
                 try:
@@ -202,9 +256,7 @@ class _Group:
         if stopped is not None:
             raise stopped
         ending, about = value
-        if ending in ENDINGS:
-            raise ENDINGS[ending](about)
-        return dict(about)
+        return str(ending), about
 
     def end(self, wait: bool) -> None:
         """Lets the ranks leave after what they are at; `wait` for them, and for their devices to be free."""
@@ -239,18 +291,40 @@ class GroupRunner:
         train = self.context.spec.train
         if self.context.spec.search.scheduler == "none":
             report = None
-        with self.lock:
-            if self.timer is not None:
-                self.timer.cancel()
-            try:
-                return self._run(job, folder, report)
-            finally:
-                self._rest(train.idle_s)
+
+        def trained(group: _Group) -> dict[str, Any]:
+            about = group.run(job, folder, report)
+            if group.world < train.workers:
+                about["facts"] = about["facts"] | {"workers": group.world}
+            return about
+
+        return self._held(job.device, trained)
+
+    def elsewhere(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the first worker, which holds a device and sees the store; it is done anew if that dies.
+
+        Args:
+            work: picklable, as is what it gives; folders that it names may be on another node.
+
+        Raises:
+            Exception: what it raises there; WorkError if the group has died too often.
+        """
+        return self._held(self.context.device, lambda group: group.errand(work))
 
     def end(self) -> None:
         """Ends the group that is kept, if there is one, and waits until its devices are free."""
         with self.lock:
             self._drop()
+
+    def _held(self, device: str, use: Callable[[_Group], T]) -> T:
+        """One use of the group, which is then kept for `train.idle_s`."""
+        with self.lock:
+            if self.timer is not None:
+                self.timer.cancel()
+            try:
+                return self._run(device, use)
+            finally:
+                self._rest(self.context.spec.train.idle_s)
 
     def _rest(self, idle_s: float) -> None:
         """After a job: the group waits for the next one, if all its ranks do."""
@@ -272,13 +346,13 @@ class GroupRunner:
         if group is not None:
             group.end(wait=True)
 
-    def _run(self, job: TrainJob, folder: Path, report: Reporter | None) -> dict[str, Any]:
+    def _run(self, device: str, use: Callable[[_Group], T]) -> T:
         train = self.context.spec.train
         died = 0
         while True:
-            self.group = group = self._group(job.device)
+            self.group = group = self._group(device)
             try:
-                about = group.run(job, folder, report)
+                result = use(group)
             except (TrainingFailedError, RayActorError) as error:
                 self.group = None
                 if disk_full(error):
@@ -292,9 +366,7 @@ class GroupRunner:
                     raise WorkError(f"The worker group failed {died} times, the last time so: {last}") from error
             else:
                 self.tried = 0
-                if group.world < train.workers:
-                    about["facts"] = about["facts"] | {"workers": group.world}
-                return about
+                return result
 
     def _group(self, device: str) -> _Group:
         """The group that is kept, if it serves; else a new one."""

@@ -10,7 +10,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,9 +27,13 @@ from orchestrator.errors import WorkError
 from orchestrator.models.precision import autocast
 from orchestrator.store.store import Mirror
 from orchestrator.train.feed import Feeder, StreamFeeder, TokenFeeder
+from orchestrator.train.memory import is_out_of_memory
 from orchestrator.train.notice import Ending
 
 HURRY_S = 5.0  # between two saves of a process that will be taken away
+SLOW_S = 1.0  # a save that takes longer is slow:
+SPARSE = 20  # times as long as it took, training goes on before the next one
+CHECK_STEPS = 500  # between two looks at whether the loss is finite, at most
 
 
 class DivergedError(WorkError):
@@ -37,7 +41,22 @@ class DivergedError(WorkError):
 
 
 class DeviceMemoryError(WorkError):
-    """A step did not fit into the device's memory; the sentence says with how many images."""
+    """A stage did not fit into the device's memory; the sentence says with how many images."""
+
+
+@contextlib.contextmanager
+def memory_told(tried: Callable[[], str]) -> Iterator[None]:
+    """Names what was tried where the device's memory is too small for it.
+
+    Raises:
+        DeviceMemoryError: with the sentence that `tried` then gives.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceMemoryError(tried()) from error
 
 
 @dataclass
@@ -126,7 +145,7 @@ class Checkpoint:
 
     Args:
         path: the file.
-        every_s: seconds between two saves.
+        every_s: seconds between two saves; more where a save is slow.
         every_steps: optimizer steps after which one is due whatever the time; None for never.
         mirror: keeps copies for whoever goes on on another node, which does not see the file; its copy is the latest.
     """
@@ -136,14 +155,22 @@ class Checkpoint:
     ) -> None:
         self.path, self.every_s, self.every_steps, self.mirror = path, every_s, every_steps, mirror
         self.saved = time.monotonic()
+        self.pause_s = every_s
 
     def due(self, step: int) -> bool:
         """Whether the state after this step is to be saved."""
         if self.every_steps is not None and step % self.every_steps == 0:
             return True
-        return time.monotonic() - self.saved >= self.every_s
+        return time.monotonic() - self.saved >= self.pause_s
 
-    def save(self, state: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Any], hurry: bool = False) -> None:
+        """Replaces the file. After a slow save training goes on for longer before the next one is due.
+
+        Args:
+            hurry: the process will be taken away: the next one is due after `HURRY_S`, however slow this one was.
+        """
+        began = time.monotonic()
+        state = _on_cpu(state)  # once, for its hash and for the file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(f".{platform.node()}-{os.getpid()}")
         torch.save(state | {"digest": _digest(state)}, temporary)
@@ -151,6 +178,11 @@ class Checkpoint:
         if self.mirror is not None:
             self.mirror.put(self.path)
         self.saved = time.monotonic()
+        took = self.saved - began
+        if hurry:
+            self.pause_s = min(self.every_s, HURRY_S)
+        else:
+            self.pause_s = max(self.every_s, SPARSE * took if took > SLOW_S else 0.0)
 
     def load(self) -> dict[str, Any] | None:
         """The state, or None; a damaged file is removed with a warning, since training can begin anew."""
@@ -172,6 +204,17 @@ class Checkpoint:
         return None
 
 
+def _on_cpu(part: Any) -> Any:
+    """The same state with all tensors on the CPU; those that are there already are not copied."""
+    if isinstance(part, Tensor):
+        return part.detach().cpu()
+    if isinstance(part, dict):
+        return {key: _on_cpu(value) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return type(part)(_on_cpu(one) for one in part)
+    return part
+
+
 def _digest(part: Any) -> str:
     """SHA-256 of a state: torch does not notice a changed byte."""
     digest = hashlib.sha256()
@@ -179,7 +222,7 @@ def _digest(part: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
             for key in value:
                 digest.update(repr(key).encode())
@@ -198,6 +241,14 @@ def _moving(learner: nn.Module) -> dict[str, Tensor]:
     """What training changes: trainable parameters and all buffers."""
     frozen = {n for n, p in learner.named_parameters() if not p.requires_grad}
     return {n: t for n, t in learner.state_dict().items() if n not in frozen}
+
+
+def _finite(learner: nn.Module, loss: Tensor | None) -> bool:
+    """Whether a sum of losses, and what is trained, are numbers. Waits for the device once."""
+    tensors = [p.detach() for p in learner.parameters() if p.requires_grad]
+    if loss is not None:
+        tensors.append(loss)
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def part_of(batch: Batch, part: int, parts: int) -> Batch:
@@ -250,7 +301,7 @@ def fit(
         accumulate: micro batches that a rank's part of a batch is cut into: every so many rows of it, one part after
             another. The step is the mean of theirs; rows are related, and normalised, within a micro batch (of all
             ranks).
-        checkpoint: where to resume from and save to (rank 0 saves).
+        checkpoint: where to resume from and save to (rank 0 saves). A state that is not finite is not saved.
         notice: whether this process is about to be taken away; asked after each step. Once it says so, the state is
             saved at once and then every `HURRY_S` seconds, and training goes on for as long as it may. SIGTERM saves
             the state after the step, and then ends the process.
@@ -258,38 +309,40 @@ def fit(
 
     Raises:
         DivergedError: if the loss is not finite; on all ranks at the same step.
-        DeviceMemoryError: if a step does not fit into the device's memory; on the rank that it happens to.
+        DeviceMemoryError: if the network or a step does not fit into the device's memory; on the rank that it happens
+            to.
     """
-    learner.to(device)
-    wrapped: nn.Module = learner
-    if world > 1:
-        ids = [torch.cuda.current_device()] if device != "cpu" else None
-        # A parameter may have no gradient in a step. To look for those takes time in each step; where they are always
-        # the same, the first step tells, unless gradients gather over several.
-        once = learner.steady and accumulate == 1
-        wrapped = DistributedDataParallel(
-            learner,
-            device_ids=ids,
-            find_unused_parameters=not once,
-            static_graph=once,
-            gradient_as_bucket_view=True,
-        )
-    optimizer = build_optimizer(learner, recipe)
-    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     history = History()
     start = 0
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}  # a part may occur in some steps only
-    state = checkpoint.load() if checkpoint is not None else None
-    if state is not None:
-        learner.load_state_dict(state["moving"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        history = History(state["points"], state["loop_seconds"])
-        start = state["step"]
-        if world == 1:  # of several ranks only the first one's are known: the next means begin here
-            counts = dict(state["counts"])
-            sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
+    with memory_told(lambda: "out of device memory before the first step, for the network and its optimiser's state"):
+        learner.to(device)
+        wrapped: nn.Module = learner
+        if world > 1:
+            ids = [torch.cuda.current_device()] if device != "cpu" else None
+            # A parameter may have no gradient in a step. To look for those takes time in each step; where they are
+            # always the same, the first step tells, unless gradients gather over several.
+            once = learner.steady and accumulate == 1
+            wrapped = DistributedDataParallel(
+                learner,
+                device_ids=ids,
+                find_unused_parameters=not once,
+                static_graph=once,
+                gradient_as_bucket_view=True,
+            )
+        optimizer = build_optimizer(learner, recipe)
+        scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+        state = checkpoint.load() if checkpoint is not None else None
+        if state is not None:
+            learner.load_state_dict(state["moving"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            history = History(state["points"], state["loop_seconds"])
+            start = state["step"]
+            if world == 1:  # of several ranks only the first one's are known: the next means begin here
+                counts = dict(state["counts"])
+                sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
     # It looks at every function that torch is asked for, so it is on only where there is something to find.
     shared = world > 1 and sync_batchnorm and any(isinstance(m, _BatchNorm) for m in learner.modules())
     norms = GlobalBatchNorm() if shared else contextlib.nullcontext()
@@ -299,7 +352,15 @@ def fit(
     noticed = False
     ending = Ending()
     step, images = start, 0
-    try:
+
+    def tried() -> str:
+        parts = f"{images // accumulate} images at a time ({world} x {images} a step, accumulate {accumulate})"
+        return f"out of device memory at step {step + 1} of {steps} with train.batch {images * world}: {parts}"
+
+    with contextlib.ExitStack() as held:
+        held.callback(ending.close)
+        held.callback(feeder.close)
+        held.enter_context(memory_told(tried))
         for step in range(start, steps):
             torch.manual_seed((seed * 1_000_003 + step) * max(64, world) + rank)
             for group in optimizer.param_groups:
@@ -328,12 +389,15 @@ def fit(
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             done = step + 1
-            if done % every == 0 or done == steps:
-                means = _mean_over_ranks({k: v / counts[k] for k, v in sums.items()}, world)
+            tells = done % every == 0 or done == steps
+            if tells or done % CHECK_STEPS == 0:
+                asked = sums if tells else {"loss": sums["loss"]}
+                means = _mean_over_ranks({k: v / counts[k] for k, v in asked.items()}, world)
                 if not math.isfinite(means["loss"]):
                     raise DivergedError(
                         f"The loss is {means['loss']} at step {done} of {steps}: try a smaller learning rate."
                     )
+            if tells:
                 history.points.append({"step": float(done), **means})
                 sums, counts = {}, {}
                 history.loop_seconds += time.perf_counter() - began
@@ -346,10 +410,15 @@ def fit(
             leaving = ending.asked or (not noticed and notice is not None and notice())
             if leaving and checkpoint is not None:
                 noticed = True
-                checkpoint.every_s = min(checkpoint.every_s, HURRY_S)
             # Ranks are alike: one that must go does not wait for the first one to hear of it.
             saves = rank == 0 or (ending.asked and sync_batchnorm)
-            if checkpoint is not None and saves and done < steps and (leaving or checkpoint.due(done)):
+            if (
+                checkpoint is not None
+                and saves
+                and done < steps
+                and (leaving or checkpoint.due(done))
+                and _finite(learner, sums.get("loss"))
+            ):
                 checkpoint.save(
                     {
                         "moving": _moving(learner),
@@ -360,18 +429,11 @@ def fit(
                         "counts": counts,
                         "loop_seconds": history.loop_seconds + time.perf_counter() - began,
                         "step": done,
-                    }
+                    },
+                    hurry=noticed,
                 )
             if ending.asked:
                 break
-    except torch.OutOfMemoryError as error:
-        tried = f"{images // accumulate} images at a time ({world} x {images} a step, accumulate {accumulate})"
-        raise DeviceMemoryError(
-            f"out of device memory at step {step + 1} of {steps} with train.batch {images * world}: {tried}"
-        ) from error
-    finally:
-        feeder.close()
-        ending.close()
     learner.eval()
     return history
 

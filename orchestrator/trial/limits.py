@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from methods.dense import structure_of
 from methods.knobs import MethodConfig
 from methods.parts.dense import segmenter
 from methods.parts.zero_shot import attach
-from orchestrator.data.task import TaskData
+from orchestrator.data.task import TaskData, load_task
 from orchestrator.errors import WorkError
 from orchestrator.evaluate.cost import costs, latency, processor, timed
 from orchestrator.models.load import Network, build_network, plan_network
@@ -25,7 +26,7 @@ from orchestrator.models.names import Role
 from orchestrator.models.onnx import onnx_runner, write_onnx
 from orchestrator.spec import Latency, Model, SweepSpec, latency_column
 from orchestrator.store import key_of
-from orchestrator.train.given import Networks, given_for
+from orchestrator.train.given import Networks, given_for, networks_of
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import Cell, TrialConfig, configure, method_named, setting_of
 
@@ -39,7 +40,10 @@ class InfeasibleError(Exception):
 
     def __init__(self, reason: str, facts: dict[str, Any]) -> None:
         super().__init__(reason)
-        self.facts = facts
+        self.reason, self.facts = reason, facts
+
+    def __reduce__(self) -> tuple[type[InfeasibleError], tuple[str, dict[str, Any]]]:
+        return InfeasibleError, (self.reason, self.facts)  # a worker may have found it out
 
 
 @dataclass(frozen=True)
@@ -152,9 +156,18 @@ def planned_excess(spec: SweepSpec, cell: Cell, classes: int) -> str:
 
 
 def check_before(
-    context: SweepContext, config: TrialConfig, method: type[Method], networks: Networks, task: TaskData
+    context: SweepContext,
+    config: TrialConfig,
+    method: type[Method],
+    networks: Networks,
+    task: TaskData,
+    elsewhere: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
     """Refuses a configuration before anything is trained, if what it will deploy cannot keep a limit.
+
+    Args:
+        context, config, method, networks, task: of the trial.
+        elsewhere: where this is done anew, if a latency is wanted and this process has no device to measure it on.
 
     Raises:
         InfeasibleError: naming the limits.
@@ -172,6 +185,8 @@ def check_before(
     facts: dict[str, Any] = dict(costs(_drawn(blueprint.build), blueprint.size))
     latencies = [metric for metric in context.spec.latencies if metric in limits.given]
     if not limits.broken(facts) and latencies:
+        if elsewhere is not None:
+            return elsewhere(partial(_check_here, context, config))
         facts |= latency_of(context, blueprint, latencies)
     broken = limits.broken(facts)
     if broken:
@@ -179,6 +194,14 @@ def check_before(
         slow = [metric for metric in latencies if limits.excess(facts).get(metric, 0) > 0]
         setup = f" ({'; '.join(facts[latency_column(metric, 'setup')] for metric in slow)})" if slow else ""
         raise InfeasibleError(f"{broken}{least}{setup}; nothing was trained", facts)
+
+
+def _check_here(context: SweepContext, config: TrialConfig) -> None:
+    """`check_before` in another process than the trial's."""
+    task, cell = load_task(context.spec.task, context.store, listing=context.listing), config.cell
+    networks = networks_of(context.spec, cell.teacher, cell.student)
+    torch.set_num_threads(context.spec.train.threads)
+    check_before(context, config, method_named(cell.method), networks, task)
 
 
 def _untrained(
@@ -275,6 +298,9 @@ def _measured(
         "rounds": rounds,
         "version": LATENCY_VERSION,
     }
+    shared = device == "cuda" and train.gpus_per_worker < 1
+    if shared:  # neighbours compute beside it: no number for those who have a GPU to themselves
+        reads["gpu_share"] = train.gpus_per_worker
 
     def write(folder: Path) -> dict[str, Any]:
         network = blueprint.build().cpu().eval()
@@ -294,5 +320,6 @@ def _measured(
     about = context.store.compute("latency", key_of(reads), write, reads=reads).meta["about"]
     name = f"{profile.profile}: " if profile.profile else ""
     runtime = ", onnxruntime" if onnx else ""
+    runtime += f", on {train.gpus_per_worker:g} of a GPU that other trials share" if shared else ""
     setup = f"{name}{device} ({reads['chip']}), {threads} thread{'s' if threads > 1 else ''}, batch {profile.batch}"
     return about, setup + runtime

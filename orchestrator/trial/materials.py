@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
 
 from methods.contract import TEACHER, Texts
 from methods.outputs import Output
 from methods.vision_language import EMBEDDING
 from orchestrator.data.embed import EmbedJob, embedded_prompts, ensure_embedded
 from orchestrator.data.outputs import Bill, ensure_outputs
-from orchestrator.data.pool import SHARD, Mapper, PoolShard
+from orchestrator.data.pool import SHARD, Mapper, PoolShard, make_here
 from orchestrator.data.task import TaskData, load_task
 from orchestrator.data.tokens import TokenJob, ensure_tokenized, tokenized_prompts
 from orchestrator.models.load import Network, tuned_network
@@ -19,6 +23,9 @@ from orchestrator.store import Entry
 from orchestrator.train.given import Networks, entry_at, networks_of
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.plan import TrialConfig, policy_of
+
+# Does a picklable piece of work in a process that holds a device, and gives what it gives or raises.
+Elsewhere = Callable[[Callable[[], Any]], Any]
 
 
 def address_of(entry: Entry) -> str:
@@ -31,12 +38,19 @@ def still_there(found: Mapping[str, Sequence[Entry]]) -> bool:
     return bool(found) and all(entry.path.is_dir() for entries in found.values() for entry in entries)
 
 
+def joined(bill: Bill, other: Bill) -> None:
+    """Adds what another process has paid and shared for the same trial."""
+    for column, value in asdict(other).items():
+        setattr(bill, column, getattr(bill, column) + value)
+
+
 @dataclass
 class Materials:
     """What one run of a configuration reads, with the bill for it.
 
     Attributes:
         mapper: embeds, tokenizes and generates.
+        elsewhere: where what is missing is made, if this process has no device: it then finds all of it in the store.
         addresses: of finished stages, by name.
         pools: shards of finished image stages, by name.
     """
@@ -45,6 +59,7 @@ class Materials:
     config: TrialConfig
     bill: Bill
     mapper: Mapper
+    elsewhere: Elsewhere | None = None
     addresses: dict[str, str] = field(default_factory=dict)
     pools: dict[str, list[Entry]] = field(default_factory=dict)
 
@@ -66,6 +81,7 @@ class Materials:
         """Entries of teacher outputs on train, by key, one for each view."""
         if not outputs:
             return {}
+        bill, device = self._made("outputs", outputs, of, views)
         teacher = self.config.cell.teacher
         also = self.context.prefetch.get(teacher, ()) if of == TEACHER and teacher is not None else ()
         return ensure_outputs(
@@ -77,8 +93,8 @@ class Materials:
             range(views),
             outputs,
             also=also,
-            device=self.context.device,
-            bill=self.bill,
+            device=device,
+            bill=bill,
         )
 
     def corpus_outputs(self, outputs: tuple[Output, ...]) -> dict[str, list[str]]:
@@ -91,9 +107,10 @@ class Materials:
         """Addresses of the teacher's embeddings of texts."""
         if name != "prompts":
             return self._embedded(name)
+        bill, device = self._made("text_addresses", name)
         teacher = self.networks.trained("teacher").entry
-        entry = embedded_prompts(self.store, self.task, teacher, self.context.device)
-        return [address_of(self.bill.add(entry))]
+        entry = embedded_prompts(self.store, self.task, teacher, device)
+        return [address_of(bill.add(entry))]
 
     def token_addresses(self, name: Texts) -> list[str]:
         """Addresses of what the teacher's tokenizer makes of texts."""
@@ -117,6 +134,7 @@ class Materials:
         """Entries of teacher outputs on a pool, by key, for each view one for each shard."""
         if not outputs:
             return {}
+        bill, device = self._made("pool_outputs", pool, outputs, of, views, count)
         result: dict[str, list[list[Entry]]] = {o.key: [[] for _ in range(views)] for o in outputs}
         teacher = self.teacher(of)
         for entry in self.shards(pool, count):
@@ -130,15 +148,48 @@ class Materials:
                 policy,
                 range(views),
                 outputs,
-                device=self.context.device,
-                bill=self.bill,
+                device=device,
+                bill=bill,
             )
             for key, entries in found.items():
                 for view, one in enumerate(entries):
                     result[key][view].append(one)
         return result
 
+    def _made(self, name: str, *wanted: Any) -> tuple[Bill, str]:
+        """Has a method of this class called where a device is, if that is elsewhere.
+
+        Returns:
+            The bill of the call in this process and where it computes. After a call elsewhere it only looks up what
+            that one has made and paid for; if anything has been removed since, the CPU makes it again.
+        """
+        if self.elsewhere is None:
+            return self.bill, self.context.device
+        pools = {pool: [address_of(entry) for entry in entries] for pool, entries in self.pools.items()}
+        made = self.elsewhere(partial(_make, self.context, self.config, self.addresses, pools, name, wanted))
+        joined(self.bill, made)
+        return Bill(), "cpu"
+
     def shards(self, pool: str, count: int) -> list[Entry]:
         """Those that hold the first `count` images of a pool; 0 for all."""
         entries = self.pools[pool]
         return entries[: math.ceil(count / SHARD)] if count else entries
+
+
+def _make(
+    context: SweepContext,
+    config: TrialConfig,
+    addresses: dict[str, str],
+    pools: dict[str, list[str]],
+    name: str,
+    wanted: tuple[Any, ...],
+) -> Bill:
+    """Calls a method of the materials of a trial in this process; returns what it has paid and shared.
+
+    Entries come as addresses, since each node has a store of its own beside object storage.
+    """
+    torch.set_num_threads(context.spec.train.threads)
+    found = {pool: [entry_at(context.store, one) for one in listed] for pool, listed in pools.items()}
+    materials = Materials(context, config, Bill(), make_here, addresses=addresses, pools=found)
+    getattr(materials, name)(*wanted)
+    return materials.bill

@@ -9,8 +9,9 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors.torch import save_file
@@ -19,18 +20,19 @@ from methods.contract import TEACHER, FitStage, ImageStage, Stage, TrainStage
 from orchestrator.data.contact import contact_sheet
 from orchestrator.data.outputs import Bill, open_outputs, open_pool_outputs
 from orchestrator.data.pool import Mapper, PoolJob, Sources, ensure_pool, make_here, pool_images
+from orchestrator.data.task import load_task
 from orchestrator.errors import FullDiskError, UserError, WorkError, disk_full
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Entry, key_of
 from orchestrator.train.batches import joined_records
-from orchestrator.train.given import given_for, stage_results
+from orchestrator.train.given import entry_at, given_for, networks_of, stage_results
 from orchestrator.train.job import TrainJob
 from orchestrator.train.loop import DeviceMemoryError, Reporter
-from orchestrator.train.memory import release_memory
+from orchestrator.train.memory import is_out_of_memory, release_memory
 from orchestrator.train.work import run_job
 from orchestrator.trial.context import SweepContext
 from orchestrator.trial.limits import InfeasibleError, check_before
-from orchestrator.trial.materials import Materials, address_of, still_there
+from orchestrator.trial.materials import Elsewhere, Materials, address_of, joined, still_there
 from orchestrator.trial.plan import (
     TEXT_SOURCES,
     TrialConfig,
@@ -51,6 +53,21 @@ class Runner(Protocol):
     def __call__(self, job: TrainJob, folder: Path, report: Reporter | None) -> dict[str, Any]: ...
 
 
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Place(Protocol):
+    """Does picklable work in a process that holds a device: a worker group."""
+
+    def elsewhere(self, work: Callable[[], T]) -> T: ...
+
+
+def elsewhere_of(context: SweepContext, runner: Runner) -> Elsewhere | None:
+    """Where a trial does what needs a device, if its own process holds none: where a group trains on GPUs."""
+    return runner.elsewhere if context.device != "cpu" and isinstance(runner, Place) else None
+
+
 # Metrics of a network, which no repeat of its trial changes.
 KNOWN_AT_ONCE = ("params_total", "params_trained", "flops", "memory_mb", "model_mb")
 Progress = Callable[[float, float | None], None]  # (share of the whole budget, val metric or None)
@@ -67,7 +84,7 @@ def run_trial(
 
     Args:
         progress: hears how far the trial is.
-        runner: runs its training stages.
+        runner: runs its training stages; a worker group with GPUs does all that needs one.
         mapper: makes its generated images.
 
     Raises:
@@ -85,17 +102,10 @@ def run_trial(
         raise
     except (UserError, WorkError) as error:
         row |= {"status": "failed", "reason": str(error)}
-    except torch.OutOfMemoryError:
-        reason = (
-            f"out of device memory with train.batch {context.spec.train.batch}; try {context.spec.train.batch // 2}"
-        )
-        row |= {"status": "failed", "reason": reason}
     except Exception as error:  # one trial's defect must not end the sweep; its traceback is kept beside the row
         if disk_full(error):
             raise FullDiskError(f"The disk of {context.folder!r} is full.") from error
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        row |= {"status": "failed", "reason": f"{type(error).__name__} at {where}: {error}"[:500]}
+        row |= {"status": "failed", "reason": _reason(context.spec, error)}
         folder = Path(context.folder) / "trials"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{config.trial_id}.traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
@@ -111,6 +121,14 @@ def run_trial(
     }
     release_memory()
     return row
+
+
+def _reason(spec: SweepSpec, error: Exception) -> str:
+    """Why a trial failed, where the error is none that is told as it is."""
+    if is_out_of_memory(error):
+        return f"out of device memory with train.batch {spec.train.batch}; try {spec.train.batch // 2}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {error}"[:500]
 
 
 @dataclass
@@ -131,7 +149,8 @@ class _Trial:
 
     def __post_init__(self) -> None:
         torch.set_num_threads(self.context.spec.train.threads)
-        self.materials = Materials(self.context, self.config, self.bill, self.mapper)
+        self.elsewhere = elsewhere_of(self.context, self.runner)
+        self.materials = Materials(self.context, self.config, self.bill, self.mapper, self.elsewhere)
         self.spec, self.store, self.task = self.materials.spec, self.materials.store, self.materials.task
         self.method, self.networks = method_named(self.config.cell.method), self.materials.networks
         self.addresses, self.pools = self.materials.addresses, self.materials.pools
@@ -139,7 +158,7 @@ class _Trial:
     def run(self) -> dict[str, Any]:
         """Every stage in order, then the evaluation; returns the facts of the row."""
         settings = configure(self.spec, self.config)
-        check_before(self.context, self.config, self.method, self.networks, self.task)
+        check_before(self.context, self.config, self.method, self.networks, self.task, self.elsewhere)
         stages = self.method.stages(settings, setting_of(self.spec, self.task.info, self.config.cell))
         trained = [s for s in stages if isinstance(s, TrainStage)]
         total = sum(stage_steps(s, self.spec, self.task) for s in trained) or 1
@@ -174,11 +193,21 @@ class _Trial:
             entry = self._fit(stage, key, reads)
             self.addresses[stage.name] = f"{entry.stage}/{entry.key}"
         self._picture(stages)
-        scores = evaluate(self.context, self.config, self.method, self.networks, self.task, last, self.bill, self.texts)
+        scores = self._scored(last)
         found |= scores.pop("facts")
         # The common probe's head is trained too, only not by a stage.
         facts["params_trained"] += scores.pop("probe_parameters")
         return facts | {"teacher_forwards": live, "facts": json.dumps(found)} | scores
+
+    def _scored(self, last: Entry | None) -> dict[str, Any]:
+        """What `evaluate` gives of the network of the last stage."""
+        trial = (self.context, self.config)
+        if self.elsewhere is None:
+            return evaluate(*trial, self.method, self.networks, self.task, last, self.bill, self.texts)
+        network, texts = (address_of(entry) if entry is not None else None for entry in (last, self.texts))
+        scores, bill = self.elsewhere(partial(_score, *trial, network, texts))
+        joined(self.bill, bill)
+        return dict(scores)
 
     def _make(self, stage: ImageStage, key: str) -> list[Entry]:
         images = len(self.task.labelled) if stage.images == "labelled" else len(self.task.train)
@@ -327,3 +356,15 @@ class _Trial:
                 title = f"{one.name} {copy + 1}" if copy else one.name
                 columns[title] = pool_images(self.pools[one.name], wanted)
         contact_sheet(columns, path)
+
+
+def _score(
+    context: SweepContext, config: TrialConfig, network: str | None, texts: str | None
+) -> tuple[dict[str, Any], Bill]:
+    """`evaluate` in another process than the trial's; the entries of its stages come as addresses."""
+    store, cell, bill = context.store, config.cell, Bill()
+    torch.set_num_threads(context.spec.train.threads)
+    task = load_task(context.spec.task, store, listing=context.listing)
+    networks = networks_of(context.spec, cell.teacher, cell.student)
+    last, tower = (entry_at(store, address) if address is not None else None for address in (network, texts))
+    return evaluate(context, config, method_named(cell.method), networks, task, last, bill, tower), bill

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from orchestrator.data.task import Split, TaskData, load_task
 from orchestrator.errors import WorkError
 from orchestrator.evaluate.cost import costs
 from orchestrator.evaluate.details import Details
+from orchestrator.evaluate.forward import device_here
 from orchestrator.evaluate.metrics import score
 from orchestrator.evaluate.outcomes import write_outcomes
 from orchestrator.evaluate.probe import Probe, fit_probe
@@ -47,7 +49,7 @@ def val_metric(
     """What a network with a head scores on val; nothing is stored.
 
     Args:
-        scored: at any moment of its training.
+        scored: at any moment of its training; run on the device where it is.
         base: whose preprocessing it has.
         details: hears every batch.
     """
@@ -130,19 +132,25 @@ def _labels(context: SweepContext, task: TaskData, split: Split, rows: Sequence[
 
 
 def zero_shot(
-    context: SweepContext, config: TrialConfig, task: TaskData, network: nn.Module, texts: Path | None = None
+    context: SweepContext,
+    config: TrialConfig,
+    task: TaskData,
+    network: nn.Module,
+    texts: Path | None = None,
+    device: str | None = None,
 ) -> ZeroShot:
     """`network`, which embeds images into the teacher's space, under embeddings of the class names.
 
     Args:
         texts: folder of the text tower that embeds them; None for the teacher's own.
+        device: where the teacher's tower runs; None: where trials train, if this process has such a device.
     """
     assert config.cell.teacher is not None
     teacher = context.spec.teachers[config.cell.teacher]
     if texts is not None:
         prompts = StudentTexts(texts, text_tower_of(teacher)).embed(prompts_of(task))
     else:
-        entry = embedded_prompts(context.store, task, teacher, context.device)
+        entry = embedded_prompts(context.store, task, teacher, device or device_here(context.device))
         prompts = Records(entry.path / "records.arrow").all()
     vectors = class_vectors(prompts, len(task.classes))
     prototypes = Prototypes(*vectors.shape)
@@ -172,12 +180,16 @@ def evaluate(
     last: Entry | None,
     bill: Bill,
     texts: Entry | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """The deployed network: a head if it has none yet, then val, size, FLOPs and latency; all through the store.
 
-    `texts` is the text tower that a stage has trained; it is kept beside the network.
+    Args:
+        texts: the text tower that a stage has trained; it is kept beside the network.
+        device: where the network sees images; None: where trials train, if this process has such a device.
     """
     store, spec = context.store, context.spec
+    device = device or device_here(context.device)
     base = networks.trained(method.deploys)
     reads = {
         "network": f"{last.stage}/{last.key}" if last else source_reads(base.entry, base.role) | {"seed": config.seed},
@@ -204,21 +216,23 @@ def evaluate(
         else:
             torch.manual_seed(config.seed)
             network = fresh_student(base, len(task.classes)).eval()
+        network.to(device)
         fitted = 0
         if method.zero_shot:
-            network = zero_shot(context, config, task, network, texts.path if texts is not None else None)
+            network = zero_shot(context, config, task, network, texts.path if texts is not None else None, device)
             classes, width = network.prototypes.vectors.shape
             structure = Structure("methods.parts.zero_shot:attach", {"width": width, "classes": classes})
         elif not method.trains_head:
             probe = _probe(context, task, network, base)
-            network, fitted = probe.attached(network), probe.parameters
+            network, fitted = probe.attached(network).to(device), probe.parameters  # its head is fitted on the CPU
             if structure is not None and structure_of(network) is not None:
                 raise WorkError(f"{method.name} leaves a network with modules of its own: no decoder can be put on it.")
             structure = structure or structure_of(network)
         details = Details(task.spec.kind, len(task.classes))
         val = val_metric(context, task, network, base, details)
+        network.cpu()
         details.write(folder, task.classes)
-        write_outcomes(folder, task.spec.kind, torch.cat(details.one), torch.cat(details.other))
+        write_outcomes(folder, task.spec.kind, *details.joined())
         meta = {
             "model": base.entry.model_dump(mode="json"),
             "role": base.role,
@@ -275,11 +289,15 @@ def val_identity(task: TaskData) -> str:
 
 
 def _keep(context: SweepContext, config: TrialConfig, entry: Entry, student: Path, val: str) -> None:
-    """Copies the deployed network to the sweep's `students/<trial>`, whole or not at all."""
+    """Brings the deployed network to the sweep's `students/<trial>`, whole or not at all.
+
+    Its weights, of a tuned teacher gigabytes, are the store's own file where the file system can link it.
+    """
     temporary = student.with_name(f".{config.trial_id}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        shutil.copytree(entry.path, temporary, ignore=shutil.ignore_patterns("meta.json"))
+        ignore = shutil.ignore_patterns("meta.json")
+        shutil.copytree(entry.path, temporary, ignore=ignore, copy_function=_linked_or_copied)
         meta = json.loads((temporary / "student.json").read_text(encoding="utf-8"))
         teacher = config.cell.teacher
         meta |= {
@@ -295,3 +313,16 @@ def _keep(context: SweepContext, config: TrialConfig, entry: Entry, student: Pat
         temporary.rename(student)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _linked_or_copied(source: str, target: str) -> None:
+    """Links weights, made read-only: who wrote into them in place would change the store's entry. Copies the rest."""
+    if source.endswith(".safetensors"):
+        try:
+            os.chmod(source, 0o444)
+            os.link(source, target)
+        except OSError:  # another file system, one without links, or another owner's file
+            pass
+        else:
+            return
+    shutil.copy2(source, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import pyarrow.parquet as pq
 from orchestrator.data.sources.source import SPLITS, Item, Source, class_names, is_null, read_names
 from orchestrator.errors import UserError, first_lines, listed, nearest
 from orchestrator.spec import Kind
+
+OPEN = 8  # row groups that stay in memory
+LARGE = 64 * 2**20  # bytes of a row group's images, beyond which reading it for one of them is told
 
 
 class ParquetSource(Source):
@@ -37,6 +41,7 @@ class ParquetSource(Source):
 
     def items(self) -> list[Item]:
         found = []
+        groups: list[tuple[int, Path]] = []
         wanted = "mask" if self.kind == "segmentation" else "label"
         for number, path in enumerate(self.paths):
             try:
@@ -51,6 +56,7 @@ class ParquetSource(Source):
                         f"{nearest(column, names)}"
                     )
             count = file.metadata.num_rows
+            groups += [(size, path) for size in _group_bytes(file.metadata)]
             table = file.read(columns=[c for c in ("label", "split", "stem") if c in names and c != "mask"])
             labels = self._labels(table, path) if wanted == "label" else [""] * count
             named = next((s for s in SPLITS if path.name.startswith(s)), "")
@@ -61,6 +67,14 @@ class ParquetSource(Source):
             for row, (label, split, stem) in enumerate(zip(labels, splits, stems, strict=True)):
                 known, problem = ("", "no label") if label is None else (label, "")
                 found.append(Item(f"{number}:{row}", known, split, stem, stamp, problem))
+        largest, path = max(groups, default=(0, self.root))
+        if len(groups) > OPEN and largest > LARGE:
+            warnings.warn(
+                f"task.data: a row group of {str(path)!r} holds {largest / 1e6:,.0f} MB of images. Images are read in "
+                "the order of their content, so that much is read for nearly each of them: write the files again with "
+                f"at most {LARGE / 1e6:.0f} MB in a row group (pyarrow's `row_group_size` is its rows).",
+                stacklevel=2,
+            )
         return found
 
     def _labels(self, table: pa.Table, path: Path) -> list[Any]:
@@ -109,10 +123,23 @@ class ParquetSource(Source):
             raise IndexError(f"it has {starts[-1]} rows")
         return group, row - starts[group]
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - a source lives as long as its process
+    @functools.lru_cache(maxsize=OPEN)  # noqa: B019 - a source lives as long as its process
     def _column(self, number: int, group: int, column: str) -> pa.ChunkedArray:
         return pq.ParquetFile(self.paths[number]).read_row_group(group, columns=[column])[column]
 
 
 def _texts(column: pa.ChunkedArray) -> list[str]:
     return ["" if is_null(v) else str(v) for v in column.to_pylist()]
+
+
+def _group_bytes(metadata: pq.FileMetaData) -> list[int]:
+    """Of the images in each row group, as they are in memory."""
+    columns = range(metadata.num_columns)
+    return [
+        sum(
+            group.column(c).total_uncompressed_size
+            for c in columns
+            if group.column(c).path_in_schema.partition(".")[0] == "image"
+        )
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.data.pixels import READ_THREADS
+from orchestrator.data.images import all_cpus, decoders
+from orchestrator.data.pixels import stacked
 from orchestrator.data.task import ImageSet, Split
 from orchestrator.data.views import Policy, draw, render
 from orchestrator.evaluate.suite import shifts
@@ -58,13 +58,12 @@ class Reader:
         }
 
         def batches() -> Iterator[Tensor]:
-            with ThreadPoolExecutor(READ_THREADS) as pool:
-                for start in range(0, len(split), BATCH):
-                    rows = range(start, min(start + BATCH, len(split)))
-                    squares = pool.map(
-                        lambda i: square(images.image(split, i), split.ids[i], self.subject.preprocessing, shift), rows
-                    )
-                    yield self.pixels(torch.stack(list(squares)))
+            def one(row: int) -> Tensor:
+                return square(images.image(split, row), split.ids[row], self.subject.preprocessing, shift)
+
+            item_bytes = 3 * self.subject.preprocessing.size**2
+            for squares in stacked(one, range(len(split)), BATCH, item_bytes, decoders(all_cpus())):
+                yield self.pixels(squares)
 
         def write(folder: Path) -> dict[str, Any]:
             write_records(folder / "features.arrow", len(split), batches(), "float32")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orchestrator.data.images import CorruptError, decode
-from orchestrator.data.pixels import READ_THREADS
+from orchestrator.data.images import CorruptError, all_cpus, decode, decoders, decoding_pool
 from orchestrator.errors import UserError, listed, nearest
 from orchestrator.evaluate.metrics import Score
 
@@ -87,6 +85,7 @@ def read_captioned(paths: Sequence[Path], known: Captioned, batch: int = 64) -> 
         batch: images at a time.
     """
     images: dict[str, int | None] = {}
+    kept = 0
     texts: dict[str, int] = {}
     seen: set[tuple[int, int]] = set()
 
@@ -112,14 +111,15 @@ def read_captioned(paths: Sequence[Path], known: Captioned, batch: int = 64) -> 
                 else:
                     skip("without a caption")
             fresh = {name: data for name, data, _ in batch_rows if name not in images}
-            with ThreadPoolExecutor(READ_THREADS) as pool:
+            with decoding_pool(decoders(all_cpus())) as pool:
                 decoded = dict(zip(fresh, pool.map(look, fresh.values()), strict=True))
             found = []
             for name, _, words in batch_rows:
                 if name not in images:
                     pixels = decoded[name]
-                    images[name] = None if isinstance(pixels, str) else sum(v is not None for v in images.values())
+                    images[name] = None if isinstance(pixels, str) else kept
                     if isinstance(pixels, Tensor):
+                        kept += 1
                         found.append((name, pixels))
                 position = images[name]
                 if position is None:
