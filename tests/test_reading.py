@@ -334,7 +334,11 @@ def test_a_pass_ends_before_it_eats_what_is_to_stay_free(task, store, teacher, m
 
 
 def test_stored_outputs_are_reckoned_to_the_byte(colours: Path, tmp_path: Path, monkeypatch) -> None:
-    spec = small_spec(colours, tmp_path, methods={"kd": {}, "wecolora": {"rank": [4, 8], "factor": 2}})
+    spec = small_spec(
+        colours,
+        tmp_path,
+        methods={"kd": {}, "fitnet": {"hint_layer": 0.5, "grid": 1}, "wecolora": {"rank": [4, 8], "factor": 2}},
+    )
     prepared = prepare(spec)
     reckoned = costs_of(spec, prepared.task, prepared.cells, prepared.spaces)
     assert reckoned is not None
