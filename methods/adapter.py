@@ -45,6 +45,10 @@ class AdapterLearner(TuningLearner):
                 module.requires_grad_(True)
         return network
 
+    @classmethod
+    def rehearsed(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().rehearsed(params), "bottleneck": 1}
+
     def structure(self) -> Structure:
         arguments = {"bottleneck": self.params["bottleneck"], "branches": self.branches}
         return Structure("methods.parts.adapters:add_adapters", arguments)

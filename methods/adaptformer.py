@@ -41,6 +41,10 @@ class AdaptFormerLearner(TuningLearner):
                 module.requires_grad_(True)
         return network
 
+    @classmethod
+    def rehearsed(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().rehearsed(params), "bottleneck": 1, "scale": 1.0}
+
     def structure(self) -> Structure:
         arguments = {"bottleneck": self.params["bottleneck"], "s": self.params["scale"]}
         return Structure("methods.parts.adapters:add_parallel_adapters", arguments)

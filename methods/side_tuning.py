@@ -99,6 +99,11 @@ class SideTuningLearner(TuningLearner):
         nn.init.constant_(student.mix, math.log(params["alpha"] / (1 - params["alpha"])))
         return student
 
+    @classmethod
+    def rehearsed(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        alike = {"side_init": "scratch", "width": 16, "depth": 4, "alpha": 0.5, "alpha_rate": 1.0}
+        return {**super().rehearsed(params), **alike}
+
     def structure(self) -> Structure:
         return Structure("methods.parts.side:side_tuned", self.arguments)
 

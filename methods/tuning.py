@@ -103,7 +103,7 @@ class TuningLearner(Learner):
     @classmethod
     def rehearsed(cls, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters in place of these that fit the same networks: few different ones, as each is rehearsed anew."""
-        return {**params, "head_init": "zero"}
+        return {k: v for k, v in params.items() if k != "head"} | {"head_init": "zero"}
 
     def fold(self, network: nn.Module) -> nn.Module:
         """The plain network of a copy of the trained one: adapters merged where they can be."""

@@ -98,6 +98,10 @@ class VPTLearner(TuningLearner):
                 block.prompts.requires_grad_(True)
         return network
 
+    @classmethod
+    def rehearsed(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().rehearsed(params), "prompts": 1, "dropout": 0.0}
+
     def fold(self, network: nn.Module) -> nn.Module:
         if self.registers:
             assert isinstance(network, VisionTransformer)

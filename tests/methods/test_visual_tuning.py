@@ -580,8 +580,16 @@ def test_full_tuning_refuses_a_decay_by_layers_where_timm_knows_none():
 
 def test_knobs_that_change_no_module_are_not_rehearsed_anew():
     setting = planned("test_vit2", "vit")
-    for method, knobs in (("full_tuning", {"backbone": 0.03}), ("net2net", {"noise": 0.02, "width": 2.0})):
+    unseen: dict[str, dict[str, object]] = {
+        "full_tuning": {"backbone": 0.03, "head_init": "probe"},
+        "net2net": {"noise": 0.02, "width": 2.0},
+        "vpt": {"prompts": 7, "dropout": 0.1},
+        "adapter": {"bottleneck": 5},
+        "adaptformer": {"bottleneck": 5, "scale": 0.3},
+        "side_tuning": {"width": 8, "depth": 3, "alpha": 0.7, "alpha_rate": 3.0, "side_init": "scratch"},
+    }
+    for method, knobs in unseen.items():
         refusal(method, setting)
         before = _rehearsed.cache_info().misses
-        refusal(method, setting, head_init="zero", **knobs)
+        refusal(method, setting, **{"head_init": "zero", **knobs})
         assert _rehearsed.cache_info().misses == before
