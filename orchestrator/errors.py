@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import errno
 import itertools
+import traceback
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 MOST_WORDS = 10_000  # that are compared with one: a second's work
 
@@ -64,3 +66,11 @@ def disk_full(error: BaseException | None) -> bool:
         or any(words in str(one) for words in ("No space left on device", "os error 28", "file write failed"))
         for one in behind(error)
     )
+
+
+def told_at(error: BaseException) -> str:
+    """`FILE:LINE` where an error was raised first; kept with it when it goes to another process."""
+    if not hasattr(error, "told_at"):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        error.told_at = f"{Path(last.filename).name}:{last.lineno}"  # type: ignore[attr-defined]
+    return str(error.told_at)  # type: ignore[attr-defined]

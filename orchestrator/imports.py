@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +31,29 @@ class _Idle(ModuleType):
             return getattr(importlib.import_module(self.__name__), name)(*args, **kwargs)
 
         return later
+
+
+class _Sought(MetaPathFinder, Loader):
+    """Whoever imports a module of the compiler (transformers does, for its text towers) gets the real one."""
+
+    def __init__(self) -> None:
+        self.own: dict[str, ModuleSpec | None] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not fullname.startswith(f"{COMPILER}.") or not isinstance(sys.modules.get(COMPILER), _Idle):
+            return None
+        _away()
+        return ModuleSpec(fullname, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(spec.name)
+        self.own[spec.name] = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.own.pop(module.__name__)  # the import has put the finder's in its place
 
 
 def _away() -> None:
@@ -55,7 +80,11 @@ def without_compiler() -> Iterator[None]:
         for name in STANDING:
             sys.modules[name] = _Idle(name)
         torch._dynamo = sys.modules[COMPILER]
+        torch._dynamo.__path__ = []  # else its modules are not looked for
+    finder = _Sought()
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
+        sys.meta_path.remove(finder)
         _away()

@@ -121,3 +121,24 @@ def test_check_imports_neither_what_trains_nor_torch_s_compiler_which_is_still_t
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[] True True (1, 2)", done.stderr
+
+
+SEEKS = """
+import sys
+from orchestrator.imports import without_compiler
+with without_compiler():
+    import timm
+    assert "torch._dynamo.eval_frame" not in sys.modules
+    from transformers import RobertaModel
+    import torch
+    import torch._dynamo.eval_frame as sought
+assert torch._dynamo.eval_frame is sought and sought.__spec__.origin == sought.__file__
+assert not [one for one in sys.meta_path if type(one).__module__ == "orchestrator.imports"]
+print(tuple(torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.ones(1, 2)).shape))
+"""
+
+
+def test_what_imports_a_module_of_the_compiler_while_a_command_plans_gets_it() -> None:
+    """transformers' text towers do, which open_clip builds."""
+    done = subprocess.run([sys.executable, "-c", SEEKS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "(1, 2)\n"), done.stderr

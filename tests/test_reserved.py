@@ -24,7 +24,7 @@ from orchestrator.errors import UserError
 from orchestrator.evaluate.cost import Latency
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep import tune
-from orchestrator.sweep.capacity import check_actors, check_shape, concurrency
+from orchestrator.sweep.capacity import check_actors, check_gpus, check_shape, concurrency
 from orchestrator.sweep.ledger import Ledger
 from orchestrator.train import memory
 from orchestrator.train.job import TrainJob
@@ -137,18 +137,24 @@ def test_gpus_that_no_group_can_have_are_refused(
 ) -> None:
     budget = {"steps": 6, "batch": 12}
     with pytest.raises(UserError, match=words):
-        small_spec(colours, tmp_path, train=budget | train)
+        small_spec(colours, tmp_path, train=budget | train | {"device": "cuda"})
     small_spec(colours, tmp_path, train=budget | train | {"device": "cpu"})
+    spec = small_spec(colours, tmp_path, train=budget | train)
+    check_gpus(spec, "cpu")
+    with pytest.raises(UserError, match=words):
+        check_gpus(spec, "cuda")
     small_spec(colours, tmp_path, train=budget | {"gpus_per_worker": 0.5})
     small_spec(colours, tmp_path, train=budget | {"gpus_per_worker": 2, "workers": 2})
 
 
 def test_trials_leave_the_gpus_of_actors_free(tmp_path: Path) -> None:
     def most(gpus: list[float], workers: int = 1, **sections: Any) -> int:
+        sections = {"upstream": {"vq": "packaged/vq_clipart"}, **sections}
         spec = small_spec(tmp_path, tmp_path, train={"steps": 1, "batch": 12, "workers": workers}, **sections)
         return concurrency(spec, "cuda", [{"CPU": 16.0, "GPU": gpu} for gpu in gpus])
 
     assert most([4.0]) == 4
+    assert most([4.0], generate={"gpus": 1}, upstream={}) == 4, "nothing generates"
     assert most([4.0], generate={"gpus": 1, "actors": 1}) == 3
     assert most([4.0, 4.0], generate={"gpus": 0.5, "actors": 3}) == 6
     assert most([4.0], generate={"gpus": 1, "actors": 2}, search={"trials": 9, "concurrency": 4}) == 2
@@ -160,12 +166,14 @@ def test_trials_leave_the_gpus_of_actors_free(tmp_path: Path) -> None:
 
 def test_actors_for_which_there_is_never_a_gpu_are_refused(tmp_path: Path) -> None:
     def check(gpus: float, device: str = "cuda", workers: int = 1, **sections: Any) -> None:
+        sections = {"upstream": {"vq": "packaged/vq_clipart"}, **sections}
         spec = small_spec(tmp_path, tmp_path, train={"steps": 1, "batch": 12, "workers": workers}, **sections)
         check_actors(spec, device, [[], [{"CPU": 16.0, "GPU": gpus}]])
 
     check(2, generate={"gpus": 1})
     check(1, workers=2, generate={"gpus": 1})
     check(1)
+    check(1, generate={"gpus": 1}, upstream={})
     words = r"generate\.gpus: 1 GPUs for actors beside the 1 of a trial are never free: the cluster has 1 GPUs"
     with pytest.raises(UserError, match=words):
         check(1, generate={"gpus": 1})
@@ -174,7 +182,11 @@ def test_actors_for_which_there_is_never_a_gpu_are_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"corpus\.gpus: 3 x 1 GPUs for actors"):
         check(3, corpus={"gpus": 1, "actors": 3, "min_actors": 3, "images": "packaged/icons/images"})
     with pytest.raises(UserError, match=r"generate\.gpus: 3 GPUs for actors beside the 1 of a trial"):
-        check_shape(spec_of(tmp_path, train={"steps": 1}, generate={"gpus": 3}), "cuda", [])
+        check_shape(
+            spec_of(tmp_path, train={"steps": 1}, generate={"gpus": 3}, upstream={"vq": "packaged/vq_clipart"}),
+            "cuda",
+            [],
+        )
 
 
 class Shards:

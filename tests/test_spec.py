@@ -95,7 +95,7 @@ def one_budget(train: dict[str, Any]) -> dict[str, Any]:
     workers = train.get("workers", 1)
     train["batch"] = train.get("batch", 64) * workers * train.get("accumulate", 1)
     gpus = train.get("gpus_per_worker", 1.0)
-    if train.get("device") != "cpu" and (gpus > 1 or workers > 1):
+    if train.get("device") == "cuda" and (gpus > 1 or workers > 1):
         train["gpus_per_worker"] = max(1.0, float(int(gpus)))
     if train.get("min_workers") is not None:
         train["min_workers"] = min(train["min_workers"], workers) if train.get("sync_batchnorm", True) else workers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from torch import Tensor
 from methods.contract import Batch, Deployed, Feed, Given, Learner, Recipe
 from methods.finetune import FineTuneLearner
 from orchestrator.data.task import load_task
-from orchestrator.errors import UserError, WorkError
+from orchestrator.errors import UserError, WorkError, disk_full, told_at
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Store
 from orchestrator.train.feed import Feeder
@@ -282,6 +283,13 @@ def raise_odd() -> None:
     raise OddError("one", "two")
 
 
+def fill_the_disk() -> None:
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError as error:
+        raise ValueError("not written") from error
+
+
 @pytest.mark.ray
 def test_errors_of_a_groups_errand_arrive_and_do_not_end_it(group: Any) -> None:
     from ray import cloudpickle
@@ -297,8 +305,12 @@ def test_errors_of_a_groups_errand_arrive_and_do_not_end_it(group: Any) -> None:
     assert caught.value.facts == {"latency_ms": 3.0}
     with pytest.raises(torch.OutOfMemoryError):
         group.elsewhere(partial(fail, torch.OutOfMemoryError("CUDA out of memory.")))
-    with pytest.raises(RuntimeError, match="OddError: one two"):
+    with pytest.raises(RuntimeError, match="OddError: one two") as odd:
         group.elsewhere(raise_odd)
+    assert told_at(odd.value).startswith("test_train.py:")
+    with pytest.raises(OSError, match="ValueError: not written") as full:
+        group.elsewhere(fill_the_disk)
+    assert disk_full(full.value)
     assert group.elsewhere(os.getpid) == first
 
 

@@ -74,6 +74,18 @@ class Train(Section):
     checkpoint_steps: int | None = Field(default=None, ge=1, description="Also after every so many optimizer steps.")
     sync_batchnorm: bool = Field(default=True, description="With several workers: batch norm over the global batch.")
 
+    def never_on_gpus(self) -> str | None:
+        """Why trials of this shape cannot run on GPUs; None if they can."""
+        gpus = self.gpus_per_worker
+        if gpus > 1 and gpus != int(gpus):
+            return f"gpus_per_worker: {gpus:g} is no whole number; only a fraction below 1 shares a GPU"
+        if gpus < 1 and self.workers > 1:
+            return (
+                f"gpus_per_worker: {gpus:g} and workers: {self.workers}: two workers of one group cannot share a GPU; "
+                "use gpus_per_worker: 1, or workers: 1, or device: cpu"
+            )
+        return None
+
     @model_validator(mode="after")
     def _one_budget(self) -> Train:
         if self.steps is not None and self.epochs is not None:
@@ -85,14 +97,8 @@ class Train(Section):
             raise ValueError(f"batch: {self.batch} is not divisible by {parts}")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers: {self.min_workers} is more than workers: {self.workers}")
-        gpus = self.gpus_per_worker
-        if self.device != "cpu" and gpus > 1 and gpus != int(gpus):
-            raise ValueError(f"gpus_per_worker: {gpus:g} is no whole number; only a fraction below 1 shares a GPU")
-        if self.device != "cpu" and gpus < 1 and self.workers > 1:
-            raise ValueError(
-                f"gpus_per_worker: {gpus:g} and workers: {self.workers}: two workers of one group cannot share a GPU; "
-                "use gpus_per_worker: 1, or workers: 1, or device: cpu"
-            )
+        if self.device == "cuda" and (reason := self.never_on_gpus()):
+            raise ValueError(reason)
         if self.compile and self.workers > 1 and self.sync_batchnorm:
             raise ValueError(
                 f"compile: true and workers: {self.workers}: batch norm over the global batch is not compiled; set "

@@ -56,7 +56,7 @@ def trials_at_a_time(spec: SweepSpec, device: str, nodes: Iterable[Mapping[str, 
 def actors_of(spec: SweepSpec) -> list[tuple[str, dict[str, float], int, int]]:
     """Pools of actors that reserve GPUs of their own: section, what each actor reserves, the fewest and the most."""
     found = []
-    if spec.generate.gpus:
+    if spec.generate.gpus and spec.upstream.given:
         found.append(("generate", spec.generate.cpus, spec.generate.gpus, 1, spec.generate.actors))
     corpus = spec.corpus
     if corpus.gpus and (corpus.images is not None or corpus.sentences is not None):
@@ -117,6 +117,16 @@ def check_actors(spec: SweepSpec, device: str, clusters: Iterable[list[dict[str,
             f"{name}.gpus: {times}{shape['GPU']:g} GPUs for actors{own} are never free: the cluster has {gpus:g} GPUs; "
             f"use {name}.gpus: 0 (a trial that has a GPU then works on it, without actors), or fewer."
         )
+
+
+def check_gpus(spec: SweepSpec, device: str) -> None:
+    """For the device that trials will run on, which `train.device: auto` leaves to the cluster.
+
+    Raises:
+        UserError: if no GPU can be reserved as the sweep file wants it.
+    """
+    if device == "cuda" and (reason := spec.train.never_on_gpus()):
+        raise UserError(f"train: {reason}.")
 
 
 def concurrency(spec: SweepSpec, device: str, now: list[dict[str, float]]) -> int:

@@ -133,7 +133,7 @@ def _shapes(key: str, outputs: tuple[Output, ...]) -> dict[str, tuple[int, ...]]
     try:
         with torch.inference_mode():
             found = read_outputs(info.skeleton, images, outputs)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):  # this is an estimate, and refuses nothing
+    except Exception:  # whatever a network lacks: this is an estimate, and refuses nothing
         return {}
     return {name: tuple(values.shape[1:]) for name, values in found.items()}
 
@@ -309,7 +309,10 @@ def costs_of(
 
 def gb(size: float) -> str:
     """For people."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+    for unit, least in (("GB", 1e9), ("MB", 1e6)):
+        if size >= least:
+            return f"{size / least:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"
 
 
 def _stored_sentences(spec: SweepSpec, outputs: OutputCosts | None) -> list[str]:

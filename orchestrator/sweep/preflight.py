@@ -21,7 +21,7 @@ from typing import Any
 from orchestrator.errors import UserError, WorkError, listed
 from orchestrator.models.check import check_model
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep.capacity import check_shape, concurrency, nodes_now, shape_of
+from orchestrator.sweep.capacity import check_gpus, check_shape, concurrency, nodes_now, shape_of
 from orchestrator.sweep.nodes import storage_findings
 from orchestrator.sweep.submit import CODE, Submission
 
@@ -164,6 +164,7 @@ def _resources(spec: SweepSpec) -> str:
 
     now = nodes_now()
     device = device_of(spec)
+    check_gpus(spec, device)
     try:
         check_shape(spec, device, now)
     except UserError:

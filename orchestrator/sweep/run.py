@@ -22,7 +22,7 @@ from orchestrator.models.names import Role, wants_weights
 from orchestrator.spec import SweepSpec
 from orchestrator.store import store_at
 from orchestrator.sweep.begun import begun_task, keep_images
-from orchestrator.sweep.capacity import check_actors, check_shape, has, nodes_now
+from orchestrator.sweep.capacity import check_actors, check_gpus, check_shape, has, nodes_now
 from orchestrator.sweep.earlier import check_earlier, first_trials, starts, trials_in_all
 from orchestrator.sweep.folder import RAY_DASHBOARD
 from orchestrator.sweep.holdings import holdings_of
@@ -261,6 +261,7 @@ def _run(prepared: Prepared, folder: Path, on_event: Any) -> bool:
     device = device_of(spec)
     if device == "cpu" and any(profile.device == "cuda" for profile in spec.latencies.values()):
         raise UserError("latency.device: cuda is asked for, and the trials have no GPU; use cpu or auto.")
+    check_gpus(spec, device)
     if not os.environ.get("RAY_ADDRESS"):
         check_capacity(spec, device)
     elif spec.cluster.nodes:

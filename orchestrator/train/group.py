@@ -14,6 +14,7 @@ errand of rank 0, while the other ranks wait.
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -42,7 +43,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig  # which `ray.train` gives too, but to a type checker an older one
 
-from orchestrator.errors import FullDiskError, WorkError, disk_full
+from orchestrator.errors import FullDiskError, WorkError, disk_full, told_at
 from orchestrator.process import settle
 from orchestrator.train.alike import UnlikeError
 from orchestrator.train.job import TrainJob
@@ -121,13 +122,18 @@ def _errand(line: Any, work: Callable[[], Any]) -> tuple[str, Any]:
 
 
 def _sent(error: Exception) -> bytes:
-    """An error as it goes to another process, which has no other way to its traceback."""
+    """An error as it goes to another process, which has no other way to its traceback or to what is behind it."""
+    if disk_full(error) and not isinstance(error, FullDiskError):
+        error = OSError(errno.ENOSPC, f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
+    place = told_at(error)
     error.add_note(f"On the first worker:\n{traceback.format_exc()}")
     try:
         sent = cloudpickle.dumps(error)
         pickle.loads(sent)  # an error with arguments of its own may not come out again
     except Exception:
-        return cloudpickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        plain.told_at = place  # type: ignore[attr-defined]
+        return cloudpickle.dumps(plain)
     return bytes(sent)
 
 

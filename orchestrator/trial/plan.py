@@ -233,7 +233,8 @@ def stage_reads(
         reads["batch"] = train.batch
         reads["views"] = None if train.fresh else train.views
         reads["policy"] = asdict(policy_of(spec))
-        reads["precision"] = train.precision
+        # Losses that relate rows left autocast in a later version; those of single precision stayed as they were.
+        reads["precision"] = train.precision if train.precision == "fp32" else [train.precision, "losses in float32"]
         # Batch norm over each worker's own part is another computation; without workers it makes no difference.
         reads["workers"] = 1 if train.workers == 1 or train.sync_batchnorm else train.workers
         if train.compile:

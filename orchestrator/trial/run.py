@@ -21,7 +21,7 @@ from orchestrator.data.contact import contact_sheet
 from orchestrator.data.outputs import Bill, open_outputs, open_pool_outputs
 from orchestrator.data.pool import Mapper, PoolJob, Sources, ensure_pool, make_here, pool_images
 from orchestrator.data.task import load_task
-from orchestrator.errors import FullDiskError, UserError, WorkError, disk_full
+from orchestrator.errors import FullDiskError, UserError, WorkError, disk_full, told_at
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Entry, key_of
 from orchestrator.train.batches import joined_records
@@ -127,8 +127,7 @@ def _reason(spec: SweepSpec, error: Exception) -> str:
     """Why a trial failed, where the error is none that is told as it is."""
     if is_out_of_memory(error):
         return f"out of device memory with train.batch {spec.train.batch}; try {spec.train.batch // 2}"
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {error}"[:500]
+    return f"{type(error).__name__} at {told_at(error)}: {error}"[:500]
 
 
 @dataclass
