@@ -358,7 +358,7 @@ def test_stored_outputs_are_reckoned_to_the_byte(colours: Path, tmp_path: Path, 
     monkeypatch.setattr(costs_module.shutil, "disk_usage", lambda _: Disk(1, 1, 10**9 // 2 + 10))
     reckoned = costs_of(spec, prepared.task, prepared.cells, prepared.spaces)
     assert reckoned is not None
-    assert "has room for 0.0 MB of that: use fewer train.views" in sentences_of(spec, holdings, reckoned[2])[1]
+    assert "has room for 0.0 kB of that: use fewer train.views" in sentences_of(spec, holdings, reckoned[2])[1]
     fresh = small_spec(colours, tmp_path, methods={"rkd": {}}, train={"steps": 6, "batch": 12, "fresh": True})
     reckoned = costs_of(fresh, prepared.task, [Cell("rkd", 0, 0)], {"rkd": {}})
     assert reckoned is not None
