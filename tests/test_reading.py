@@ -280,13 +280,32 @@ def test_one_image_that_is_too_much_for_the_device_is_told(task, store, teacher,
         ensure_outputs(store, task, task.train, teacher, POLICY, [1], [POOLED], also=[LOGITS])
 
 
+def test_what_fits_is_computed_in_whole_batches_where_more_did_not(task, store, teacher, monkeypatch) -> None:
+    live, sizes = passes.live_outputs, []
+
+    def short(*words: Any) -> Any:
+        sizes.append(len(words[2]))
+        if LOGITS in words[3]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return live(*words)
+
+    monkeypatch.setattr(passes, "live_outputs", short)
+    ensure_outputs(store, task, task.train, teacher, POLICY, [1], [POOLED], also=[LOGITS])
+    assert sizes[sizes.index(1) + 1 :] == [len(task.train)]
+
+
+def test_fresh_views_are_no_remedy_for_what_the_head_is_fitted_on() -> None:
+    assert "train.fresh" not in passes.remedy(POOLED)
+    assert "train.fresh" in passes.remedy(TOKENS)
+
+
 @pytest.mark.parametrize(
     ("factor", "precision", "said"),
     [
         (
             1e6,
             "fp32",
-            r"'pooled' of the teacher 'timm/test_vit' reaches .*float16 holds 6.55e\+04.*train.fresh to true",
+            r"'pooled' of the teacher 'timm/test_vit' reaches .*float16 holds 6.55e\+04.*leave out the methods that read it",
         ),
         (torch.nan, "fp32", r"has values that are not finite; its weights are damaged"),
         (torch.inf, "fp16", r"has values that are not finite; its precision is fp16: use bf16 or fp32"),

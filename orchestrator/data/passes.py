@@ -41,11 +41,17 @@ from orchestrator.store.records import TYPES
 from orchestrator.store.store import BusyError
 
 VERSION = 1
-FRESH = "set train.fresh to true, which stores none, or leave out the methods that read it"
+LEAVE = "leave out the methods that read it"
+FRESH = f"set train.fresh to true, which stores none, or {LEAVE}"
 ROWS = 256  # of a part, at least
 BATCH = 64  # images that the teacher sees at a time; fewer where its device lacks memory
 PARTS = 64  # at most
 ASKED_S = 3600.0  # after which nobody computes what another trial has asked for: it may be dead
+
+
+def remedy(output: Output) -> str:
+    """What helps where an output cannot be stored; a teacher's head is fitted on stored features in any case."""
+    return LEAVE if output.kind in ("pooled", "dense") else FRESH
 
 
 def output_reads(teacher: Network, parameters_key: str, output: Output, dtype: str) -> dict[str, Any]:
@@ -295,6 +301,7 @@ class Pass:
                 asked = [fewer for fewer in asked if fewer != outputs]
                 if not asked or isinstance(error, FullDiskError):
                     raise
+                self._batch = BATCH  # what did not fit with more outputs may fit with fewer
 
     def _compute(self, part: Part, outputs: Sequence[Output]) -> None:
         if not outputs:
@@ -339,7 +346,9 @@ class Pass:
             some, results = pixels[done : done + self._batch], None
             try:
                 live = live_outputs(self.teacher, module, some.to(self.device), outputs)
-                results = {k: fitting(v, self.dtype, by_key[k], self.teacher, FRESH) for k, v in live.items()}
+                results = {
+                    k: fitting(v, self.dtype, by_key[k], self.teacher, remedy(by_key[k])) for k, v in live.items()
+                }
             except torch.OutOfMemoryError as error:
                 if len(some) == 1:
                     raise WorkError(

@@ -319,7 +319,7 @@ def _linked_or_copied(source: str, target: str) -> None:
     """Links weights, made read-only: who wrote into them in place would change the store's entry. Copies the rest."""
     if source.endswith(".safetensors"):
         try:
-            os.chmod(source, 0o444)
+            os.chmod(source, os.stat(source).st_mode & 0o555)
             os.link(source, target)
         except OSError:  # another file system, one without links, or another owner's file
             pass
