@@ -36,7 +36,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.optuna_search import PlainSearch
-from benchmarks.record import RESULTS, begun, machine, markdown, on_cpu, own_sweep, publish, versions, write_result
+from benchmarks.record import (
+    RESULTS,
+    begun,
+    machine,
+    markdown,
+    measured_alike,
+    on_cpu,
+    own_sweep,
+    publish,
+    versions,
+    write_result,
+)
 from orchestrator.errors import UserError, listed
 
 MARGIN = 0.01
@@ -120,7 +131,10 @@ def prepared_grid(raw: dict[str, Any], folder: Path) -> Any:
 
 
 def record(name: str, raw: dict[str, Any], folder: Path, repeats: int) -> dict[str, Any]:
-    """Trains the grid with that many seeds, or what a run that was stopped has not; the folder holds it so far."""
+    """Trains the grid with that many seeds, or what a run that was stopped has not; the folder holds it so far.
+
+    What another machine or other versions took is not joined: it is measured again.
+    """
     from orchestrator.sweep.space import grid, wanted_outputs
     from orchestrator.trial.context import SweepContext
     from orchestrator.trial.plan import TrialConfig
@@ -130,10 +144,10 @@ def record(name: str, raw: dict[str, Any], folder: Path, repeats: int) -> dict[s
     spec = prepared.spec
     wanted = wanted_outputs(spec, prepared.spaces, prepared.cells, prepared.task.info)
     context = SweepContext(spec, f"{folder}/{spec.name}", prefetch=wanted)
-    table: dict[str, Any] = {"task": name, "spec": raw, "machine": machine(1)}
-    table |= {"versions": versions("torch", "timm"), "runs": {}}
+    about: dict[str, Any] = {"spec": json.loads(json.dumps(raw)), "machine": machine(1)}
+    about |= {"versions": versions("torch", "timm")}
     progress = folder / grid_file(name).name
-    table = begun(progress, raw) or table
+    table = measured_alike(progress, about) or {"task": name, **about, "runs": {}}
     todo = [(cell, knobs) for cell in prepared.cells for knobs in grid(prepared.spaces[cell.method], cell.method)]
     warm: set[str] = set()
     for seed in range(repeats):

@@ -13,6 +13,7 @@ had, which the teacher then sees live. Scored is the student on val; test is not
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from benchmarks.record import (
     command_of,
     machine,
     markdown,
+    measured_alike,
     on_cpu,
     own_sweep,
     publish,
@@ -90,16 +92,13 @@ def main() -> None:
         path = RESULTS / "views.json"
     prepared = checked({**spec, "storage": str(folder)})
     arm = arm_of(prepared)
-    known = begun(path, spec)
+    about = {"spec": json.loads(json.dumps(spec)), "machine": machine(1), "versions": versions("torch", "timm")}
+    known = begun(path, spec) if options.table else measured_alike(path, about)
     if options.table and known is None:
         parser.error(f"--table: {path} holds no run of this sweep.")
-    result: dict[str, Any] = known or {"spec": spec, "arms": {}}
+    result: dict[str, Any] = known or {**about, "arms": {}}
     if not options.table:
-        result |= {
-            "command": command_of("views", parser, options, but=("storage", "table")),
-            "machine": machine(1),
-            "versions": versions("torch", "timm"),
-        }
+        result["command"] = command_of("views", parser, options, but=("storage", "table"))
     result |= {
         "method": arm.method,
         "teacher": prepared.spec.teachers[arm.teacher or 0].model,

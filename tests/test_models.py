@@ -12,7 +12,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 import timm
+import tokenizers
 import torch
+import transformers
 from huggingface_hub import errors
 from safetensors.torch import save_file
 from small import small_spec
@@ -24,8 +26,9 @@ from orchestrator.errors import UserError
 from orchestrator.models import clip, hub, load
 from orchestrator.models.check import check_model
 from orchestrator.models.clip import text_tower
-from orchestrator.models.load import built_of, load_network, load_student, plan_network, save_student
-from orchestrator.models.weights import hash_weights
+from orchestrator.models.load import build_network, built_of, load_network, load_student, plan_network, save_student
+from orchestrator.models.weights import hash_weights, read_weights
+from orchestrator.select.export import provenance
 from orchestrator.select.export.config import config_of, network_of
 from orchestrator.spec import Model
 from orchestrator.store import Store
@@ -125,6 +128,21 @@ def test_averaged_weights_are_read_where_there_are_some(tmp_path, script):
     assert got.weights_hash == hash_weights(got.module)
     torch.save({"state_dict": weights(1), "state_dict_ema": None}, tmp_path / "plain.pth")
     assert same(load_network(local(tmp_path / "plain.pth"), "teacher").module, weights(1))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"state_dict_ema": {}},
+        {"model_ema": {}},
+        {"model_ema": {"updates": 3, "ema": {"a": torch.zeros(1)}}},
+        {"state_dict_ema": {"decay": 0.9}},
+    ],
+)
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_an_average_that_is_no_state_dict_is_passed_over(tmp_path, beside, wrapper):
+    torch.save({wrapper: weights(1), **beside}, tmp_path / "both.pth")
+    assert read_weights(tmp_path / "both.pth").keys() == weights(1).keys()
 
 
 def test_a_file_without_weights_says_what_it_holds(tmp_path):
@@ -285,6 +303,66 @@ def test_a_student_made_from_a_repository_is_loaded_and_exported_without_the_hub
     assert torch.equal(exported(images), again(images))
 
 
+@pytest.mark.parametrize("size", [None, 96])
+def test_a_repository_whose_size_only_its_pretrained_cfg_tells_makes_students_that_load(cache, tmp_path, size):
+    folder = repository(cache, "me/plain.vit")
+    fixed = {"input_size": [3, 64, 64], "fixed_input_size": True, "classifier": "head"}
+    (folder / "config.json").write_text(json.dumps({"architecture": "test_vit", "pretrained_cfg": fixed}))
+    save_file(weights(5, img_size=64), folder / "model.safetensors")
+    entry = Model(model="timm/hf-hub:me/plain.vit", image_size=size, pretrained=True)
+    network = build_network(entry, num_classes=4, weights=True)
+    assert network.pos_embed.shape[1] == ((size or 64) // 16) ** 2 + 1
+    meta = {"model": entry.model_dump(mode="json"), "role": "student", "changes": {}, "num_classes": 4}
+    save_student(tmp_path / "student", Deployed(network, "student"), meta)
+    assert same(load_student(tmp_path / "student")[0], dict(network.state_dict()))
+
+
+def test_the_card_names_the_repository_as_the_base_model():
+    assert provenance._hub(Model(model="timm/hf-hub:me/my.vit@v1")) == "me/my.vit"
+    assert provenance._hub(Model(model="timm/test_vit.r160_in1k")) == "timm/test_vit.r160_in1k"
+
+
+def word_tokenizer(folder: Path, *words: str) -> None:
+    known = {word: i for i, word in enumerate(("[PAD]", "[UNK]", *words))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    (folder / "config.json").write_text("{}")  # transformers asks for it
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_open_clip_repositorys_tokenizer_is_of_the_commit_that_is_read(cache, tmp_path, own):
+    source, name = clip_folder(tmp_path / "clip"), "me/clip" if own else "me/words"
+    config = json.loads((source / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": name, "tokenizer_kwargs": {"clean": "lower"}}
+    main = repository(cache, "me/clip")
+    pinned = main.with_name("f" * 40)
+    pinned.mkdir()
+    (main.parents[1] / "refs" / "v1").write_text(pinned.name)
+    for folder in (main, pinned):
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+    if own:
+        word_tokenizer(main, "red", "icon")
+        word_tokenizer(pinned, "icon", "red")
+    else:
+        word_tokenizer(repository(cache, "me/words"), "icon", "red")
+    entry = Model(model="open_clip/hf-hub:me/clip@v1", pretrained=False, kwargs={"force_context_length": 5})
+    tower = text_tower(entry, weights=False)
+    assert tower.tokenize(["Red icon"]).tolist() == [[3, 2, 0, 0, 0]]
+    assert tower.embed(["red icon"]).shape == (1, 24)
+
+
+def test_a_tokenizer_that_cannot_be_had_is_one_sentence(cache, tmp_path):
+    source, folder = clip_folder(tmp_path / "clip"), repository(cache, "me/clip")
+    config = json.loads((source / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "me/words"
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="The tokenizer 'me/words' of 'open_clip/hf-hub:me/clip' could not") as caught:
+        text_tower(Model(model="open_clip/hf-hub:me/clip", pretrained=False), weights=False)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_open_clip_repository_in_the_cache_needs_no_connection(cache, tmp_path):
     source = clip_folder(tmp_path / "clip")
     folder = repository(cache, "me/clip")
@@ -380,6 +458,9 @@ def test_a_repository_that_timm_cannot_build_says_so(cache, config, said):
         ("vit_clipart", {"image_size": 128}, "image_size: 128 .*; allowed: 96"),
         ("vit_clipart", {"image_size": 128, "pretrained": False}, "image_size: 128 .*; allowed: 96"),
         ("vit_clipart", {"kwargs": {"depth": 6}}, "depth 6 .* weights are of 12 blocks; set `pretrained: false`"),
+        ("vit_clipart", {"kwargs": {"depth": "12"}}, "depth '12' .* weights are of 12 blocks"),
+        ("vit_clipart", {"kwargs": {"act_layer": "nope"}}, "with kwargs {'act_layer': 'nope'}: KeyError: 'nope'"),
+        ("efficientnet_lite0", {"kwargs": {"act_layer": "nope"}}, "cannot be built .*: KeyError: 'nope'"),
         ("vit_clipart", {"kwargs": {"depht": 6}}, "no option 'depht'; allowed: .*Did you mean 'depth'?"),
         ("vit_clipart", {"kwargs": {"num_heads": 8}, "pretrained": False}, "no option 'num_heads'; allowed: "),
         ("vit_clipart", {"kwargs": {"mlp_ratio": 2}}, "cannot be built with kwargs {'mlp_ratio': 2}: "),
@@ -412,10 +493,16 @@ def test_options_that_it_takes_are_fine(model, options):
     assert torch.isfinite(load_network(entry, "student").module(torch.zeros(1, 3, size, size))).all()
 
 
-@pytest.mark.parametrize("options", [{"embed_dim": 65}, {"class_token": False, "global_pool": "token"}])
-def test_options_that_a_constructor_refuses_are_one_sentence(options):
+@pytest.mark.parametrize(
+    "options",
+    [{"embed_dim": 65}, {"class_token": False, "global_pool": "token"}, {"num_heads": 0}, {"act_layer": "nope"}],
+)
+def test_options_that_a_constructor_refuses_are_one_sentence(tmp_path, options):
     with pytest.raises(UserError, match="'timm/test_vit' cannot be built with kwargs"):
         plan_network(Model(model=VIT, pretrained=False, kwargs=options), "teacher")
+    save_file(weights(), tmp_path / "vit.safetensors")
+    with pytest.raises(UserError, match=r"vit\.safetensors' cannot be built with kwargs"):
+        load_network(local(tmp_path / "vit.safetensors", kwargs=options), "teacher")
 
 
 def test_the_size_of_an_entry_is_stronger_than_its_constructors_argument():

@@ -334,6 +334,22 @@ def test_an_output_that_is_not_a_number_is_not_near_the_live_one(task, store, te
     assert any("differs from the live teacher" in one for one in stock.verify(str(store.root))["sentences"])
 
 
+def test_verify_finds_the_one_number_of_a_table_that_is_not_finite(task, store, teacher, monkeypatch) -> None:
+    fitting = passes.fitting
+
+    def one_wrong(*words: Any) -> Tensor:
+        stored = fitting(*words)
+        stored[-1, -1] = torch.inf
+        return stored
+
+    ensure_outputs(store, task, task.val, teacher, POLICY, [0], [LOGITS])
+    monkeypatch.setattr(passes, "fitting", one_wrong)
+    (entry,) = ensure_outputs(store, task, task.val, teacher, POLICY, [0], [POOLED])[POOLED.key]
+    monkeypatch.setattr(stock, "_against_live", lambda *words: 0.0)  # as if none of its sample were wrong
+    monkeypatch.setattr(stock, "CHUNK", 1)
+    assert stock.verify(str(store.root))["damaged"] == [f"outputs/{entry.key}: has values that are not finite"]
+
+
 # --- the disk
 
 

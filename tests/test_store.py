@@ -300,6 +300,20 @@ def test_above_max_bytes_the_least_recently_used_entries_go_first(tmp_path):
     assert leftovers(store) == []
 
 
+def test_gc_counts_no_file_that_lies_in_a_sweep_too(tmp_path):
+    store = Store(tmp_path / "store")
+    linked, own = unused_for_long(store, "a", "b")
+    os.utime(linked.path / "meta.json", (1e9 - 1, 1e9 - 1))
+    os.link(linked.path / "data", tmp_path / "student")
+    assert store.collect(max_bytes=1000) == (0, 0)
+    assert store.collect(max_bytes=0) == (1000, 2)
+    torn = fill(store, "c")
+    os.link(torn.path / "data", tmp_path / "other")
+    (torn.path / "meta.json").write_text("")
+    assert store.collect() == (0, 1)
+    assert own.key not in {e.key for e in store.entries()}
+
+
 def unused_for_long(store: Store, *names: str) -> list[Entry]:
     """Entries of 1000 bytes that nothing has asked for since 2001."""
     entries = [fill(store, name) for name in names]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHARE = 0.25  # of a machine's memory, for the streams of all trials on it
-BATCHES = 3  # the one in use, the one that is read ahead, and the parts that it is joined from
+AHEAD = 3  # batches that are read before they are asked for where the device is not the CPU, which reads one itself
+BATCHES = 2  # beside those that are read ahead: the one in use, and the parts that the next is joined from
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -41,7 +42,9 @@ class StreamMemory:
         return self.window + self.batches + self.waiting
 
 
-def stream_memory(window: int, row_group: int, size: int, batch: int, readers: int, limit: float) -> StreamMemory:
+def stream_memory(
+    window: int, row_group: int, size: int, batch: int, readers: int, limit: float, read_ahead: int = 1
+) -> StreamMemory:
     """How far ahead a worker's stream may decode.
 
     One window ahead, so that the next is there when this one is used up; fewer blocks where `limit` leaves no room, but
@@ -54,10 +57,11 @@ def stream_memory(window: int, row_group: int, size: int, batch: int, readers: i
         batch: images of a step of this worker.
         readers: threads or tasks that decode.
         limit: bytes that this worker may take.
+        read_ahead: batches that are read before they are asked for: `AHEAD` where it trains on a GPU.
     """
     image = 3 * size * size
     window_bytes, block = (window + row_group - 1) * image, row_group * image  # a window ends with a whole block
-    batches = BATCHES * batch * image
+    batches = (BATCHES + read_ahead) * batch * image
     fits = (limit - window_bytes - batches) // block - readers
     ahead = int(max(1, min(math.ceil(window / row_group) + readers, fits)))
     return StreamMemory(window_bytes, batches, block, ahead, readers)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from orchestrator.errors import UserError, first_lines, listed, nearest
 from orchestrator.models.files import local_weights
-from orchestrator.models.hub import hub_folder, hub_weights, is_hub
+from orchestrator.models.hub import ELSE, hub_commit, hub_folder, hub_weights, is_hub
 from orchestrator.models.precision import autocast, identified
 from orchestrator.models.weights import hash_weights
 from orchestrator.packaged.clip import CLIP_ICONS, CONFIG, tokenizer_of
@@ -276,9 +276,8 @@ class TextTower:
         del model.visual
         self._model: Any = model.requires_grad_(False)
         folder = folder_of(entry)
-        if is_hub(entry) and "hf_tokenizer_name" in clip_config(entry)["text_cfg"]:
-            # Its tokenizer is a repository as well, its own or another; a folder would have to hold its files.
-            self._tokenize = open_clip.get_tokenizer(entry.model.removeprefix(PREFIX).partition("@")[0])
+        if is_hub(entry) and clip_config(entry)["text_cfg"].get("hf_tokenizer_name"):
+            self._tokenize = _hub_tokenizer(entry)
         else:
             known = tokenizer_of(folder) if folder is not None else open_clip.get_tokenizer(clip_name(entry)[0])
             self._tokenize = known
@@ -316,6 +315,36 @@ class TextTower:
             with autocast(self.device, self.entry.precision):
                 parts.append(self._model.encode_text(tokens).float().cpu())
         return torch.cat(parts).clone()
+
+
+def _hub_tokenizer(entry: Model) -> Any:
+    """Of a repository whose tokenizer is one as well, its own or another; a folder would have to hold its files.
+
+    Not by open_clip's `get_tokenizer`, which knows no revision.
+
+    Raises:
+        UserError: if it cannot be had.
+    """
+    import huggingface_hub
+    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
+
+    described = clip_config(entry)["text_cfg"]
+    name = str(described["hf_tokenizer_name"])
+    try:
+        commit = hub_commit(entry, name)
+        return HFTokenizer(
+            name,
+            context_length=described.get("context_length", DEFAULT_CONTEXT_LENGTH),
+            cache_dir=huggingface_hub.constants.HF_HUB_CACHE,  # where its description lies
+            tokenizer_mode=described.get("tokenizer_mode"),
+            **{**({"revision": commit} if commit else {}), **described.get("tokenizer_kwargs", {})},
+        )
+    except UserError:
+        raise
+    except Exception as error:  # transformers, the hub's client and tokenizers share no base class
+        raise UserError(
+            f"The tokenizer {name!r} of {entry.model!r} could not be loaded: {first_lines(error)} {ELSE}"
+        ) from error
 
 
 @functools.lru_cache(maxsize=4)

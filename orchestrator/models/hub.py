@@ -23,6 +23,7 @@ WEIGHTS = {
     "timm": ("model.safetensors", "pytorch_model.bin"),
     "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
 }
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
 ELSE = "Without the hub, use `local:PATH`."
 
 
@@ -64,7 +65,8 @@ def hub_config(entry: Model) -> tuple[str, dict[str, Any]]:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         architecture, arguments = str(described["architecture"]), dict(described.get("model_args") or {})
-    except (OSError, ValueError, KeyError, TypeError):
+        size = _fixed_size(described.get("pretrained_cfg", described) or {}, arguments)
+    except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"The {path.name} of {entry.model!r} names no `architecture`: {_not('timm')}") from None
     base = architecture.partition(".")[0]
     if not timm.is_model(base):
@@ -72,7 +74,34 @@ def hub_config(entry: Model) -> tuple[str, dict[str, Any]]:
             f"The hub's {entry.model!r} is a {architecture!r}, which timm {timm.__version__} does not have."
             f"{nearest(base, timm.list_models())}"
         )
-    return base, arguments
+    return base, arguments if size is None else {"img_size": size, **arguments}
+
+
+def _fixed_size(cfg: dict[str, Any], arguments: dict[str, Any]) -> int | None:
+    """The `img_size` that timm takes from a repository's `pretrained_cfg` where its `model_args` have none."""
+    free = arguments.get("dynamic_img_size") or arguments.get("use_naflex")
+    if free or arguments.get("strict_img_size") is False or not cfg.get("fixed_input_size"):
+        return None
+    return int(cfg["input_size"][-1]) if cfg.get("input_size") else None
+
+
+def hub_repository(entry: Model) -> str:
+    """ORG/NAME of an entry's repository."""
+    return _parts(entry)[1]
+
+
+def hub_commit(entry: Model, repository: str) -> str | None:
+    """The commit of which a tokenizer's repository is read: the entry's own, or another's in the cache, if it is there.
+
+    Raises:
+        UserError: as `hub_folder`.
+    """
+    import huggingface_hub
+
+    if repository == hub_repository(entry):
+        return hub_folder(entry, weights=False).name
+    cached = (huggingface_hub.try_to_load_from_cache(repository, name) for name in TOKENIZERS)
+    return next((Path(path).parent.name for path in cached if isinstance(path, str)), None)
 
 
 def hub_weights(entry: Model) -> str | None:

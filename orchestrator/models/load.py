@@ -130,8 +130,8 @@ def build_network(
         return _create(name, entry.image_size, {**kwargs, "pretrained": weights}).eval()
     except UserError:
         raise
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        if not weights:
+    except Exception as error:  # a constructor raises anything for options that it does not expect
+        if not weights or not isinstance(error, RuntimeError | OSError | ValueError | AssertionError):
             _refuse_options(entry, error)
             raise
         raise UserError(
@@ -158,7 +158,7 @@ def _build_packaged(entry: Model, kwargs: dict[str, Any], weights: bool) -> nn.M
             )
         if weights and kwargs.get("depth", VIT_DEPTH) != VIT_DEPTH:
             raise UserError(
-                f"kwargs: depth {kwargs['depth']} of {entry.model!r}, whose weights are of {VIT_DEPTH} blocks; set "
+                f"kwargs: depth {kwargs['depth']!r} of {entry.model!r}, whose weights are of {VIT_DEPTH} blocks; set "
                 "`pretrained: false` for another depth."
             )
     try:
@@ -167,7 +167,9 @@ def _build_packaged(entry: Model, kwargs: dict[str, Any], weights: bool) -> nn.M
         if weights:
             return efficientnet_lite0(**kwargs).eval()
         return _create(timm_name(entry), entry.image_size, {**kwargs, "pretrained": False}).eval()
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         _refuse_options(entry, error)
         raise
 
@@ -176,9 +178,11 @@ def _refuse_options(entry: Model, error: Exception) -> None:
     """Raises a sentence in place of what a constructor says of an entry's options, if it has any."""
     # On the meta device an error may be the device's: then the network is built once more, with values.
     unknown = isinstance(error, RuntimeError) and torch.get_default_device().type == "meta"
-    if entry.kwargs and not unknown:
+    if entry.kwargs and not unknown and not isinstance(error, ImportError | MemoryError):
+        telling = isinstance(error, RuntimeError | TypeError | ValueError | AssertionError)
+        kind = "" if telling or not str(error) else f"{type(error).__name__}: "  # a KeyError's text is the key alone
         raise UserError(
-            f"{entry.model!r} cannot be built with kwargs {entry.kwargs}: {first_lines(error, 2)}"
+            f"{entry.model!r} cannot be built with kwargs {entry.kwargs}: {kind}{first_lines(error, 2)}"
         ) from error
 
 
@@ -186,7 +190,14 @@ def _build_local(entry: Model, name: str, kwargs: dict[str, Any]) -> nn.Module:
     path = local_weights(entry)
     state = read_weights(path)
     wanted = kwargs.pop("num_classes", None)
-    network: Any = _create(name, entry.image_size, kwargs)
+    network: Any
+    try:
+        network = _create(name, entry.image_size, kwargs)
+    except UserError:
+        raise
+    except Exception as error:
+        _refuse_options(entry, error)
+        raise
     try:
         classes = _load_state(network, state)
     except RuntimeError as error:
@@ -345,7 +356,7 @@ def tuned_network(folder: Path, address: str, base: Network) -> Network:
 
 
 def plan_network(entry: Model, role: Role) -> tuple[NetworkInfo, Preprocessing]:
-    """What planning needs, without loading weights."""
+    """What planning needs, without loading weights; but a `local:` teacher's are, for the classes of its head."""
     return _plan(entry.model_dump_json(), role)
 
 
@@ -375,7 +386,10 @@ def save_student(folder: Path, deployed: Deployed, meta: Mapping[str, Any]) -> N
 
 
 def _settled(model: Any) -> Any:
-    """An entry's JSON; of a timm repository at the hub by its architecture, so that the student needs no hub."""
+    """An entry's JSON; of a timm repository at the hub by its architecture, so that the student needs no hub.
+
+    Repositories of open_clip stay as they are: their students need what the hub's cache has of them.
+    """
     entry = Model.model_validate(model)
     if not is_hub(entry) or is_clip(entry):
         return model

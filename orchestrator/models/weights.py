@@ -23,7 +23,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Of a training script's checkpoint the averaged weights (`state_dict_ema`, `model_ema`) are read where it has some:
     they are what the script scored, and timm reads them too. Else `state_dict`, else `model`. Names lose what DDP,
-    `torch.compile` and `AveragedModel` put before them.
+    `torch.compile` and `AveragedModel` put before them. An averaged entry that is empty, or holds other things than
+    tensors, is passed over.
 
     Raises:
         UserError: if the file cannot be read, or holds none.
@@ -33,17 +34,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # safetensors, zip and unpickling errors share no base class
         raise UserError(f"The weight file {str(path)!r} cannot be read: {first_lines(error, 2)}") from error
     for wrapper in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+        held = state.get(wrapper) if isinstance(state, dict) else None
+        if isinstance(held, dict) and (wrapper not in AVERAGED or _is_state(held)):
+            state = held
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        held = f"; it holds {listed(list(state)[:8])}" if isinstance(state, dict) else ""
+        found = f"; it holds {listed(list(state)[:8])}" if isinstance(state, dict) else ""
         raise UserError(
             f"The weight file {str(path)!r} does not hold a state dict of tensors, by itself or as {listed(WRAPPERS)}"
-            f"{held}."
+            f"{found}."
         )
     averages = state.pop("n_averaged", None) is not None  # a counter of torch's AveragedModel
     state = clean_state_dict(state)
     return clean_state_dict(state) if averages else state  # DDP's prefix may lie within AveragedModel's
+
+
+def _is_state(held: dict[Any, Any]) -> bool:
+    return bool(held) and all(isinstance(value, Tensor) for value in held.values())
 
 
 def _unpickled(path: Path) -> Any:

@@ -24,7 +24,7 @@ from orchestrator.errors import FullDiskError, disk_full
 from orchestrator.store.bucket import Bucket, BucketMirror, RemoteError, bucket_at
 from orchestrator.store.cache import VARIABLE, cache_of, limit_of_cache
 from orchestrator.store.lease import Lease, at_work
-from orchestrator.store.store import META, BusyError, Entry, Store, file_hash, tell_spared
+from orchestrator.store.store import META, BusyError, Entry, Store, file_hash, own_bytes, tell_spared
 
 IN_USE_S = 3600.0  # a copy that a process asked for so lately may still be opened by it
 COPIES = 3  # of a file whose copy does not match its hash
@@ -141,15 +141,15 @@ class RemoteStore(Store):
         over = size - shutil.disk_usage(self.root).free + self.min_free_gb * 1e9
         if self._limit is None and over <= 0:
             return  # without looking at every copy
-        copies = self._by_use()
+        copies = [(used, copy, own_bytes(copy)) for used, copy in self._by_use()]
         if self._limit is not None:
-            over = max(over, sum(e.bytes for _, e in copies) + size - self._limit)
-        for used, copy in copies:
+            over = max(over, sum(own for _, _, own in copies) + size - self._limit)
+        for used, copy, own in copies:
             if over <= 0 or time.time() - used < IN_USE_S:
                 break
             with contextlib.suppress(BusyError, FileNotFoundError), super().lock("copy", copy.key, wait=False):
                 Store.remove(self, copy)
-                over -= copy.bytes
+                over -= own
 
     def _copy(self, name: str, file: Path, sha256: str) -> bool:
         for _ in range(COPIES):

@@ -308,6 +308,7 @@ class Store:
     def collect(self, max_bytes: int | None = None) -> tuple[int, int]:
         """Deletes what dead processes left, torn entries, and the least recently used ones beyond `max_bytes`.
 
+        What has another link, as a sweep's students have, is not counted: it would not be freed.
         What was used since the oldest living process that uses the store began to is spared, with a warning that says
         how much was to go and stays.
 
@@ -359,15 +360,16 @@ class Store:
             (bytes freed, entries removed).
         """
         entries = self._by_use()
-        over, removed = sum(e.bytes for _, e in entries) - max_bytes, 0
+        sizes = [own_bytes(entry) for _, entry in entries]
+        over, removed = sum(sizes) - max_bytes, 0
         before = over
-        for used, entry in entries:
+        for size, (used, entry) in zip(sizes, entries, strict=True):
             if over <= 0 or used >= spared:
                 break
             with contextlib.suppress(FileNotFoundError):  # another `gc` was faster
                 if (entry.path / META).stat().st_mtime == used:  # else somebody has just asked for it
                     self.remove(entry)
-                    over, removed = over - entry.bytes, removed + 1
+                    over, removed = over - size, removed + 1
         if over > 0:
             tell_spared(over)
         return before - over, removed
@@ -403,12 +405,22 @@ def tell_spared(size: float) -> None:
     )
 
 
+def own_bytes(entry: Entry) -> int:
+    """What is freed when an entry goes: its published files but those that have another link, as a sweep's students."""
+    size = 0
+    for name, fact in entry.meta["files"].items():
+        with contextlib.suppress(OSError):  # gone meanwhile
+            size += int(fact["bytes"]) if (entry.path / name).stat().st_nlink == 1 else 0
+    return size
+
+
 def size_of(folder: Path) -> int:
-    """Bytes of the files below a folder."""
+    """Bytes that are freed when a folder goes, counted like `own_bytes`."""
     size = 0
     for file in folder.rglob("*"):
         with contextlib.suppress(OSError):  # gone meanwhile
-            size += file.stat().st_size if file.is_file() else 0
+            if file.is_file() and (facts := file.stat()).st_nlink == 1:
+                size += facts.st_size
     return size
 
 

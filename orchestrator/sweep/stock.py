@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from methods.outputs import Output
@@ -19,9 +21,11 @@ from orchestrator.data.views import render, view_parameters
 from orchestrator.errors import UserError, WorkError
 from orchestrator.models.load import load_network, tuned_network
 from orchestrator.spec import Model, Task, read_spec
-from orchestrator.store import Entry, Store, open_store
+from orchestrator.store import Entry, Records, Store, open_store
 
 SAMPLE = 16
+RECORDS = "records.arrow"  # of outputs, embeddings and tokens
+CHUNK = 1 << 25  # bytes of a table that are looked at together
 TOLERANCE = {"fp32": 2e-3, "fp16": 3e-2, "bf16": 0.15}  # of the largest value: 11 bits are stored, bfloat16 has 8
 
 
@@ -52,6 +56,8 @@ def collect(where: str, max_gb: float | None) -> dict[str, Any]:
 def verify(where: str, remove: bool = False) -> dict[str, Any]:
     """Compares every file with its published hash, and a sample of each teacher output with the live teacher.
 
+    A table of what teachers gave in which a number is not finite is damaged, whatever its hash.
+
     Args:
         where: a sweep's folder, a storage folder, a store, or its address.
         remove: take damaged entries away.
@@ -67,6 +73,9 @@ def verify(where: str, remove: bool = False) -> dict[str, Any]:
         wrong = store.damaged(entry)
         if wrong:
             damaged.append(f"{address}: {', '.join(wrong)} differs from what was published")
+            bad.append(entry)
+        elif RECORDS in entry.meta["files"] and not _finite(Records(entry.path / RECORDS)):
+            damaged.append(f"{address}: has values that are not finite")
             bad.append(entry)
         elif entry.stage in ("outputs", "corpus_outputs"):
             difference = _against_live(store, entry)
@@ -87,6 +96,15 @@ def verify(where: str, remove: bool = False) -> dict[str, Any]:
             f"largest difference {worst:.1e} of the largest value."
         )
     return {"entries": len(entries), "damaged": damaged, "compared": compared, "worst": worst, "sentences": sentences}
+
+
+def _finite(table: Records) -> bool:
+    """Whether all numbers of a table are finite: a sample would find few of the rows that are not."""
+    if not table.dtype.is_floating_point:
+        return True
+    step = max(1, CHUNK // max(1, math.prod(table.shape) * table.dtype.itemsize))
+    starts = range(0, len(table), step)
+    return all(bool(table.rows(np.arange(s, min(s + step, len(table)))).isfinite().all()) for s in starts)
 
 
 def _against_live(store: Store, entry: Entry) -> float | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from methods.contract import Batch, Feed, Table
 from methods.outputs import Output
+from orchestrator.data.memory import AHEAD
 from orchestrator.data.passes import live_outputs
 from orchestrator.data.pixels import Pixels
 from orchestrator.data.stream import Stream
@@ -23,7 +24,6 @@ from orchestrator.store import JoinedRecords, Records
 
 WHOLE = 1 << 22  # items up to which a permutation is kept: 34 MB
 ROUNDS = 6  # of the Feistel network
-AHEAD = 3  # batches that are read before they are asked for where the device is not the CPU, which reads them itself
 
 
 @dataclass

@@ -13,6 +13,7 @@ from timm.models import get_pretrained_cfg
 
 from orchestrator.data.task import TaskData
 from orchestrator.errors import UserError
+from orchestrator.models.hub import hub_repository, is_hub
 from orchestrator.models.load import load_network
 from orchestrator.models.names import timm_name, wants_weights
 from orchestrator.spec import Model, SweepSpec
@@ -111,7 +112,9 @@ def _weights_hash(teacher: Model) -> str:
 
 
 def _hub(entry: Model) -> str:
-    """Its name on the hub, where timm knows one."""
+    """Its name on the hub: the repository that it names, or where timm knows one."""
+    if is_hub(entry):
+        return hub_repository(entry)
     cfg = _pretrained_cfg(entry)
     repository = str(cfg.hf_hub_id or "") if cfg is not None else ""
     return f"timm/{timm_name(entry)}" if repository == "timm/" else repository
