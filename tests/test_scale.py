@@ -37,7 +37,7 @@ from orchestrator.cli import app
 from orchestrator.data.corpus import Shard, corpus_at, open_corpus
 from orchestrator.data.corpus import corpus as corpus_module
 from orchestrator.data.embed import EmbedJob, ensure_embedded
-from orchestrator.data.memory import stream_memory
+from orchestrator.data.memory import AHEAD, stream_memory
 from orchestrator.data.stream import Plan, Stream, blocks_of, read_on_threads
 from orchestrator.data.task import load_task
 from orchestrator.data.views import Policy
@@ -175,6 +175,8 @@ def test_blocks_ahead_fill_the_memory_that_a_worker_may_take_and_never_more() ->
     assert ample.ahead == 16 + 4  # a window, and what is being decoded
     assert ample.window == (4096 + 255) * image
     assert ample.waiting == 24 * block
+    on_gpu = stream_memory(4096, 256, 224, 640, 4, 1e12, AHEAD)
+    assert (on_gpu.batches, ample.batches) == (5 * 640 * image, 3 * 640 * image)
     for limit in (1.8e9, 1.3e9):
         tight = stream_memory(4096, 256, 224, 640, 4, limit)
         assert 1 <= tight.ahead < 20

@@ -20,7 +20,7 @@ import torch
 from methods.contract import TEACHER, FitStage, ImageStage, NetworkInfo, Stage, TrainStage
 from methods.outputs import Output, read_outputs
 from orchestrator.data.images import decoders
-from orchestrator.data.memory import StreamMemory, stream_memory
+from orchestrator.data.memory import AHEAD, StreamMemory, stream_memory
 from orchestrator.data.outputs import DTYPE
 from orchestrator.data.task import TaskData
 from orchestrator.models.load import plan_network
@@ -273,7 +273,7 @@ def reckon(holdings: Holdings, trainings: Sequence[Training], spec: SweepSpec) -
     readers = corpus.readers or machines.cores // machines.gpus
     workers_here = min(machines.gpus / train.gpus_per_worker, train.workers * at_a_time)
     limit = corpus.memory_gb * 1e9 if corpus.memory_gb else machines.memory_gb * 1e9 / 4 / max(workers_here, 1)
-    stream = stream_memory(corpus.window, holdings.row_group, of.size, per_worker, readers, limit)
+    stream = stream_memory(corpus.window, holdings.row_group, of.size, per_worker, readers, limit, AHEAD)
     return Costs(
         corpus_bytes=holdings.image_bytes + holdings.sentence_bytes,
         image_embedding_bytes=images,

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from methods.contract import TaskInfo
 from orchestrator.data.corpus import corpus_at
 from orchestrator.data.embed import absent
-from orchestrator.data.memory import stream_memory
+from orchestrator.data.memory import AHEAD, stream_memory
 from orchestrator.data.task import TaskData
 from orchestrator.errors import FullDiskError, StudyLostError, UserError, disk_full, listed
 from orchestrator.models.check import check_model
@@ -173,7 +173,8 @@ def _check_stream(spec: SweepSpec, row_group: int) -> None:
         return
     size = max((plan_network(entry, "student")[1].size for entry in spec.students), default=0)
     batch = train.batch // train.workers
-    memory = stream_memory(corpus.window, row_group, size, batch, corpus.readers or 1, corpus.memory_gb * 1e9)
+    ahead = AHEAD if train.device == "cuda" else 1  # `auto` may be the CPU: what is sure not to fit is refused
+    memory = stream_memory(corpus.window, row_group, size, batch, corpus.readers or 1, corpus.memory_gb * 1e9, ahead)
     if memory.total > corpus.memory_gb * 1e9:
         raise UserError(
             f"corpus.memory_gb: {corpus.memory_gb:g} is too little for a stream of {size} px with corpus.window: "

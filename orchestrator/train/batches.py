@@ -9,7 +9,7 @@ from methods.contract import Feed, Learner
 from methods.outputs import Output
 from orchestrator.data.corpus import corpus_at
 from orchestrator.data.labels import open_labels
-from orchestrator.data.memory import stream_limit, stream_memory
+from orchestrator.data.memory import AHEAD, stream_limit, stream_memory
 from orchestrator.data.outputs import open_outputs, open_pool_outputs
 from orchestrator.data.pixels import Pixels, RenderedPixels, StoredPixels, open_pixels, stored_pixels
 from orchestrator.data.pool import JoinedImages, PoolShard
@@ -41,7 +41,7 @@ def opened(
         tables = [tuple(joined_records(store, found) for found in job.tokens[name]) for name in stage.feed.tokens]
         return learner, TokenFeeder(tables, batch=spec.train.batch, seed=job.seed, rank=rank, world=world)  # type: ignore[arg-type]
     if spec.corpus.streams(stage.feed.images):
-        return learner, _streamed(job, store, networks, rank=rank, world=world)
+        return learner, _streamed(job, store, networks, rank=rank, world=world, device=device)
     with memory_told(lambda: "out of device memory before the first step, for the teacher that sees fresh views"):
         return learner, _feeder(job, store, task, networks, rank=rank, world=world, device=device)
 
@@ -65,7 +65,7 @@ def _texts(job: TrainJob, store: Store) -> TextFeed | None:
     return TextFeed(joined_records(store, job.texts), rows, feed.text_batch or job.spec.train.batch, job.seed)
 
 
-def _streamed(job: TrainJob, store: Store, networks: Networks, *, rank: int, world: int) -> StreamFeeder:
+def _streamed(job: TrainJob, store: Store, networks: Networks, *, rank: int, world: int, device: str) -> StreamFeeder:
     spec, corpus = job.spec, job.spec.corpus
     assert corpus.images is not None
     opened = corpus_at(corpus.images, "images")
@@ -80,6 +80,7 @@ def _streamed(job: TrainJob, store: Store, networks: Networks, *, rank: int, wor
         batch,
         readers,
         stream_limit(corpus.memory_gb, spec.train.threads),
+        1 if device == "cpu" else AHEAD,
     )
     reader = read_on_threads(readers, memory.ahead) if here else read_on_ray(readers, memory.ahead, memory.block)
     return StreamFeeder(
