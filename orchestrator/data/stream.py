@@ -12,14 +12,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from orchestrator.data.corpus import Shard
-from orchestrator.data.images import decode
+from orchestrator.data.images import decode, read_ahead
 from orchestrator.data.views import Policy, draw_all, render
 from orchestrator.models.load import Preprocessing
 
@@ -212,21 +211,7 @@ def read_on_threads(threads: int, ahead: int | None = None) -> Reader:
     """Decodes on threads of this process, `ahead` blocks before their turn; decoders let others run meanwhile."""
     waits = threads * AHEAD if ahead is None else ahead
 
-    def read(requests: Iterator[Request]) -> Iterator[dict[str, Any]]:
-        waiting: deque[Future[dict[str, Any]]] = deque()
-        with ThreadPoolExecutor(threads, thread_name_prefix="stream") as pool:
-            try:
-                for request in requests:
-                    waiting.append(pool.submit(decoded, request))
-                    if len(waiting) > waits:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
-
-    return read
+    return lambda requests: read_ahead(decoded, requests, threads, waits)
 
 
 class Stream:
